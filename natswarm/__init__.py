@@ -1,0 +1,1 @@
+"""Natswarm: a serverless mesh through carrier-grade NATs."""

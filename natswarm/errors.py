@@ -1,0 +1,84 @@
+"""Every exception natswarm raises on purpose.
+
+    NatswarmError
+    ├── DecodeError            bytes from a stranger were not what they had to be
+    ├── AddressError           text is not an address this system can use
+    ├── IdentityError          the identity file is damaged, unreadable or open to others
+    ├── InviteError            an invite is damaged, forged, expired or meant for another swarm
+    ├── ConfigurationError     a setting or command-line value cannot work
+    ├── ConnectFailed          no connection to a peer
+    │   ├── PeerNotFound       nobody we can reach knows the peer
+    │   ├── PunctureFailed     the NATs between us stayed closed; says why and what to try
+    │   └── HandshakeFailed    a path was there, but not the right peer at its end
+    ├── RequestRefused         the peer understood and said no; says why
+    └── ConnectionLost         a living connection ended (also a `trio.BrokenResourceError`)
+
+The text of each error says what happened, why, and what to do. Knows nothing else of the project.
+"""
+
+from __future__ import annotations
+
+import trio
+
+__all__ = [
+    "AddressError",
+    "ConfigurationError",
+    "ConnectFailed",
+    "ConnectionLost",
+    "DecodeError",
+    "HandshakeFailed",
+    "IdentityError",
+    "InviteError",
+    "NatswarmError",
+    "PeerNotFound",
+    "PunctureFailed",
+    "RequestRefused",
+]
+
+
+class NatswarmError(Exception):
+    """Base of all errors natswarm raises on purpose."""
+
+
+class DecodeError(NatswarmError):
+    """Bytes from outside were not what they had to be: count it, drop them, go on."""
+
+
+class AddressError(NatswarmError, ValueError):
+    """Text is not an address this system can use."""
+
+
+class IdentityError(NatswarmError):
+    """The identity file is damaged, unreadable, or readable by other users."""
+
+
+class InviteError(NatswarmError):
+    """An invite is damaged, forged, expired, or meant for another swarm."""
+
+
+class ConfigurationError(NatswarmError):
+    """A setting or a command-line value cannot work."""
+
+
+class ConnectFailed(NatswarmError):
+    """No connection to a peer came about."""
+
+
+class PeerNotFound(ConnectFailed):
+    """Nobody we can reach knows the peer."""
+
+
+class PunctureFailed(ConnectFailed):
+    """The NATs between two peers stayed closed."""
+
+
+class HandshakeFailed(ConnectFailed):
+    """A path was there, but the peer at its end was not the one asked for, or fell silent."""
+
+
+class RequestRefused(NatswarmError):
+    """The peer understood a request and said no."""
+
+
+class ConnectionLost(NatswarmError, trio.BrokenResourceError):
+    """A living connection ended; streams on it raise this, as Trio's streams would."""

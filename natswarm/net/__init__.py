@@ -1,0 +1,1 @@
+"""Trio drivers: the only package that touches sockets, the clock and the operating system."""
