@@ -1,0 +1,1 @@
+"""What a NAT does, and how to find out."""
