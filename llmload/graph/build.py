@@ -1,0 +1,521 @@
+"""Write GPT-2 as an ONNX graph, for any contiguous range of its blocks.
+
+Exporters trace a framework's code and leave a graph that nobody wrote: hundreds of shape nodes, and
+a prefill graph apart from a decode graph. Here every node is emitted on purpose, so one graph
+serves prefill and decode, any batch, any split into stages, and the trainer can differentiate it:
+the operators are few, and each that lies on the path of a gradient has a simple rule.
+
+There are two layers. `GraphBuilder` collects nodes and knows nothing of GPT-2. The emitters
+(`embed`, `block`, `final_norm`, `lm_head` and what they consist of) take a builder and names of
+tensors, append nodes, and return the names of the results; `build_stage_graph` puts them together.
+Another graph, such as a loss with its parameters as inputs, is another function over the same
+emitters.
+
+Operators on the path of a gradient: Add, Concat (only with a cache), Gather, LayerNormalization,
+MatMul, Mul, Reshape, Softmax, Split, Tanh, Transpose.
+Operators that only see positions and sizes: LessOrEqual, Neg, Reshape, Shape, Slice, Where.
+
+Source: the model is that of `llmload.reference`, which explains it; operators as in
+https://onnx.ai/onnx/operators/ at opset 17.
+
+This file does not know the values of the weights, ONNX Runtime, or where stages run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
+
+from llmload.config import GPT2Config, parameter_shapes
+
+__all__ = [
+    "IR_VERSION",
+    "OPSET",
+    "GraphBuilder",
+    "KeyValue",
+    "attend",
+    "attention",
+    "block",
+    "build_stage_graph",
+    "causal_mask",
+    "embed",
+    "embed_weights",
+    "final_norm",
+    "layer_norm",
+    "linear",
+    "lm_head",
+    "mlp",
+    "past_names",
+    "present_names",
+]
+
+# The oldest opset with LayerNormalization. Older runtimes (phones) read it, and axes of reductions
+# other than ReduceSum are still attributes, which leaves autodiff less to look through.
+OPSET = 17
+# The oldest file format that carries it, for the same reason.
+IR_VERSION = 8
+
+ParametersAs = Literal["external", "input"]
+Dimension = int | str | None
+
+
+class KeyValue(NamedTuple):
+    """Names of the keys and values of one block: float32 (batch, n_head, length, head_size)."""
+
+    key: str
+    value: str
+
+
+class GraphBuilder:
+    """Collects the nodes of one graph, in the order in which they are computed.
+
+    Every tensor is known by its name, a string; names of inner tensors are the builder's business.
+
+    Args:
+        name: Name of the graph.
+        parameter_shapes: Shape of each parameter that may be used, as of `config.parameter_shapes`.
+        parameters_as: What `parameter` declares. "external": initializers without content, which
+            the runtime is given as arrays when it opens the graph; so the graph is some KB for any
+            model, protobuf's bound of 2 GB does not matter, and no weight is copied on its way.
+            "input": inputs of the graph, for training.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter_shapes: Mapping[str, tuple[int, ...]],
+        *,
+        parameters_as: ParametersAs = "external",
+    ) -> None:
+        self.name = name
+        self.parameters_as = parameters_as
+        self.nodes: list[NodeProto] = []
+        self.inputs: list[ValueInfoProto] = []
+        self.outputs: list[ValueInfoProto] = []
+        self.initializers: list[TensorProto] = []
+        self.parameter_names: list[str] = []  # those in use, in order of their first use
+        self._parameter_shapes = parameter_shapes
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._name_counts: dict[str, int] = {}
+        self._output_names: dict[str, str] = {}  # inner name -> name of the output
+
+    def input(
+        self, name: str, shape: Sequence[Dimension], element_type: int = TensorProto.FLOAT
+    ) -> str:
+        """Declare an input of the graph; a dimension is a size, or a name where it may vary."""
+        self.inputs.append(helper.make_tensor_value_info(name, element_type, shape))
+        return name
+
+    def output(
+        self,
+        tensor: str,
+        name: str,
+        shape: Sequence[Dimension],
+        element_type: int = TensorProto.FLOAT,
+    ) -> str:
+        """Declare `tensor` as the output of the graph called `name`."""
+        # Emitters name inner tensors before anybody knows that the result is an output, so `model`
+        # renames it. An Identity node would do for what can't be renamed, but copies the tensor:
+        # for keys and values that would be the whole cache, once a token.
+        if tensor in self._output_names or not any(tensor in node.output for node in self.nodes):
+            tensor = self.node("Identity", [tensor])
+        self._output_names[tensor] = name
+        self.outputs.append(helper.make_tensor_value_info(name, element_type, shape))
+        return name
+
+    def node(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Append a node with one output and return the name of its result."""
+        (output,) = self.nodes_outputs(op, inputs, 1, **attributes)
+        return output
+
+    def nodes_outputs(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        output_count: int,
+        **attributes: Any,
+    ) -> tuple[str, ...]:
+        """Append a node with several outputs (Split) and return the names of its results."""
+        name = self._fresh_name(op)
+        outputs = (
+            (name,) if output_count == 1 else tuple(f"{name}.{i}" for i in range(output_count))
+        )
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
+        return outputs
+
+    def constant(self, value: NDArray[Any]) -> str:
+        """Return the name of a constant tensor; equal constants are stored once."""
+        # numpy's own rule would turn a 0-d array into a numpy scalar; `asarray` keeps the shape.
+        array = np.asarray(value)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = self._fresh_name("constant")
+            self.initializers.append(numpy_helper.from_array(array, name))
+            self._constants[key] = name
+        return self._constants[key]
+
+    def ints(self, *values: int) -> str:
+        """Return the name of a constant int64 vector: a shape, an axis, a bound of Slice."""
+        return self.constant(np.array(values, dtype=np.int64))
+
+    def parameter(self, name: str) -> str:
+        """Use a parameter of the model, under its own name.
+
+        Raises:
+            KeyError: The model (or this stage of it) has no such parameter.
+        """
+        shape = self._parameter_shapes[name]
+        if name not in self.parameter_names:
+            self.parameter_names.append(name)
+            if self.parameters_as == "input":
+                self.input(name, shape)
+            else:
+                self.initializers.append(_external_initializer(name, shape))
+        return name
+
+    def model(self) -> ModelProto:
+        """Return the graph as an ONNX model.
+
+        Raises:
+            onnx.checker.ValidationError: The nodes do not form a valid graph.
+        """
+        nodes = []
+        for node in self.nodes:
+            renamed = NodeProto()
+            renamed.CopyFrom(node)
+            renamed.input[:] = [self._output_names.get(name, name) for name in node.input]
+            renamed.output[:] = [self._output_names.get(name, name) for name in node.output]
+            nodes.append(renamed)
+        graph = helper.make_graph(nodes, self.name, self.inputs, self.outputs, self.initializers)
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="llmload",
+        )
+        # The checker looks for the files of external initializers, which do not exist.
+        if self.parameters_as == "input":
+            checker.check_model(model)
+        return model
+
+    def _fresh_name(self, stem: str) -> str:
+        count = self._name_counts.get(stem, 0)
+        self._name_counts[stem] = count + 1
+        return f"{stem}_{count}"
+
+
+def _external_initializer(name: str, shape: tuple[int, ...]) -> TensorProto:
+    tensor = TensorProto(
+        name=name,
+        data_type=TensorProto.FLOAT,
+        dims=shape,
+        data_location=TensorProto.EXTERNAL,
+    )
+    # ONNX demands a file; nobody opens it, because the runtime is given the array by name.
+    tensor.external_data.add(key="location", value="given-to-the-session")
+    return tensor
+
+
+def embed_weights(model: ModelProto, weights: Mapping[str, NDArray[np.float32]]) -> ModelProto:
+    """Return a copy of `model` that carries its weights, to be saved or quantised as one piece.
+
+    Raises:
+        KeyError: `weights` lacks a parameter of the graph.
+        ValueError: The weights exceed the 2 GB that one ONNX file can hold.
+    """
+    initializers = [
+        numpy_helper.from_array(weights[tensor.name], tensor.name)
+        if tensor.data_location == TensorProto.EXTERNAL
+        else tensor
+        for tensor in model.graph.initializer
+    ]
+    total_bytes = sum(len(tensor.raw_data) for tensor in initializers)
+    if total_bytes >= 2**31 - 2**20:
+        raise ValueError(f"{total_bytes} bytes of weights do not fit into one ONNX file (2 GB)")
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(initializers)
+    return copy
+
+
+# --- Emitters: one function a layer, each in the order of the forward pass ---------------------
+
+
+def embed(builder: GraphBuilder, token_ids: str, positions: str) -> str:
+    """Emit token embedding + position embedding.
+
+    Args:
+        builder: Receives the nodes.
+        token_ids: int64 (batch, time).
+        positions: int64 (time,), absolute positions of the tokens.
+
+    Returns:
+        Hidden states, float32 (batch, time, n_embd).
+    """
+    tokens = builder.node("Gather", [builder.parameter("wte.weight"), token_ids])  # (b, t, n_embd)
+    places = builder.node("Gather", [builder.parameter("wpe.weight"), positions])  # (t, n_embd)
+    return builder.node("Add", [tokens, places])  # (b, t, n_embd)
+
+
+def causal_mask(builder: GraphBuilder, query_positions: str, key_positions: str) -> str:
+    """Emit the mask that lets nobody look into the future; all blocks share one.
+
+    Args:
+        builder: Receives the nodes.
+        query_positions: int64 (time,), absolute positions of the new tokens.
+        key_positions: int64 (total,), absolute positions of everything in the cache plus those.
+
+    Returns:
+        float32 (time, total), 0 where the query may look at the key and -inf where not. Minus
+        infinity is safe: each query sees at least itself, so no row of the softmax is empty.
+    """
+    queries = builder.node("Reshape", [query_positions, builder.ints(-1, 1)])  # (time, 1)
+    visible = builder.node("LessOrEqual", [key_positions, queries])  # (time, total)
+    zero = builder.constant(np.array(0, dtype=np.float32))
+    minus_infinity = builder.constant(np.array(-np.inf, dtype=np.float32))
+    return builder.node("Where", [visible, zero, minus_infinity])  # (time, total)
+
+
+def layer_norm(builder: GraphBuilder, config: GPT2Config, name: str, x: str) -> str:
+    """Emit the layer norm `name` (such as "h.0.ln_1") over the last axis; the shape stays."""
+    return builder.node(
+        "LayerNormalization",
+        [x, builder.parameter(f"{name}.weight"), builder.parameter(f"{name}.bias")],
+        axis=-1,
+        epsilon=config.layer_norm_epsilon,
+    )
+
+
+def linear(builder: GraphBuilder, name: str, x: str) -> str:
+    """Emit x @ weight + bias for the linear layer `name`: (..., in) -> (..., out)."""
+    product = builder.node("MatMul", [x, builder.parameter(f"{name}.weight")])
+    return builder.node("Add", [product, builder.parameter(f"{name}.bias")])
+
+
+def attend(
+    builder: GraphBuilder, config: GPT2Config, query: str, key: str, value: str, mask: str
+) -> str:
+    """Emit softmax(query @ key^T / sqrt(head_size) + mask) @ value.
+
+    This is the one function to replace by a fused operator: everything around it only knows heads.
+
+    Args:
+        builder: Receives the nodes.
+        config: The shape of the model.
+        query: float32 (batch, n_head, time, head_size).
+        key: float32 (batch, n_head, total, head_size).
+        value: As `key`.
+        mask: float32 (time, total), of `causal_mask`.
+
+    Returns:
+        float32 (batch, n_head, time, head_size).
+    """
+    scale = builder.constant(np.array(1 / math.sqrt(config.head_size), dtype=np.float32))
+    # Scaling the query is head_size / total times the work of scaling the scores.
+    query = builder.node("Mul", [query, scale])  # (b, n_head, time, head_size)
+    key = builder.node("Transpose", [key], perm=[0, 1, 3, 2])  # (b, n_head, head_size, total)
+    scores = builder.node("MatMul", [query, key])  # (b, n_head, time, total)
+    scores = builder.node("Add", [scores, mask])  # (b, n_head, time, total)
+    shares = builder.node("Softmax", [scores], axis=-1)  # (b, n_head, time, total), rows sum to 1
+    return builder.node("MatMul", [shares, value])  # (b, n_head, time, head_size)
+
+
+def attention(
+    builder: GraphBuilder,
+    config: GPT2Config,
+    name: str,
+    x: str,
+    mask: str,
+    past: KeyValue | None = None,
+) -> tuple[str, KeyValue]:
+    """Emit the attention layer `name` (such as "h.0.attn"), heads and both projections included.
+
+    Args:
+        builder: Receives the nodes.
+        config: The shape of the model.
+        name: Prefix of the parameters.
+        x: float32 (batch, time, n_embd), after the layer norm.
+        mask: float32 (time, total), of `causal_mask`.
+        past: Keys and values of earlier positions (batch, n_head, past, head_size); None in a
+            graph without a cache.
+
+    Returns:
+        float32 (batch, time, n_embd), and the keys and values of all positions so far.
+    """
+    # 0 means: keep this dimension. So batch and time stay dynamic without any Shape node.
+    split_heads = builder.ints(0, 0, config.n_head, config.head_size)
+    merge_heads = builder.ints(0, 0, config.n_embd)
+
+    qkv = linear(builder, f"{name}.c_attn", x)  # (b, t, 3 * n_embd)
+    heads = []
+    for part in builder.nodes_outputs("Split", [qkv], 3, axis=-1):  # 3 of (b, t, n_embd)
+        part = builder.node("Reshape", [part, split_heads])  # (b, t, n_head, head_size)
+        heads.append(builder.node("Transpose", [part], perm=[0, 2, 1, 3]))  # (b, n_head, t, hs)
+    query, key, value = heads
+    if past is not None:
+        key = builder.node("Concat", [past.key, key], axis=2)  # (b, n_head, total, head_size)
+        value = builder.node("Concat", [past.value, value], axis=2)
+
+    y = attend(builder, config, query, key, value, mask)  # (b, n_head, t, head_size)
+    y = builder.node("Transpose", [y], perm=[0, 2, 1, 3])  # (b, t, n_head, head_size)
+    y = builder.node("Reshape", [y, merge_heads])  # (b, t, n_embd)
+    return linear(builder, f"{name}.c_proj", y), KeyValue(key, value)
+
+
+def mlp(builder: GraphBuilder, name: str, x: str) -> str:
+    """Emit the feed-forward layer `name` (such as "h.0.mlp"): (batch, time, n_embd) to the same."""
+    x = linear(builder, f"{name}.c_fc", x)  # (b, t, 4 * n_embd)
+    x = _gelu_new(builder, x)  # (b, t, 4 * n_embd)
+    return linear(builder, f"{name}.c_proj", x)  # (b, t, n_embd)
+
+
+def _gelu_new(builder: GraphBuilder, x: str) -> str:
+    """Emit 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), factored as ONNX Runtime expects it.
+
+    x + 0.044715 x^3 = x (1 + 0.044715 x^2). In exactly this form the runtime recognises the nodes
+    and runs one FastGelu kernel instead of them; autodiff sees Add, Mul and Tanh only.
+    """
+
+    def scalar(value: float) -> str:
+        return builder.constant(np.array(value, dtype=np.float32))
+
+    one = scalar(1.0)
+    cubic = builder.node("Mul", [x, scalar(0.044715)])
+    cubic = builder.node("Mul", [x, cubic])
+    cubic = builder.node("Add", [cubic, one])
+    inner = builder.node("Mul", [x, scalar(math.sqrt(2 / math.pi))])
+    inner = builder.node("Mul", [inner, cubic])
+    gate = builder.node("Tanh", [inner])
+    gate = builder.node("Add", [gate, one])
+    half = builder.node("Mul", [x, scalar(0.5)])
+    return builder.node("Mul", [half, gate])
+
+
+def block(
+    builder: GraphBuilder,
+    config: GPT2Config,
+    index: int,
+    x: str,
+    mask: str,
+    past: KeyValue | None = None,
+) -> tuple[str, KeyValue]:
+    """Emit block `index`: attention and feed-forward, each on a normed copy of the residual stream.
+
+    Args, returns: as `attention`, with the residual stream float32 (batch, time, n_embd) as `x`.
+    """
+    name = f"h.{index}"
+    normed = layer_norm(builder, config, f"{name}.ln_1", x)
+    y, present = attention(builder, config, f"{name}.attn", normed, mask, past)
+    x = builder.node("Add", [x, y])  # (b, t, n_embd)
+    y = mlp(builder, f"{name}.mlp", layer_norm(builder, config, f"{name}.ln_2", x))
+    return builder.node("Add", [x, y]), present  # (b, t, n_embd)
+
+
+def final_norm(builder: GraphBuilder, config: GPT2Config, x: str) -> str:
+    """Emit the layer norm after the last block; (batch, time, n_embd) to the same."""
+    return layer_norm(builder, config, "ln_f", x)
+
+
+def lm_head(builder: GraphBuilder, config: GPT2Config, x: str) -> str:
+    """Emit the logits of the next token: (batch, time, n_embd) -> (batch, time, vocab_size).
+
+    With tied embeddings this is the second use of `wte.weight`; gradients of both uses add up.
+    """
+    weight = builder.parameter(config.lm_head_name)  # (vocab_size, n_embd)
+    weight = builder.node("Transpose", [weight], perm=[1, 0])  # (n_embd, vocab_size)
+    return builder.node("MatMul", [x, weight])
+
+
+# --- The inference graph of a stage ------------------------------------------------------------
+
+
+def past_names(index: int) -> KeyValue:
+    """Return the names of the inputs with which a stage gets the cache of block `index`."""
+    return KeyValue(f"past.{index}.key", f"past.{index}.value")
+
+
+def present_names(index: int) -> KeyValue:
+    """Return the names of the outputs in which a stage gives the extended cache of a block."""
+    return KeyValue(f"present.{index}.key", f"present.{index}.value")
+
+
+def build_stage_graph(config: GPT2Config, blocks: range) -> ModelProto:
+    """Build the inference graph of a stage: the given blocks, with a cache, for any batch and time.
+
+    The same graph does prefill (past = 0, time = length of the prompt), chunked prefill and decode
+    (past > 0, time = 1): all of them extend a cache of `past` positions by `time` positions.
+
+    Inputs, with the names that the engine uses:
+        token_ids: int64 (batch, time), in the first stage; or
+        hidden: float32 (batch, time, n_embd), in later ones.
+        past.{i}.key, past.{i}.value: float32 (batch, n_head, past, head_size), for each block i.
+        logits_count: int64 (1,), in the last stage: for how many of the last positions logits are
+            wanted. 1 for generation; k + 1 to verify k guessed tokens; `time` or more to score a
+            text. A large part of all work is in the head, so a prefill must not compute them all.
+    Outputs:
+        hidden_out: float32 (batch, time, n_embd), in all stages but the last; or
+        logits: float32 (batch, min(logits_count, time), vocab_size), in the last.
+        present.{i}.key, present.{i}.value: float32 (batch, n_head, past + time, head_size).
+
+    Args:
+        config: The shape of the model.
+        blocks: Contiguous range of block indexes; the first one of the model brings the embeddings
+            along, the last one the final norm and the output layer.
+
+    Returns:
+        A model whose weights are external initializers: see `GraphBuilder`, `embed_weights`.
+        past + time <= n_ctx is the caller's duty; the graph fails with a shape error beyond.
+
+    Raises:
+        ValueError: `blocks` is not a contiguous part of the model.
+    """
+    builder = GraphBuilder(
+        f"gpt2-blocks-{blocks.start}-{blocks.stop}", parameter_shapes(config, blocks)
+    )
+    is_first, is_last = blocks.start == 0, blocks.stop == config.n_layer
+
+    if is_first:
+        source = builder.input("token_ids", ("batch", "time"), TensorProto.INT64)
+    else:
+        source = builder.input("hidden", ("batch", "time", config.n_embd))
+    cache_shape = ("batch", config.n_head, "past", config.head_size)
+    pasts = {
+        index: KeyValue(*(builder.input(name, cache_shape) for name in past_names(index)))
+        for index in blocks
+    }
+
+    # Positions need no input of their own: the length of the cache is the position.
+    past_count = builder.node("Shape", [pasts[blocks.start].key], start=2, end=3)  # (1,)
+    time_count = builder.node("Shape", [source], start=1, end=2)  # (1,)
+    total_count = builder.node("Add", [past_count, time_count])  # (1,)
+    # Slices of one constant instead of Range, which would want scalars.
+    all_positions = builder.constant(np.arange(config.n_ctx, dtype=np.int64))
+    new_positions = builder.node("Slice", [all_positions, past_count, total_count])  # (time,)
+    key_positions = builder.node("Slice", [all_positions, builder.ints(0), total_count])  # (total,)
+    mask = causal_mask(builder, new_positions, key_positions)  # (time, total)
+
+    x = embed(builder, source, new_positions) if is_first else source  # (b, t, n_embd)
+    presents = {}
+    for index in blocks:
+        x, presents[index] = block(builder, config, index, x, mask, pasts[index])  # (b, t, n_embd)
+
+    if is_last:
+        logits_count = builder.input("logits_count", (1,), TensorProto.INT64)
+        start = builder.node("Neg", [logits_count])
+        end = builder.ints(np.iinfo(np.int64).max)
+        x = builder.node("Slice", [x, start, end, builder.ints(1)])  # (b, count, n_embd)
+        x = lm_head(builder, config, final_norm(builder, config, x))  # (b, count, vocab_size)
+        builder.output(x, "logits", ("batch", "count", config.vocab_size))
+    else:
+        builder.output(x, "hidden_out", ("batch", "time", config.n_embd))
+    present_shape = ("batch", config.n_head, "total", config.head_size)
+    for index, present in presents.items():
+        for tensor, name in zip(present, present_names(index), strict=True):
+            builder.output(tensor, name, present_shape)
+    return builder.model()
