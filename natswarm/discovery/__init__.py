@@ -1,0 +1,1 @@
+"""Finding peers without servers. Pure: what is said, not who carries it."""

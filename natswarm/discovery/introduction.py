@@ -1,0 +1,229 @@
+"""Peers' peers: the words with which a common neighbour introduces two nodes.
+
+    A                     N, connected to both                     B
+    | -- Introduce(B) ----> |                                      |
+    |                       | -- Rendezvous(attempt, A, seen A) -> |   B checks, starts its plan
+    |                       | <------- RendezvousAccepted(B) ----- |
+    | <- Introduced(B, ..) - |                                      |
+    |  A starts its plan; both carry out complementary plans at once |
+
+Records travel inside envelopes signed by the node they describe, so N can change nothing in them.
+What N adds, and vouches for with its own connection to the peer, is the address it *sees* the peer
+at: probes go to that address alone. A peer that writes a stranger's address into its record can
+therefore not aim us at the stranger. Starting skew is one way of N to A, well inside the window in
+which both sides probe.
+
+Pure: message types, and the checks on them. Source: reference section 4.2; DCUtR for the shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from natswarm.address import AddressKind, Endpoint
+from natswarm.errors import AddressError, DecodeError
+from natswarm.identity import Identity, PeerId, open_envelope_untrusted
+from natswarm.message import Message, decode_message_untrusted, encode_message
+from natswarm.nat.profile import NatProfile, decode_profile_untrusted
+from natswarm.wire import ATTEMPT_BYTES
+
+__all__ = [
+    "AskNeighbour",
+    "Asked",
+    "EchoTo",
+    "FindPeers",
+    "Introduce",
+    "Introduced",
+    "NodeRecord",
+    "PeersFound",
+    "Rendezvous",
+    "RendezvousAccepted",
+    "ShareRecord",
+    "decode_attempt_untrusted",
+    "decode_endpoint_untrusted",
+    "decode_record_untrusted",
+    "profile_as_seen",
+]
+
+RECORD_CONTEXT = b"record"
+# A record is gossiped and kept; a profile is about 200 bytes, the rest is names of services.
+RECORD_BYTES_MAX = 4096
+NAME_CHARACTERS_MAX = 64
+SERVICES_MAX = 16
+SERVICE_CHARACTERS_MAX = 128
+
+
+class _RecordBody(Message, frozen=True, tag="NodeRecord"):
+    """What is inside the envelope."""
+
+    issued_at_s: float
+    name: str
+    profile: bytes
+    alternate_endpoint: str | None
+    services: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """What a node says of itself.
+
+    Attributes:
+        peer_id: Who; signed it.
+        issued_at_s: When, seconds since 1970 by its own clock; of two records the later one counts.
+        name: What its user calls it, at most 64 characters; not unique, not to be trusted.
+        profile: Its NAT, as it found out.
+        alternate_endpoint: Where its second port is reachable, if it is: it can then help others
+            to find out how their NATs filter.
+        services: Names of what it serves, such as `llmload/stage/...`.
+    """
+
+    peer_id: PeerId
+    issued_at_s: float
+    name: str
+    profile: NatProfile
+    alternate_endpoint: Endpoint | None = None
+    services: tuple[str, ...] = ()
+
+    def seal(self, identity: Identity) -> bytes:
+        """Return the signed form; `identity` is the one the record describes."""
+        body = _RecordBody(
+            issued_at_s=self.issued_at_s,
+            name=self.name,
+            profile=self.profile.encode(),
+            alternate_endpoint=None
+            if self.alternate_endpoint is None
+            else str(self.alternate_endpoint),
+            services=self.services,
+        )
+        return identity.seal(RECORD_CONTEXT, encode_message(body))
+
+
+def decode_record_untrusted(data: bytes) -> NodeRecord:
+    """Open and check a signed record.
+
+    Raises:
+        DecodeError: Damaged, forged, or over the bounds.
+    """
+    if len(data) > RECORD_BYTES_MAX:
+        raise DecodeError(f"a record has at most {RECORD_BYTES_MAX} bytes, not {len(data)}")
+    peer_id, payload = open_envelope_untrusted(RECORD_CONTEXT, data)
+    body = decode_message_untrusted(payload, _RecordBody)
+    if len(body.name) > NAME_CHARACTERS_MAX or not body.name.isprintable():
+        raise DecodeError("a node's name has at most 64 printable characters")
+    if len(body.services) > SERVICES_MAX or any(
+        len(service) > SERVICE_CHARACTERS_MAX or not service.isprintable()
+        for service in body.services
+    ):
+        raise DecodeError("a record names at most 16 services of at most 128 characters")
+    return NodeRecord(
+        peer_id=peer_id,
+        issued_at_s=body.issued_at_s,
+        name=body.name,
+        profile=decode_profile_untrusted(body.profile),
+        alternate_endpoint=None
+        if body.alternate_endpoint is None
+        else decode_endpoint_untrusted(body.alternate_endpoint),
+        services=body.services,
+    )
+
+
+class ShareRecord(Message, frozen=True):
+    """Here is my record; give me yours. The answer is a ShareRecord, too."""
+
+    record: bytes
+
+
+class FindPeers(Message, frozen=True):
+    """Whom are you connected to?"""
+
+
+class PeersFound(Message, frozen=True):
+    """These: signed records."""
+
+    records: tuple[bytes, ...]
+
+
+class Introduce(Message, frozen=True):
+    """A to N: introduce me to `target`."""
+
+    target: bytes
+    attempt: bytes
+    record: bytes
+
+
+class Rendezvous(Message, frozen=True):
+    """N to B: the peer of `record`, which I see at `seen_at`, wants to meet you now."""
+
+    attempt: bytes
+    record: bytes
+    seen_at: str
+
+
+class RendezvousAccepted(Message, frozen=True):
+    """B to N: I have started my side."""
+
+    record: bytes
+
+
+class Introduced(Message, frozen=True):
+    """N to A: the peer of `record`, which I see at `seen_at`, has started."""
+
+    record: bytes
+    seen_at: str
+
+
+class AskNeighbour(Message, frozen=True):
+    """A to N: let a neighbour of yours that I never met send an echo reply to `observed`."""
+
+    transaction: bytes
+    observed: str
+
+
+class EchoTo(Message, frozen=True):
+    """N to its neighbour: send one echo reply there; I see the asker at that very address."""
+
+    transaction: bytes
+    observed: str
+
+
+class Asked(Message, frozen=True):
+    """The answer to both: it was sent."""
+
+
+def decode_endpoint_untrusted(text: str) -> Endpoint:
+    """Read an endpoint that a peer wrote.
+
+    Raises:
+        DecodeError: Not one, or one that can be nobody's.
+    """
+    try:
+        endpoint = Endpoint.parse(text)
+    except AddressError as error:
+        raise DecodeError(str(error)) from error
+    if endpoint.kind is AddressKind.UNUSABLE:
+        raise DecodeError(f"{endpoint} can be nobody's endpoint")
+    return endpoint
+
+
+def decode_attempt_untrusted(attempt: bytes) -> bytes:
+    """Check the name of an attempt.
+
+    Raises:
+        DecodeError: Not 8 bytes.
+    """
+    if len(attempt) != ATTEMPT_BYTES:
+        raise DecodeError(f"an attempt is named by {ATTEMPT_BYTES} bytes, not {len(attempt)}")
+    return attempt
+
+
+def profile_as_seen(profile: NatProfile, seen_at: Endpoint) -> NatProfile:
+    """Return a peer's profile with every global address replaced by the one the introducer sees.
+
+    Ports stay as the peer says: they are within its own address, so they harm nobody else.
+    """
+    main = profile.main_endpoint
+    return replace(
+        profile,
+        public_ips=(seen_at.ip,),
+        main_endpoint=None if main is None else Endpoint(seen_at.ip, main.port),
+    )

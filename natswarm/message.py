@@ -1,0 +1,51 @@
+"""Messages between peers: msgpack with a schema, decoded strictly.
+
+Datagrams have fixed layouts (`wire.py`); everything that travels on streams or inside signed
+envelopes is a `Message`: an immutable Struct that carries its own name. Fields may be added at the
+end with defaults; unknown fields are ignored, so versions can meet.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import Any, TypeVar
+
+import msgspec
+
+from natswarm.errors import DecodeError
+
+__all__ = ["Message", "Refusal", "decode_message_untrusted", "encode_message"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of every message."""
+
+
+class Refusal(Message, frozen=True):
+    """Any request may be answered with this: no, and why, in words for the user."""
+
+    reason: str
+
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+def encode_message(message: Message) -> bytes:
+    """Return the msgpack form."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode_message_untrusted(data: bytes, *message_types: type[MessageT]) -> MessageT:
+    """Read one message that must be one of `message_types`.
+
+    Raises:
+        DecodeError: It is damaged or another message.
+    """
+    expected: Any = reduce(or_, message_types)
+    try:
+        message: MessageT = msgspec.msgpack.decode(data, type=expected)
+    # Deep nesting overflows the decoder's recursion guard before the schema sees it.
+    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
+        raise DecodeError(f"a message is not what was expected: {error}") from error
+    return message
