@@ -73,9 +73,7 @@ def test_shared_keys_are_equal_secret_and_directional():
     )
 
 
-@pytest.mark.parametrize(
-    "key", [bytes(32), b"\x01" + bytes(31), (2**255 - 18).to_bytes(32, "little")]
-)
+@pytest.mark.parametrize("y", [0, 1, 2**255 - 18])
 def test_keys_of_small_order_are_refused(y: int):
     with pytest.raises(DecodeError, match="not a usable public key"):
         ALICE.probe_keys(PeerId(y.to_bytes(32, "little")))
