@@ -1,0 +1,334 @@
+"""UDP ports on a virtual host: the other side of the seam, for whole nodes without a socket.
+
+A world has its own time; here it runs in step with Trio's clock, the real one or an autojumping
+`trio.testing.MockClock`. One task sleeps until the next event is due, and runs all that are; no
+task and no timer exists per datagram. Whoever sends first brings the world up to the present, so
+that a datagram leaves when it is sent, not when the driver happens to be scheduled.
+
+    internet = Internet(World(seed=7))
+    alice = internet.add_host("alice", "kpn-nl")
+    async with run_world(internet.world):
+        port = VirtualNetwork(alice).bind(Endpoint("0.0.0.0", 0))
+
+Limits, as a kernel's: a bounded receive queue that drops when full, and sending that never waits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Generic, TypeVar
+
+import trio
+
+from natswarm.address import Endpoint
+from natswarm.errors import ConfigurationError
+from natswarm.net.port import Arrival, PortStatistics
+from natswarm.sim.topology import DEFAULT_TTL, Host, SimPort
+from natswarm.sim.world import World
+
+__all__ = ["VirtualNetwork", "VirtualPort", "VirtualPortGroup", "run_world"]
+
+# As many full-sized datagrams as 4 MiB hold: what QUIC stacks ask for with SO_RCVBUF, and 40 ms of
+# 100 MB/s, longer than any task may hold the loop.
+QUEUE_DATAGRAMS = 3000
+
+# `receive_batch` promises "some dozens", so that one busy port can't hold the loop for long.
+BATCH_DATAGRAMS = 64
+
+MAX_DATAGRAM_BYTES = 65_507  # 65,535 - 20 (IPv4 header) - 8 (UDP header)
+ANY_ADDRESS = "0.0.0.0"
+
+
+@asynccontextmanager
+async def run_world(world: World) -> AsyncIterator[None]:
+    """Keep `world` in step with Trio's clock inside the block; afterwards it stands still.
+
+    An exception of an event comes out of the block, or of the `send` that ran the event.
+
+    Raises:
+        RuntimeError: The world is in step with a clock already.
+    """
+    if world.clock is not None:
+        raise RuntimeError("the world is in step with a clock already")
+    driver = _Driver(world)
+    world.clock = driver.present
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(driver.run)
+            yield
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # The nursery is our own affair: what the block raised comes out as it was raised.
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from None
+        raise
+    finally:
+        world.clock = None
+        world.set_alarm(-math.inf, None)
+
+
+class _Driver:
+    """Keeps a world in step with Trio's clock."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        # A world that ran before goes on from where it stood.
+        self._offset = trio.current_time() - world.now
+        self._due = world.now
+        self._sleep = trio.CancelScope()
+
+    def present(self) -> float:
+        return trio.current_time() - self._offset
+
+    async def run(self) -> None:
+        world = self._world
+        while True:
+            # The clock may read a hair less than the deadline it woke us for (floating point);
+            # without `max` the same deadline would wake us again, for ever on a mock clock.
+            world.run_until(max(self._due, self.present()))
+            self._due = world.next_time()
+            world.set_alarm(self._due, self._wake_at)
+            with trio.CancelScope(deadline=self._due + self._offset) as self._sleep:
+                await trio.sleep_forever()
+            world.set_alarm(-math.inf, None)
+
+    def _wake_at(self, due: float) -> None:
+        # Moving a deadline is all it takes: no event object, no rescheduling.
+        self._due = due
+        self._sleep.deadline = due + self._offset
+
+
+class VirtualNetwork:
+    """The `Network` of one virtual host. Its world must be inside `run_world` to move."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def bind(self, local: Endpoint) -> VirtualPort:
+        """Bind one UDP port; see `Network.bind`."""
+        self._check_address(local.ip)
+        return VirtualPort(self._host, self._host.open_port(local.port), local.ip)
+
+    def bind_group(self, ip: str, count: int) -> VirtualPortGroup:
+        """Bind `count` ports that the host draws; see `Network.bind_group`."""
+        self._check_address(ip)
+        ports: list[VirtualPort] = []
+        try:
+            for _ in range(count):
+                ports.append(VirtualPort(self._host, self._host.open_port(), ip))
+        except ConfigurationError as error:
+            for port in ports:
+                port.close()
+            raise ConfigurationError(
+                f"{count} ports asked for, {len(ports)} were free: {error}"
+            ) from error
+        return VirtualPortGroup(ports)
+
+    def local_addresses(self) -> list[str]:
+        """Our own address."""
+        return [self._host.ip]
+
+    def _check_address(self, ip: str) -> None:
+        if ip not in (ANY_ADDRESS, self._host.ip):
+            raise ConfigurationError(
+                f"{ip} is not an address of {self._host.name}; bind {self._host.ip}, or "
+                f"{ANY_ADDRESS} for any"
+            )
+
+
+_Item = TypeVar("_Item")
+
+
+class _Inbox(Generic[_Item]):
+    """A bounded queue with one waiting task.
+
+    Not a `trio.MemoryChannel`: that costs a lock and a checkpoint for each datagram, this for each
+    batch.
+    """
+
+    def __init__(self) -> None:
+        self.overflow_count = 0
+        self._items: deque[_Item] = deque()
+        self._receiver: trio.lowlevel.Task | None = None
+        self.is_closed = False
+
+    def put_nowait(self, item: _Item) -> None:
+        if len(self._items) >= QUEUE_DATAGRAMS:
+            self.overflow_count += 1
+            return
+        self._items.append(item)
+        self._wake()
+
+    async def receive_batch(self) -> list[_Item]:
+        if self._receiver is not None:
+            raise trio.BusyResourceError("another task receives here already")
+        if self.is_closed:
+            raise trio.ClosedResourceError
+        if self._items:
+            await trio.lowlevel.checkpoint()
+        while not self._items and not self.is_closed:
+            self._receiver = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._give_up)
+        if self.is_closed:
+            raise trio.ClosedResourceError
+        items = self._items
+        if len(items) <= BATCH_DATAGRAMS:
+            batch = list(items)
+            items.clear()
+            return batch
+        return [items.popleft() for _ in range(BATCH_DATAGRAMS)]
+
+    def take_out(self, belongs: Callable[[_Item], bool]) -> list[_Item]:
+        """Remove and return the items for which `belongs` holds."""
+        taken = [item for item in self._items if belongs(item)]
+        self._items = deque(item for item in self._items if not belongs(item))
+        return taken
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._items.clear()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._receiver is not None:
+            trio.lowlevel.reschedule(self._receiver)
+            self._receiver = None
+
+    def _give_up(self, _: Callable[[], object]) -> trio.lowlevel.Abort:
+        self._receiver = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+class VirtualPort:
+    """One UDP port of a virtual host: a `DatagramPort`."""
+
+    def __init__(self, host: Host, sim_port: SimPort, ip: str) -> None:
+        self._world = host.internet.world
+        self._sim_port = sim_port
+        self._local_endpoint = Endpoint(ip, sim_port.endpoint.port)
+        self._statistics = PortStatistics()
+        self._inbox: _Inbox[Arrival] = _Inbox()
+        self._is_closed = False
+        self.deliver_to(self._inbox.put_nowait)
+
+    @property
+    def local_endpoint(self) -> Endpoint:
+        """The bound address and port."""
+        return self._local_endpoint
+
+    @property
+    def statistics(self) -> PortStatistics:
+        """Counters so far."""
+        return self._statistics
+
+    @property
+    def overflow_count(self) -> int:
+        """Datagrams dropped because nobody received them in time, as a full socket buffer does."""
+        return self._inbox.overflow_count
+
+    def send(self, data: bytes, destination: Endpoint, *, ttl: int | None = None) -> None:
+        """Send one datagram; see `DatagramPort.send`."""
+        if self._is_closed:
+            raise trio.ClosedResourceError
+        if not _can_send(data, destination):
+            self._statistics.send_failed_count += 1
+            return
+        self._world.catch_up()
+        self._statistics.sent_count += 1
+        self._sim_port.send(data, destination, DEFAULT_TTL if ttl is None else ttl)
+
+    def send_run(self, datagrams: Sequence[bytes], destination: Endpoint) -> None:
+        """Send several datagrams to one destination; see `DatagramPort.send_run`."""
+        for data in datagrams:
+            self.send(data, destination)
+
+    async def receive_batch(self) -> list[Arrival]:
+        """Wait for datagrams; see `DatagramPort.receive_batch`."""
+        return await self._inbox.receive_batch()
+
+    def close(self) -> None:
+        """Close; idempotent."""
+        self._is_closed = True
+        self._sim_port.close()
+        self._inbox.close()
+
+    def deliver_to(self, put: Callable[[Arrival], None]) -> None:
+        """Have arrivals go elsewhere than to `receive_batch`: for a group."""
+        statistics = self._statistics
+
+        def on_datagram(data: bytes, source: Endpoint) -> None:
+            statistics.received_count += 1
+            put(Arrival(data, source))
+
+        self._sim_port.on_datagram = on_datagram
+
+    def deliver_here(self, earlier: Iterable[Arrival]) -> None:
+        """Have arrivals come to `receive_batch` again, after those that came `earlier`."""
+        for arrival in earlier:
+            self._inbox.put_nowait(arrival)
+        self.deliver_to(self._inbox.put_nowait)
+
+
+class VirtualPortGroup:
+    """Many ports behind one wait: a `PortGroup`."""
+
+    def __init__(self, ports: Sequence[VirtualPort]) -> None:
+        self._ports: list[VirtualPort | None] = list(ports)
+        self._inbox: _Inbox[tuple[int, Arrival]] = _Inbox()
+        for index, port in enumerate(ports):
+            port.deliver_to(partial(self._put, index))
+
+    @property
+    def count(self) -> int:
+        """How many ports the group was opened with."""
+        return len(self._ports)
+
+    def send(
+        self, index: int, data: bytes, destination: Endpoint, *, ttl: int | None = None
+    ) -> None:
+        """Send from port `index`; see `PortGroup.send`."""
+        self._port(index).send(data, destination, ttl=ttl)
+
+    async def receive_batch(self) -> list[tuple[int, Arrival]]:
+        """Wait for datagrams on any port of the group; see `PortGroup.receive_batch`."""
+        return await self._inbox.receive_batch()
+
+    def take(self, index: int) -> VirtualPort:
+        """Take one port out, with what it has received and nobody has seen.
+
+        Raises:
+            ValueError: It was taken before.
+            trio.ClosedResourceError: The group was closed.
+        """
+        port = self._port(index)
+        self._ports[index] = None
+        mine = self._inbox.take_out(lambda item: item[0] == index)
+        port.deliver_here(arrival for _, arrival in mine)
+        return port
+
+    def close(self) -> None:
+        """Close every port that was not taken; idempotent."""
+        for port in self._ports:
+            if port is not None:
+                port.close()
+        self._inbox.close()
+
+    def _port(self, index: int) -> VirtualPort:
+        if self._inbox.is_closed:
+            raise trio.ClosedResourceError
+        port = self._ports[index]
+        if port is None:
+            raise ValueError(f"port {index} was taken out of the group")
+        return port
+
+    def _put(self, index: int, arrival: Arrival) -> None:
+        self._inbox.put_nowait((index, arrival))
+
+
+def _can_send(data: bytes, destination: Endpoint) -> bool:
+    """Whether Linux would take the datagram from an IPv4 socket."""
+    return len(data) <= MAX_DATAGRAM_BYTES and destination.port != 0 and ":" not in destination.ip
