@@ -243,8 +243,16 @@ class VirtualPort:
 
     def send_run(self, datagrams: Sequence[bytes], destination: Endpoint) -> None:
         """Send several datagrams to one destination; see `DatagramPort.send_run`."""
+        if self._is_closed:
+            raise trio.ClosedResourceError
+        self._world.catch_up()
+        statistics, send = self._statistics, self._sim_port.send
         for data in datagrams:
-            self.send(data, destination)
+            if _can_send(data, destination):
+                statistics.sent_count += 1
+                send(data, destination)
+            else:
+                statistics.send_failed_count += 1
 
     async def receive_batch(self) -> list[Arrival]:
         """Wait for datagrams; see `DatagramPort.receive_batch`."""

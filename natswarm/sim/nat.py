@@ -14,9 +14,9 @@ Filtering is a set of keys of the same three kinds. A packet that the filter let
 without a session gets one, so that replies to exactly that remote leave through the port it came
 in by; without this, an APDM mapping with a wider filter would answer from another port.
 
-Idea of the keys: tailscale's `tstest/natlab`. Terms: RFC 4787. What Linux does is from its
-`nf_nat_core.c` and was compared with a kernel in network namespaces. Knows neither links nor hop
-limits nor routing (`topology.py`), and no clock.
+Idea of the keys: tailscale's `tstest/natlab`. Terms: RFC 4787. What is said of Linux is from its
+`nf_nat_core.c`, `nf_conntrack_core.c` and `nf_conntrack_tftp.c`. Knows neither links nor hop limits
+nor routing (`topology.py`), and no clock.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ __all__ = ["Nat", "NatBehaviour", "NatCounters"]
 # choice; opcode 1 is a read request, 2 a write request.
 TFTP_PORT = 69
 TFTP_REQUESTS = (b"\x00\x01", b"\x00\x02")
-TFTP_EXPECTATION_S = 300.0
-"""How long Linux waits for the answer: `nf_conntrack_tftp.c`, 5 minutes."""
 
 _Key = tuple[object, ...]
 _K = TypeVar("_K")
@@ -186,7 +184,9 @@ class Nat:
         self._outgoing: dict[tuple[str, int, str, int], _Session] = {}
         self._incoming: dict[tuple[int, str, int], _Session] = {}
         self._claims: dict[_Key, _Mapping] = {}
-        self._expectations: dict[tuple[int, str], tuple[float, _Mapping]] = {}
+        # The requests whose answers are awaited, by our port and the remote address. An expectation
+        # ends with the session of its request, as in Linux, where its own 5 minutes never matter.
+        self._expectations: dict[tuple[int, str], _Session] = {}
         self._port_users: dict[int, int] = {}  # external port -> mappings
         self._subscribers: dict[str, int] = {}  # internal address -> mappings
         # Every session once, at a time not after its expiry: looked at again when it is due.
@@ -204,8 +204,7 @@ class Nat:
             session = opened
         self._refresh(session, now)
         if self._has_helper and remote.port == TFTP_PORT and data[:2] in TFTP_REQUESTS:
-            key = (session.external.port, remote.ip)
-            self._expectations[key] = (now + TFTP_EXPECTATION_S, session.mapping)
+            self._expectations[session.external.port, remote.ip] = session
         self.counters.outbound_count += 1
         return Packet(session.external, remote, data)
 
@@ -324,10 +323,10 @@ class Nat:
                 self._permit(session)
             return session
         if self._has_helper and session is None:
-            # One answer for each request, as an expectation in Linux is used up by its packet.
-            expires, expecting = self._expectations.pop((port, remote.ip), (0.0, None))
-            if expecting is not None and expires > now and expecting.expires > now:
-                session = self._session_of_admitted(expecting, remote)
+            # One answer for each request: in Linux a packet uses its expectation up.
+            request = self._expectations.pop((port, remote.ip), None)
+            if request is not None:
+                session = self._session_of_admitted(request.mapping, remote)
                 self._permit(session)
                 return session
         if self.behaviour.accepts_strangers:
@@ -383,6 +382,8 @@ class Nat:
         internal, port = mapping.internal, mapping.external.port
         del self._outgoing[internal.ip, internal.port, remote.ip, remote.port]
         del self._incoming[port, remote.ip, remote.port]
+        if remote.port == TFTP_PORT:
+            self._expectations.pop((port, remote.ip), None)
         if session.is_open:
             _count_down(mapping.permitted, self._filter_key(remote))
         claim = self._claim(port, remote)
