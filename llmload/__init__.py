@@ -1,6 +1,51 @@
 """GPT-2 on ONNX Runtime, run and trained over the peers of a mesh.
 
-The modules, from the inside out: `config`, `weights`, `tokenizer` (a model folder in Hugging Face
-layout), `reference` (the model in NumPy: what is right), `graph` (the model as ONNX), `engine`
-(ONNX graphs running on this device).
+    model = load_model(bundled_model_path())
+    engine = StageEngine(model.config, model.weights)
+    text = model.tokenizer.stream()
+    for token in generate_tokens([engine], model.tokenizer.encode("def ")):
+        print(text.push(token), end="")
+
+The modules, from the inside out: `config`, `weights`, `tokenizer`, `model_folder` (a model on disk,
+in Hugging Face layout), `reference` (the model in NumPy: what is right), `graph` (the model as
+ONNX), `engine` (ONNX graphs running on this device).
 """
+
+from __future__ import annotations
+
+from llmload.config import GPT2Config
+from llmload.engine.generate import generate_tokens
+from llmload.engine.kv_cache import CachePool, KVCache
+from llmload.engine.sampler import SamplingParameters
+from llmload.engine.session import StageEngine
+from llmload.errors import (
+    CacheFull,
+    LearningFailed,
+    LlmloadError,
+    ModelFolderError,
+    PromptTooLong,
+    StageFailed,
+)
+from llmload.model_folder import Model, load_model
+from llmload.tokenizer import TextStream, Tokenizer
+from llmload.weights import bundled_model_path
+
+__all__ = [
+    "CacheFull",
+    "CachePool",
+    "GPT2Config",
+    "KVCache",
+    "LearningFailed",
+    "LlmloadError",
+    "Model",
+    "ModelFolderError",
+    "PromptTooLong",
+    "SamplingParameters",
+    "StageEngine",
+    "StageFailed",
+    "TextStream",
+    "Tokenizer",
+    "bundled_model_path",
+    "generate_tokens",
+    "load_model",
+]

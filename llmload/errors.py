@@ -4,6 +4,7 @@
      +-- ModelFolderError    a model folder is damaged, incomplete or of another architecture
      +-- PromptTooLong       the prompt leaves no room in the context of the model
      +-- StageFailed         a stage of the pipeline could not compute what it was asked for
+     |    +-- CacheFull      its memory for keys and values is taken by other sequences
      +-- LearningFailed      a training step or an exchange of updates could not be completed
 
 Every message says what is wrong and what to do about it, because it ends up in front of a person.
@@ -16,7 +17,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["LearningFailed", "LlmloadError", "ModelFolderError", "PromptTooLong", "StageFailed"]
+__all__ = [
+    "CacheFull",
+    "LearningFailed",
+    "LlmloadError",
+    "ModelFolderError",
+    "PromptTooLong",
+    "StageFailed",
+]
 
 
 class LlmloadError(Exception):
@@ -63,6 +71,10 @@ class StageFailed(LlmloadError):
     The step may be repeated on another replica of the same blocks: stages hold no state that the
     client could not send again.
     """
+
+
+class CacheFull(StageFailed):
+    """The sequences in use leave no room for this step; try again when one of them is done."""
 
 
 class LearningFailed(LlmloadError):

@@ -191,7 +191,10 @@ class GraphBuilder:
             renamed.input[:] = [self._output_names.get(name, name) for name in node.input]
             renamed.output[:] = [self._output_names.get(name, name) for name in node.output]
             nodes.append(renamed)
-        graph = helper.make_graph(nodes, self.name, self.inputs, self.outputs, self.initializers)
+        # Autodiff drops nodes that nobody needs; the runtime warns of constants left behind.
+        used = {name for node in nodes for name in node.input}
+        initializers = [tensor for tensor in self.initializers if tensor.name in used]
+        graph = helper.make_graph(nodes, self.name, self.inputs, self.outputs, initializers)
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],
