@@ -9,7 +9,8 @@
     ├── ConnectFailed          no connection to a peer
     │   ├── PeerNotFound       nobody we can reach knows the peer
     │   ├── PunctureFailed     the NATs between us stayed closed; says why and what to try
-    │   └── HandshakeFailed    a path was there, but not the right peer at its end
+    │   ├── HandshakeFailed    a path was there, but not the right peer at its end
+    │   └── AlreadyConnecting  the peer is connecting to us at this moment, so it declined our wish
     ├── RequestRefused         the peer understood and said no; says why
     └── ConnectionLost         a living connection ended (also a `trio.BrokenResourceError`)
 
@@ -22,6 +23,7 @@ import trio
 
 __all__ = [
     "AddressError",
+    "AlreadyConnecting",
     "ConfigurationError",
     "ConnectFailed",
     "ConnectionLost",
@@ -37,7 +39,14 @@ __all__ = [
 
 
 class NatswarmError(Exception):
-    """Base of all errors natswarm raises on purpose."""
+    """Base of all errors natswarm raises on purpose.
+
+    Attributes:
+        code: A word for programs where callers react to this very error, over the network too;
+            else empty.
+    """
+
+    code: str = ""
 
 
 class DecodeError(NatswarmError):
@@ -76,8 +85,23 @@ class HandshakeFailed(ConnectFailed):
     """A path was there, but the peer at its end was not the one asked for, or fell silent."""
 
 
+class AlreadyConnecting(ConnectFailed):
+    """The peer is connecting to us at this moment and so declined our own wish to."""
+
+    code = "already-connecting"
+
+
 class RequestRefused(NatswarmError):
-    """The peer understood a request and said no."""
+    """The peer understood a request and said no.
+
+    Args:
+        reason: Why, in the peer's words.
+        code: The code of the error that made it refuse.
+    """
+
+    def __init__(self, reason: str, code: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class ConnectionLost(NatswarmError, trio.BrokenResourceError):

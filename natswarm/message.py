@@ -23,9 +23,10 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refusal(Message, frozen=True):
-    """Any request may be answered with this: no, and why, in words for the user."""
+    """Any request may be answered with this: no, and why, in words for the user and a code."""
 
     reason: str
+    code: str = ""
 
 
 MessageT = TypeVar("MessageT", bound=Message)

@@ -80,7 +80,7 @@ class MessageStream:
         payload = await self._read(payload_size)
         header: Message = decode_message_untrusted(encoded, *header_types, Refusal)
         if isinstance(header, Refusal):
-            raise RequestRefused(header.reason)
+            raise RequestRefused(header.reason, header.code)
         return cast("MessageT", header), payload
 
     async def call(self, request: Message, reply_type: type[MessageT]) -> MessageT:

@@ -86,6 +86,10 @@ class PortGroup(Protocol):
         """How many ports the group was opened with."""
         ...
 
+    def local_endpoint(self, index: int) -> Endpoint:
+        """The address and port that port `index` is bound to."""
+        ...
+
     def send(
         self, index: int, data: bytes, destination: Endpoint, *, ttl: int | None = None
     ) -> None:

@@ -295,6 +295,10 @@ class VirtualPortGroup:
         """How many ports the group was opened with."""
         return len(self._ports)
 
+    def local_endpoint(self, index: int) -> Endpoint:
+        """Return the address and port that port `index` is bound to."""
+        return self._port(index).local_endpoint
+
     def send(
         self, index: int, data: bytes, destination: Endpoint, *, ttl: int | None = None
     ) -> None:

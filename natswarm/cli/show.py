@@ -1,0 +1,93 @@
+"""How things of the node look: rich text for people, plain dictionaries for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from natswarm.nat.profile import NatProfile
+from natswarm.node import (
+    NodeEvent,
+    Peer,
+    PeerConnected,
+    PeerLost,
+    ProfileLearned,
+    PunctureEnded,
+    PunctureStarted,
+)
+
+__all__ = ["event_as_json", "event_as_text", "profile_as_json", "profile_table"]
+
+
+def event_as_text(event: NodeEvent) -> str:
+    """Return one line of rich markup."""
+    match event:
+        case ProfileLearned(profile):
+            return f"[cyan]NAT[/]        {profile}"
+        case PunctureStarted(peer_id, plan):
+            return f"[yellow]puncture[/]   {peer_id.short}: {plan}"
+        case PunctureEnded(peer_id, report) if report.is_ok:
+            return (
+                f"[green]open[/]       {peer_id.short}: {report.strategy}, "
+                f"{report.probe_count} probes, {report.seconds:.2f} s"
+            )
+        case PunctureEnded(peer_id, report):
+            return f"[red]closed[/]     {peer_id.short}: {escape(report.reason)}"
+        case PeerConnected(peer):
+            return f"[bold green]connected[/]  {_peer_text(peer)}"
+        case PeerLost(peer):
+            return f"[red]lost[/]       {_peer_text(peer)}"
+
+
+def event_as_json(event: NodeEvent) -> dict[str, Any]:
+    """Return the same for programs; `event` names it."""
+    match event:
+        case ProfileLearned(profile):
+            return {"event": "profile", **profile_as_json(profile)}
+        case PunctureStarted(peer_id, plan):
+            return {"event": "puncture", "peer_id": str(peer_id), "strategy": plan.strategy}
+        case PunctureEnded(peer_id, report):
+            return {
+                "event": "punctured",
+                "peer_id": str(peer_id),
+                "strategy": report.strategy,
+                "probes": report.probe_count,
+                "seconds": round(report.seconds, 4),
+                "ok": report.is_ok,
+                "reason": report.reason,
+            }
+        case PeerConnected(peer):
+            return {"event": "connected", "peer_id": str(peer.peer_id), "at": str(peer.seen_at)}
+        case PeerLost(peer):
+            return {"event": "lost", "peer_id": str(peer.peer_id), "at": str(peer.seen_at)}
+
+
+def profile_as_json(profile: NatProfile) -> dict[str, Any]:
+    """Return what is known of a NAT; null is what is not known."""
+    allocation = profile.allocation
+    return {
+        "translated": profile.is_translated,
+        "mapping": profile.mapping.value if profile.mapping else None,
+        "filtering": profile.filtering.value if profile.filtering else None,
+        "allocation": str(allocation) if allocation is not None else None,
+        "public_ips": list(profile.public_ips),
+        "endpoint": str(profile.main_endpoint) if profile.main_endpoint else None,
+        "echoes": profile.echo_count,
+        "observers": profile.observer_count,
+    }
+
+
+def profile_table(profile: NatProfile) -> Table:
+    """Return the same as a table for people."""
+    table = Table(title="Your NAT", show_header=False, title_justify="left")
+    for key, value in profile_as_json(profile).items():
+        text = ", ".join(value) if isinstance(value, list) else str(value)
+        table.add_row(key, "unknown" if value is None else text)
+    return table
+
+
+def _peer_text(peer: Peer) -> str:
+    name = f" ({escape(peer.record.name)})" if peer.record is not None and peer.record.name else ""
+    return f"{peer.peer_id.short}{name} at {peer.seen_at}"

@@ -1,0 +1,292 @@
+"""The common neighbour: ask for introductions, make them, and accept them.
+
+Each of the small protocols here is one question and one answer on a stream of its own:
+
+    natswarm/record/1      ShareRecord -> ShareRecord
+    natswarm/peers/1       FindPeers -> PeersFound
+    natswarm/introduce/1   Introduce -> Introduced                (to the common neighbour)
+    natswarm/rendezvous/1  Rendezvous -> RendezvousAccepted       (from it to the peer)
+    natswarm/ask/1         AskNeighbour -> Asked                  (to a neighbour)
+    natswarm/echo/1        EchoTo -> Asked                        (from it to one of its neighbours)
+
+What it is all for stands in `discovery/introduction.py`. Knows no sockets; it asks the node, behind
+the `Home` protocol, for whom it is connected to and to start a puncture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import trio
+
+from natswarm.address import Endpoint
+from natswarm.discovery.introduction import (
+    Asked,
+    AskNeighbour,
+    EchoTo,
+    FindPeers,
+    Introduce,
+    Introduced,
+    NodeRecord,
+    PeersFound,
+    Rendezvous,
+    RendezvousAccepted,
+    ShareRecord,
+    decode_attempt_untrusted,
+    decode_endpoint_untrusted,
+    decode_record_untrusted,
+)
+from natswarm.errors import (
+    ConnectFailed,
+    DecodeError,
+    NatswarmError,
+    PeerNotFound,
+    RequestRefused,
+)
+from natswarm.identity import PeerId
+from natswarm.message import Message, Refusal
+from natswarm.net.message_stream import MessageStream
+from natswarm.net.stream import Stream
+from natswarm.wire import TRANSACTION_BYTES
+
+__all__ = ["Home", "Introducer", "Neighbour"]
+
+# A neighbour that is alive answers in a round trip or two; the rendezvous takes two of them and the
+# other side may have to look at its own NAT first.
+REPLY_TIMEOUT_S = 15.0
+
+# FindPeers answers with a sample: enough for the swarms of today, one bounded message for larger.
+PEERS_FOUND_MAX = 64
+
+MessageT = TypeVar("MessageT", bound=Message)
+RequestT = TypeVar("RequestT", bound=Message)
+
+
+class Neighbour(Protocol):
+    """A peer we are connected to, as far as the introducer cares."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Who it is."""
+        ...
+
+    @property
+    def seen_at(self) -> Endpoint:
+        """Where its datagrams come from."""
+        ...
+
+    @property
+    def sealed_record(self) -> bytes | None:
+        """Its signed record, once it has shared it."""
+        ...
+
+    async def open_stream(self, protocol: str) -> Stream:
+        """Start a stream to it."""
+        ...
+
+
+class Home(Protocol):
+    """What the introducer needs of its node."""
+
+    def sealed_record(self) -> bytes:
+        """Our own record as of now, signed."""
+        ...
+
+    def neighbours(self) -> list[Neighbour]:
+        """Whom we are connected to, oldest first."""
+        ...
+
+    async def start_rendezvous(self, record: NodeRecord, seen_at: Endpoint, attempt: bytes) -> None:
+        """Start our side of a puncture with the peer of `record`; returns when it has started.
+
+        Raises:
+            ConnectFailed: There is no plan for this pair, or we are not willing.
+        """
+        ...
+
+    def learn_record(self, peer_id: PeerId, sealed: bytes) -> None:
+        """Note the record of a peer we are connected to."""
+        ...
+
+    def send_unsolicited_echo(self, transaction: bytes, observed: Endpoint) -> None:
+        """Send one echo reply from our main port."""
+        ...
+
+
+class Introducer:
+    """Both ends of the protocols above, for one node."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+
+    def handlers(self) -> dict[str, Callable[[Stream, Neighbour], Awaitable[None]]]:
+        """The protocols we answer, by name."""
+        return {
+            "natswarm/record/1": self._serve(ShareRecord, self._answer_record),
+            "natswarm/peers/1": self._serve(FindPeers, self._answer_peers),
+            "natswarm/introduce/1": self._serve(Introduce, self._answer_introduce),
+            "natswarm/rendezvous/1": self._serve(Rendezvous, self._answer_rendezvous),
+            "natswarm/ask/1": self._serve(AskNeighbour, self._answer_ask),
+            "natswarm/echo/1": self._serve(EchoTo, self._answer_echo),
+        }
+
+    async def share_record(self, neighbour: Neighbour) -> None:
+        """Give `neighbour` our record and note its own.
+
+        Raises:
+            NatswarmError: It did not answer, or not with its own valid record.
+        """
+        reply = await self._ask(
+            neighbour, "natswarm/record/1", ShareRecord(self._home.sealed_record()), ShareRecord
+        )
+        self._learn(neighbour, reply.record)
+
+    async def find_peers(self, neighbour: Neighbour) -> list[NodeRecord]:
+        """Ask `neighbour` whom it is connected to.
+
+        Raises:
+            NatswarmError: It did not answer.
+        """
+        reply = await self._ask(neighbour, "natswarm/peers/1", FindPeers(), PeersFound)
+        records = []
+        for sealed in reply.records[:PEERS_FOUND_MAX]:
+            try:
+                records.append(decode_record_untrusted(sealed))
+            except DecodeError:
+                continue  # a neighbour's bad memory is no reason to lose the good ones
+        return records
+
+    async def introduce(
+        self, neighbour: Neighbour, target: PeerId, attempt: bytes
+    ) -> tuple[NodeRecord, Endpoint]:
+        """Ask `neighbour` to introduce us to `target`; its side has started when this returns.
+
+        Returns:
+            The target's record, and where the neighbour sees it.
+
+        Raises:
+            RequestRefused: The neighbour does not know the target, or the target is not willing.
+            NatswarmError: No valid answer.
+        """
+        request = Introduce(target.key, attempt, self._home.sealed_record())
+        reply = await self._ask(neighbour, "natswarm/introduce/1", request, Introduced)
+        record = decode_record_untrusted(reply.record)
+        if record.peer_id != target:
+            raise DecodeError(f"asked for {target.short}, introduced to {record.peer_id.short}")
+        return record, decode_endpoint_untrusted(reply.seen_at)
+
+    async def ask_neighbour_to_echo(
+        self, neighbour: Neighbour, transaction: bytes, observed: Endpoint
+    ) -> None:
+        """Ask `neighbour` that one of its other neighbours sends an echo reply to `observed`.
+
+        Raises:
+            RequestRefused: It has no other neighbour, or `observed` is not where it sees us.
+            NatswarmError: No valid answer.
+        """
+        request = AskNeighbour(transaction, str(observed))
+        await self._ask(neighbour, "natswarm/ask/1", request, Asked)
+
+    async def _ask(
+        self, neighbour: Neighbour, protocol: str, request: Message, reply_type: type[MessageT]
+    ) -> MessageT:
+        try:
+            with trio.fail_after(REPLY_TIMEOUT_S):
+                async with MessageStream(await neighbour.open_stream(protocol)) as messages:
+                    return await messages.call(request, reply_type)
+        except trio.TooSlowError:
+            raise ConnectFailed(
+                f"{neighbour.peer_id.short} did not answer {protocol} in {REPLY_TIMEOUT_S:.0f} s"
+            ) from None
+        except trio.BrokenResourceError as error:
+            raise ConnectFailed(f"lost {neighbour.peer_id.short} while asking: {error}") from error
+
+    def _serve(
+        self,
+        request_type: type[RequestT],
+        answer: Callable[[RequestT, Neighbour], Awaitable[Message]],
+    ) -> Callable[[Stream, Neighbour], Awaitable[None]]:
+        async def handler(stream: Stream, neighbour: Neighbour) -> None:
+            with trio.move_on_after(2 * REPLY_TIMEOUT_S):
+                async with MessageStream(stream) as messages:
+                    request, _ = await messages.receive(request_type)
+                    try:
+                        reply = await answer(request, neighbour)
+                    except NatswarmError as error:
+                        reply = Refusal(str(error), error.code)
+                    await messages.send(reply)
+                    await messages.send_eof()
+
+        return handler
+
+    async def _answer_record(self, request: ShareRecord, neighbour: Neighbour) -> ShareRecord:
+        self._learn(neighbour, request.record)
+        return ShareRecord(self._home.sealed_record())
+
+    async def _answer_peers(self, _request: FindPeers, neighbour: Neighbour) -> PeersFound:
+        records = [
+            other.sealed_record
+            for other in self._home.neighbours()
+            if other.peer_id != neighbour.peer_id and other.sealed_record is not None
+        ]
+        # The latest: of a crowd, those that came last are the likeliest to be still there.
+        return PeersFound(tuple(records[-PEERS_FOUND_MAX:]))
+
+    async def _answer_introduce(self, request: Introduce, neighbour: Neighbour) -> Introduced:
+        target_id = PeerId.decode_untrusted(request.target)
+        attempt = decode_attempt_untrusted(request.attempt)
+        record = decode_record_untrusted(request.record)
+        if record.peer_id != neighbour.peer_id:
+            raise RequestRefused("a node may introduce only itself")
+        self._home.learn_record(neighbour.peer_id, request.record)
+        target = self._neighbour(target_id)
+        if target is None:
+            raise PeerNotFound(f"I am not connected to {target_id.short}")
+        rendezvous = Rendezvous(attempt, request.record, str(neighbour.seen_at))
+        accepted = await self._ask(target, "natswarm/rendezvous/1", rendezvous, RendezvousAccepted)
+        return Introduced(accepted.record, str(target.seen_at))
+
+    async def _answer_rendezvous(
+        self, request: Rendezvous, _neighbour: Neighbour
+    ) -> RendezvousAccepted:
+        attempt = decode_attempt_untrusted(request.attempt)
+        record = decode_record_untrusted(request.record)
+        seen_at = decode_endpoint_untrusted(request.seen_at)
+        await self._home.start_rendezvous(record, seen_at, attempt)
+        return RendezvousAccepted(self._home.sealed_record())
+
+    async def _answer_ask(self, request: AskNeighbour, neighbour: Neighbour) -> Asked:
+        observed = decode_endpoint_untrusted(request.observed)
+        # Return routability: we see the asker at this address ourselves, on a living connection,
+        # so nobody can point our neighbours at a third party.
+        if observed.ip != neighbour.seen_at.ip:
+            raise RequestRefused(f"I see you at {neighbour.seen_at.ip}, not at {observed.ip}")
+        for other in reversed(self._home.neighbours()):
+            # A neighbour of the same address would not be a stranger to the asker's NAT.
+            if other.peer_id != neighbour.peer_id and other.seen_at.ip != observed.ip:
+                await self._ask(
+                    other, "natswarm/echo/1", EchoTo(request.transaction, str(observed)), Asked
+                )
+                return Asked()
+        raise RequestRefused("I have no other neighbour who could send you a datagram")
+
+    async def _answer_echo(self, request: EchoTo, _neighbour: Neighbour) -> Asked:
+        if len(request.transaction) != TRANSACTION_BYTES:
+            raise DecodeError(f"a transaction has {TRANSACTION_BYTES} bytes")
+        self._home.send_unsolicited_echo(
+            request.transaction, decode_endpoint_untrusted(request.observed)
+        )
+        return Asked()
+
+    def _learn(self, neighbour: Neighbour, sealed: bytes) -> None:
+        record = decode_record_untrusted(sealed)
+        if record.peer_id != neighbour.peer_id:
+            raise DecodeError(f"{neighbour.peer_id.short} sent the record of another node")
+        self._home.learn_record(neighbour.peer_id, sealed)
+
+    def _neighbour(self, peer_id: PeerId) -> Neighbour | None:
+        for neighbour in self._home.neighbours():
+            if neighbour.peer_id == peer_id:
+                return neighbour
+        return None
