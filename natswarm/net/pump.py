@@ -1,0 +1,111 @@
+"""The one receiver of a UDP port: sorts what comes in and hands it on.
+
+A socket that several tasks receive from loses the order and the batch; so one task receives, and
+what datagrams are for is told by their first byte in the spirit of RFC 9443:
+
+    bit 0x40 set   QUIC (RFC 9000 section 17: the fixed bit), to whoever attached its source
+    4..15          natswarm's own, wire.py
+    else           nobody's: counted and dropped
+
+QUIC goes by source endpoint, not by connection id: a path here is one socket and one endpoint that
+authenticated probes agreed on, with one connection on it. Whoever is not at the end of such a path
+gets no answer at all, so an open port cannot be told from a closed one.
+
+Knows neither QUIC nor natswarm's formats; nothing that comes in can raise in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from natswarm.address import Endpoint
+from natswarm.net.port import DatagramPort
+
+__all__ = ["PortPump", "PumpStatistics"]
+
+QUIC_FIXED_BIT = 0x40
+NATSWARM_FIRST_BYTES = range(4, 16)
+
+
+@dataclass(slots=True)
+class PumpStatistics:
+    """Datagrams of one port by what became of them; the counters only grow."""
+
+    quic_count: int = 0
+    natswarm_count: int = 0
+    stray_quic_count: int = 0
+    """Looked like QUIC, but from an endpoint that nobody attached; dropped."""
+    unknown_count: int = 0
+    """Neither; dropped."""
+
+
+class PortPump:
+    """Receives everything that arrives at one port.
+
+    Args:
+        port: The port; nobody else may receive from it. Stays the caller's to close.
+        on_datagram: Gets every natswarm datagram and where it came from, from within `run`; the
+            first byte is all that is known of it.
+    """
+
+    def __init__(self, port: DatagramPort, on_datagram: Callable[[bytes, Endpoint], None]) -> None:
+        self._port = port
+        self._on_datagram = on_datagram
+        self._receivers: dict[Endpoint, Callable[[list[bytes]], None]] = {}
+        self._statistics = PumpStatistics()
+
+    @property
+    def port(self) -> DatagramPort:
+        """The port it receives from."""
+        return self._port
+
+    def statistics(self) -> PumpStatistics:
+        """Return the counters so far."""
+        return self._statistics
+
+    def attach(self, remote: Endpoint, receiver: Callable[[list[bytes]], None]) -> None:
+        """Send the QUIC datagrams from `remote` to `receiver`, one call a batch, order kept.
+
+        Raises:
+            ValueError: Someone else receives from `remote`.
+        """
+        if remote in self._receivers:
+            raise ValueError(f"datagrams from {remote} already have a receiver")
+        self._receivers[remote] = receiver
+
+    def detach(self, remote: Endpoint) -> None:
+        """Drop what comes from `remote` from now on; idempotent."""
+        self._receivers.pop(remote, None)
+
+    async def run(self) -> None:
+        """Receive until the port is closed, then return.
+
+        Cancelled, it has handed on everything it took out of the port.
+        """
+        while True:
+            try:
+                arrivals = await self._port.receive_batch()
+            except trio.ClosedResourceError:
+                return
+            statistics = self._statistics
+            quic: dict[Endpoint, list[bytes]] = {}
+            for data, source in arrivals:
+                first_byte = data[0] if data else 0
+                if first_byte & QUIC_FIXED_BIT:
+                    quic.setdefault(source, []).append(data)
+                elif first_byte in NATSWARM_FIRST_BYTES:
+                    statistics.natswarm_count += 1
+                    self._on_datagram(data, source)
+                else:
+                    statistics.unknown_count += 1
+            for source, datagrams in quic.items():
+                # Looked up late: a natswarm datagram of the same batch may have made the path.
+                receiver = self._receivers.get(source)
+                if receiver is None:
+                    statistics.stray_quic_count += len(datagrams)
+                else:
+                    statistics.quic_count += len(datagrams)
+                    receiver(datagrams)
