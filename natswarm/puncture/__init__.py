@@ -1,0 +1,1 @@
+"""Making a path between two peers that no NAT would let meet by itself."""
