@@ -1,1 +1,109 @@
-"""Natswarm: a serverless mesh through carrier-grade NATs."""
+"""Natswarm: a serverless mesh through carrier-grade NATs.
+
+    async with open_node(NodeConfig(identity=Identity.load_or_create(path))) as node:
+        await node.connect(Invite.parse(text))      # somebody who takes strangers
+        await node.inspect()                        # what does our NAT do?
+        peer = await node.connect(peer_id)          # introduced by a neighbour, punctured, secured
+        stream = await peer.open_stream("chat/1")   # a trio.abc.HalfCloseableStream
+
+What is exported here is what users may rely on; everything else may move. General layout, lowest
+layer first: address, errors, identity, wire, message; nat; puncture, discovery; sim; net; node;
+cli. docs/architecture.md draws it.
+"""
+
+from __future__ import annotations
+
+from natswarm.address import AddressKind, Endpoint
+from natswarm.discovery.introduction import NodeRecord
+from natswarm.discovery.invite import Invite
+from natswarm.errors import (
+    AddressError,
+    AlreadyConnecting,
+    ConfigurationError,
+    ConnectFailed,
+    ConnectionLost,
+    DecodeError,
+    HandshakeFailed,
+    IdentityError,
+    InviteError,
+    NatswarmError,
+    PeerNotFound,
+    PunctureFailed,
+    RequestRefused,
+)
+from natswarm.identity import Identity, PeerId
+from natswarm.message import Message, Refusal
+from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
+from natswarm.nat.profile import NatProfile
+from natswarm.net.attempt import PunctureReport
+from natswarm.net.message_stream import MessageStream
+from natswarm.net.port import Network
+from natswarm.net.stream import Stream
+from natswarm.net.udp import UdpNetwork
+from natswarm.net.virtual import VirtualNetwork, run_world
+from natswarm.node import (
+    Node,
+    NodeConfig,
+    NodeEvent,
+    Peer,
+    PeerConnected,
+    PeerLost,
+    ProfileLearned,
+    PunctureEnded,
+    PunctureStarted,
+    open_node,
+)
+from natswarm.puncture.plan import Limits, Plan
+from natswarm.sim.presets import PRESETS
+from natswarm.sim.topology import Internet
+from natswarm.sim.world import World
+
+__all__ = [
+    "PRESETS",
+    "AddressError",
+    "AddressKind",
+    "AllocationLaw",
+    "AlreadyConnecting",
+    "ConfigurationError",
+    "ConnectFailed",
+    "ConnectionLost",
+    "DecodeError",
+    "Endpoint",
+    "Filtering",
+    "HandshakeFailed",
+    "Identity",
+    "IdentityError",
+    "Internet",
+    "Invite",
+    "InviteError",
+    "Limits",
+    "Mapping",
+    "Message",
+    "MessageStream",
+    "NatProfile",
+    "NatswarmError",
+    "Network",
+    "Node",
+    "NodeConfig",
+    "NodeEvent",
+    "NodeRecord",
+    "Peer",
+    "PeerConnected",
+    "PeerId",
+    "PeerLost",
+    "PeerNotFound",
+    "Plan",
+    "ProfileLearned",
+    "PunctureEnded",
+    "PunctureFailed",
+    "PunctureReport",
+    "PunctureStarted",
+    "Refusal",
+    "RequestRefused",
+    "Stream",
+    "UdpNetwork",
+    "VirtualNetwork",
+    "World",
+    "open_node",
+    "run_world",
+]

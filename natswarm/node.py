@@ -545,8 +545,9 @@ class Node:
             peer_id,
             is_client=self.peer_id < peer_id,
             send=lambda datagrams: port.send_run(datagrams, found.endpoint),
-            rtt_s=found.rtt_s,
         )
+        # A peer that restarted comes back from where it was: the old connection is void.
+        pump.detach(found.endpoint)
         pump.attach(found.endpoint, connection.receive_datagrams)
         return _Path(pump, found.endpoint, connection, is_own_port=pump is not self._main)
 
