@@ -44,6 +44,7 @@ from natswarm.net.budget import Budget
 from natswarm.net.echo import EchoService
 from natswarm.net.introducer import Introducer, Neighbour
 from natswarm.net.message_stream import MessageStream
+from natswarm.net.nursery import open_private_nursery
 from natswarm.net.port import DatagramPort, Network
 from natswarm.net.pump import PortPump
 from natswarm.net.quic import Connection, ConnectionStatistics
@@ -81,6 +82,9 @@ PUNCTURE_TRIES = 3
 
 # A peer that is connecting to us needs its introduction and the puncture itself.
 THEIR_SIDE_TIMEOUT_S = 30.0
+
+# Leaving takes no longer than this; a peer that missed our goodbye notices the silence.
+GOODBYE_S = 1.0
 
 # How many punctures of all peers together may run at once, and how many knocks a second we look at:
 # both bound what strangers can make us spend (a knock costs an Ed25519 verification, 0.1 ms).
@@ -226,16 +230,15 @@ async def open_node(config: NodeConfig) -> AsyncIterator[Node]:
         main_port.close()
         raise
     try:
-        # Strict nurseries wrap what the body raises in groups; expected errors must not leak so.
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        async with open_private_nursery() as nursery:
             node = Node(config, main_port, alternate_port, nursery)
             node.start()
             try:
                 yield node
             finally:
-                with trio.move_on_after(1, shield=True):
+                # Shielded: peers are told goodbye also when the body was cancelled or failed.
+                with trio.move_on_after(GOODBYE_S, shield=True):
                     await node.aclose()
-                nursery.cancel_scope.cancel()
     finally:
         main_port.close()
         alternate_port.close()

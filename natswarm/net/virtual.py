@@ -26,6 +26,7 @@ import trio
 
 from natswarm.address import Endpoint
 from natswarm.errors import ConfigurationError
+from natswarm.net.nursery import open_private_nursery
 from natswarm.net.port import Arrival, PortStatistics
 from natswarm.sim.topology import DEFAULT_TTL, Host, SimPort
 from natswarm.sim.world import World
@@ -57,15 +58,9 @@ async def run_world(world: World) -> AsyncIterator[None]:
     driver = _Driver(world)
     world.clock = driver.present
     try:
-        async with trio.open_nursery() as nursery:
+        async with open_private_nursery() as nursery:
             nursery.start_soon(driver.run)
             yield
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        # The nursery is our own affair: what the block raised comes out as it was raised.
-        if len(group.exceptions) == 1:
-            raise group.exceptions[0] from None
-        raise
     finally:
         world.clock = None
         world.set_alarm(-math.inf, None)
