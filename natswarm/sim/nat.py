@@ -353,7 +353,6 @@ class Nat:
 
     def _add_session(self, mapping: _Mapping, remote: Endpoint, expires: float) -> _Session:
         session = _Session(mapping, remote, min(expires, mapping.dies_at))
-        mapping.expires = max(mapping.expires, session.expires)
         internal, port = mapping.internal, mapping.external.port
         claim = self._claim(port, remote)
         assert self._claims.get(claim, mapping) is mapping, "two mappings for one inbound packet"
@@ -401,25 +400,42 @@ class Nat:
     def check(self) -> None:
         """Assert what must hold between packets, whatever came before."""
         mappings: dict[int, _Mapping] = {}
-        ports: dict[int, int] = {}
+        claims: dict[_Key, int] = {}
+        permitted: dict[tuple[int, _Key], int] = {}
         for session in self._outgoing.values():
             mapping, remote = session.mapping, session.remote
-            assert self._incoming[mapping.external.port, remote.ip, remote.port] is session
-            assert self._claims[self._claim(mapping.external.port, remote)] is mapping
-            assert session.expires <= mapping.expires, "a session outlives its mapping"
+            port = mapping.external.port
+            assert self._incoming[port, remote.ip, remote.port] is session
+            assert session.expires <= min(mapping.expires, mapping.dies_at), "outlives its mapping"
+            claim = self._claim(port, remote)
+            assert self._claims[claim] is mapping, "a port without a claim to it"
+            claims[claim] = claims.get(claim, 0) + 1
+            assert mapping.claims[claim] > 0
             if session.is_open:
-                assert mapping.permitted[self._filter_key(remote)] > 0
-            if mapping.key is not None and id(mapping) not in mappings:
-                mappings[id(mapping)] = mapping
-                ports[mapping.external.port] = ports.get(mapping.external.port, 0) + 1
+                key = (id(mapping), self._filter_key(remote))
+                permitted[key] = permitted.get(key, 0) + 1
+            mappings[id(mapping)] = mapping
         assert len(self._incoming) == len(self._outgoing) == len(self._due)
+        assert claims.keys() == self._claims.keys()
+        assert sum(claims.values()) == sum(sum(m.claims.values()) for m in mappings.values())
+        assert permitted == {
+            (id(mapping), key): count
+            for mapping in mappings.values()
+            for key, count in mapping.permitted.items()
+        }, "the filter forgot somebody, or remembers too long"
+        ports: dict[int, int] = {}
+        for mapping in mappings.values():
+            if mapping.key is not None:
+                ports[mapping.external.port] = ports.get(mapping.external.port, 0) + 1
         assert ports == self._port_users, "the count of mappings of each port is wrong"
+        assert sum(ports.values()) == sum(self._subscribers.values())
         if self._exclusive:
             assert all(count == 1 for count in ports.values()), "an exclusive port is shared"
-        for key, mapping in self._mappings.items():
-            assert mapping.key == key
-            assert id(mapping) in mappings, "a mapping without a session"
-        assert sum(self._subscribers.values()) == len(mappings)
+        for mapping_key, mapping in self._mappings.items():
+            assert mapping.key == mapping_key
+            assert mappings[id(mapping)] is mapping, "a mapping without a session"
+        for (port, ip), session in self._expectations.items():
+            assert self._incoming[port, ip, TFTP_PORT] is session, "an answer to no request"
 
 
 def _count_down(counts: dict[_K, int], key: _K) -> None:
