@@ -409,16 +409,15 @@ class Host:
         return opened
 
     def _free_port(self) -> int:
+        # From a random start to the first free one, as Linux searches.
         low, high = EPHEMERAL_PORTS
-        if len(self.ports) > (high - low) // 2:  # drawing would take long
-            free = [port for port in range(low, high + 1) if port not in self.ports]
-            if not free:
-                raise ConfigurationError(f"all ephemeral ports of {self.ip} are taken")
-            return self._rng.choice(free)
-        while True:
-            port = self._rng.randint(low, high)
+        count = high - low + 1
+        start = self._rng.randrange(count)
+        for step in range(count):
+            port = low + (start + step) % count
             if port not in self.ports:
                 return port
+        raise ConfigurationError(f"all ephemeral ports of {self.ip} are taken")
 
     def _receive(self, packet: Packet, ttl: int) -> None:
         internet = self.internet
