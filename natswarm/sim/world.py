@@ -77,7 +77,8 @@ class World:
                 self._alarm(time)
 
     def after(self, delay_s: float, callback: Callable[..., object], *args: object) -> None:
-        """Run `callback(*args)` in `delay_s` virtual seconds."""
+        """Run `callback(*args)` in `delay_s` virtual seconds from the present."""
+        self.catch_up()
         self.at(self.now + delay_s, callback, *args)
 
     def next_time(self) -> float:

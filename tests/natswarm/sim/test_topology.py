@@ -78,7 +78,7 @@ def test_names_and_kinds_are_checked():
         internet.add_host("c", "no-such-carrier")
 
 
-def test_ports_are_opened_once_and_drawn_from_the_ephemeral_range():
+def test_ports_are_opened_once_and_drawn_from_the_ephemeral_range(monkeypatch):
     host = Internet(World(1)).add_host("a")
     port = host.open_port(4000)
     with pytest.raises(ConfigurationError, match="4000"):
@@ -89,10 +89,14 @@ def test_ports_are_opened_once_and_drawn_from_the_ephemeral_range():
     assert host.ports[4000] is again
     with pytest.raises(ConfigurationError, match="not a UDP port"):
         host.open_port(70_000)
-    drawn = [host.open_port().endpoint.port for _ in range(28_232)]
-    assert len(set(drawn)) == 28_232
-    assert min(drawn) == 32_768
-    assert max(drawn) == 60_999
+    drawn = [host.open_port().endpoint.port for _ in range(1000)]
+    assert len(set(drawn)) == 1000
+    assert min(drawn) >= 32_768
+    assert max(drawn) <= 60_999
+    assert max(drawn) - min(drawn) > 25_000
+    monkeypatch.setattr("natswarm.sim.topology.EPHEMERAL_PORTS", (50_000, 50_003))
+    host = Internet(World(1)).add_host("b")
+    assert sorted(host.open_port().endpoint.port for _ in range(4)) == [*range(50_000, 50_004)]
     with pytest.raises(ConfigurationError, match="all ephemeral"):
         host.open_port()
 
@@ -313,7 +317,7 @@ def test_a_seed_replays_a_run_and_another_does_not():
 
 def test_the_run_does_not_depend_on_the_hash_seed():
     digests = set()
-    for hash_seed in ("0", "1", "4242"):
+    for hash_seed in ("0", "4242"):
         result = subprocess.run(
             [
                 sys.executable,
