@@ -1,0 +1,1 @@
+"""What developers run: the laboratory, benchmarks, the script that trained the small model."""

@@ -1,0 +1,9 @@
+"""What goes wrong in the laboratory, as one exception."""
+
+from __future__ import annotations
+
+__all__ = ["LabError"]
+
+
+class LabError(Exception):
+    """A command in the laboratory failed or took too long; the text says which and what it said."""
