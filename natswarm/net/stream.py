@@ -1,43 +1,31 @@
-"""The streams of one QUIC connection: Trio's stream interface, and the credit that keeps it honest.
+"""A stream of a QUIC connection as Trio knows streams: half-closeable, cancellable, bounded.
 
-qh3 hands over stream data as it arrives and extends QUIC's own flow control in the same breath, so
-a reader that stops would never stop the writer, and our memory would be the only bound. QUIC stream
-0, the control stream, therefore carries credit of our own: nobody sends on a stream beyond the
-offset that the other side's reader has allowed.
+The two directions are independent. Towards the peer, bytes go to QUIC as far as the peer's reader
+has given credit and this machine keeps up; from the peer, they wait in a buffer that our own credit
+bounds. Everything that is about more than one stream is stream_table.py's.
 
-    control frame, 17 bytes, big-endian:  kind 1 | stream id 8 | value 8
-        CREDIT 1   you may send on the stream up to absolute offset `value`
-        STOP   2   what you send on the stream is no longer read; value is 0
-    head of every other stream, from the side that opened it:
-        length 1 | name of the protocol, 1..64 ASCII characters
+    head of a stream, from the side that opened it:
+        length 1 | name of the protocol, 1..64 printable ASCII characters
 
-QUIC's STOP_SENDING is not used and not accepted: qh3 answers it at once, by itself, which would end
-streams that nobody accepted yet and so lift the one bound on their number.
-
-Source: RFC 9000 sections 2 to 4 (streams, flow control); trio.abc for what a stream promises.
-Knows neither time, datagrams nor how the peer was authenticated: quic.py feeds it.
+Source: trio.abc for what a stream promises; RFC 9000 sections 2 and 3 for what QUIC does with it.
+Knows neither time nor datagrams.
 """
 
 from __future__ import annotations
 
-import contextlib
-import enum
 import operator
-import struct
-from collections import deque
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import trio
-from qh3.quic.connection import QuicConnection, QuicConnectionError
 
 from natswarm.identity import PeerId
 
-__all__ = ["CONTROL_STREAM_ID", "QUIC_REFUSALS", "ProtocolViolation", "Stream", "StreamTable"]
+if TYPE_CHECKING:
+    from natswarm.net.stream_table import StreamTable
 
-# --- Specification: changing one of these changes the protocol ("natswarm/1") ---
+__all__ = ["INITIAL_CREDIT_BYTES", "ProtocolViolation", "Stream", "encode_head"]
 
-CONTROL_STREAM_ID = 0
-CONTROL_FRAME = struct.Struct(">BQQ")
+# --- Specification: changing one of these changes the protocol ---
 
 # What may be sent on a stream before its reader says more. Small, because a peer can open 100
 # streams that nobody accepts: 6.4 MB, of which all can be garbage.
@@ -46,28 +34,14 @@ MAX_PROTOCOL_CHARACTERS = 64
 
 # --- Implementation ---
 
-# Bytes on their way from `send_all` into QUIC's first transmission, per stream: two flushes at the
-# speed this machine reaches (256 KiB each), so that the encryption never waits for the application.
+# Bytes between `send_all` and their first transmission. QUIC sends what its congestion window
+# allows in one go; half of this lets it go on while the application is being woken.
 SEND_BUFFER_BYTES = 512 * 1024
-# qh3 lets a peer have 100 unfinished streams of its own; control frames can name more.
-MAX_UNACCEPTED_STREAMS = 128
 DEFAULT_RECEIVE_BYTES = 64 * 1024
-# The value of error codes is ours and nobody reads it (RFC 9000 section 20.2).
-RESET_CODE = 0
-# How qh3 says that a connection or stream has ended: the first for connections, plain ValueError
-# for streams.
-QUIC_REFUSALS = (QuicConnectionError, ValueError)
-
-
-class ControlKind(enum.IntEnum):
-    """What a control frame says."""
-
-    CREDIT = 1
-    STOP = 2
 
 
 class ProtocolViolation(Exception):
-    """The peer broke the rules of this module; the connection must end. Never leaves quic.py."""
+    """The peer broke the rules; the connection must end. Never leaves natswarm.net."""
 
 
 class _ConflictDetector:
@@ -152,17 +126,17 @@ class Stream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             self._raise_if_unsendable()
             view = memoryview(data).cast("B")
-            try:
-                while True:
-                    if (room := self._send_room()) > 0 and view:
-                        self._write(view[:room])
-                        view = view[room:]
-                    if not view:
-                        return
+            total_bytes = len(view)
+            while view:
+                if (room := self._send_room()) > 0:
+                    self._write(view[:room])
+                    view = view[room:]
+                    continue
+                try:
                     await self._wait_sendable()
-            except trio.Cancelled:
-                self._is_send_interrupted = True
-                raise
+                except trio.Cancelled:
+                    self._is_send_interrupted = len(view) < total_bytes
+                    raise
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until `send_all` would take at least one byte; raises what it raises."""
@@ -214,27 +188,27 @@ class Stream(trio.abc.HalfCloseableStream):
         if self._is_end_sent:
             raise trio.ClosedResourceError("the end of the stream was sent before")
 
-    def on_flushed(self) -> None:
+    def _on_flushed(self) -> None:
         """Wake a waiting sender if a fair amount of room has come about; the table calls it."""
         if self._send_limit > self._sent_offset and (
             self._table.unsent_bytes(self._id) <= SEND_BUFFER_BYTES // 2
         ):
             self._sendable.unpark_all()
 
-    def on_credit(self, limit: int) -> None:
+    def _on_credit(self, limit: int) -> None:
         """Take credit from the peer; frames may come in late, so it only ever grows."""
         if limit > self._send_limit:
             self._send_limit = limit
-            self.on_flushed()
+            self._on_flushed()
 
-    def on_stop(self) -> None:
+    def _on_stop(self) -> None:
         """The peer reads no more: fail our sending, and drop what waits to be sent."""
         self._is_stopped = True
         self._sendable.unpark_all()
         if self._is_in_use:
             self._end_sending(is_clean=False)
 
-    def on_accepted(self) -> None:
+    def _on_accepted(self) -> None:
         """The application takes the stream over."""
         self._is_in_use = True
         if self._is_stopped:
@@ -281,9 +255,9 @@ class Stream(trio.abc.HalfCloseableStream):
         limit = self._received_offset - len(self._buffer) + self._table.window_bytes
         if limit - self._receive_limit >= self._table.window_bytes // 4:
             self._receive_limit = limit
-            self._table.send_control(ControlKind.CREDIT, self._id, limit)
+            self._table.give_credit(self._id, limit)
 
-    def on_data(self, data: bytes, *, is_end: bool) -> None:
+    def _on_data(self, data: bytes, *, is_end: bool) -> None:
         """Take data in order.
 
         Raises:
@@ -297,13 +271,13 @@ class Stream(trio.abc.HalfCloseableStream):
             self._buffer += data
             self._readable.unpark_all()
 
-    def on_reset(self) -> None:
+    def _on_reset(self) -> None:
         """The peer gave up: what it sent is part of something that will never be whole."""
         self._is_reset = True
         self._buffer.clear()
         self._readable.unpark_all()
 
-    def take_head(self) -> bool:
+    def _take_head(self) -> bool:
         """Read the protocol's name off the front, once it is there; True when it is.
 
         Raises:
@@ -317,7 +291,7 @@ class Stream(trio.abc.HalfCloseableStream):
         name = bytes(buffer[1 : 1 + buffer[0]])
         del buffer[: 1 + buffer[0]]
         try:
-            self._protocol = decode_protocol(name)
+            self._protocol = _protocol_name(name)
         except ValueError as error:
             raise ProtocolViolation(f"stream {self._id}: {error}") from error
         return True
@@ -346,8 +320,8 @@ class Stream(trio.abc.HalfCloseableStream):
 
     def _finish(self, *, is_clean: bool) -> None:
         self._end_sending(is_clean=is_clean and not self._is_send_interrupted)
-        if not self.is_receive_over:
-            self._table.send_control(ControlKind.STOP, self._id, 0)
+        if not self._is_receive_over:
+            self._table.stop(self._id)
         self._table.forget_if_over(self)
 
     def _end_sending(self, *, is_clean: bool) -> None:
@@ -362,33 +336,33 @@ class Stream(trio.abc.HalfCloseableStream):
         return self._id
 
     @property
-    def is_receive_over(self) -> bool:
+    def _is_receive_over(self) -> bool:
         """Whether QUIC can deliver nothing more on this stream."""
         return self._is_end_received or self._is_reset
 
     @property
-    def is_over(self) -> bool:
+    def _is_over(self) -> bool:
         """Whether neither the application nor QUIC will speak of this stream again."""
-        return self._is_closed and self.is_receive_over
+        return self._is_closed and self._is_receive_over
 
-    def on_connection_ended(self) -> None:
+    def _on_connection_ended(self) -> None:
         """Wake everybody; what they find is `StreamTable.raise_if_ended`."""
         self._sendable.unpark_all()
         self._readable.unpark_all()
 
 
-def encode_protocol(protocol: str) -> bytes:
+def encode_head(protocol: str) -> bytes:
     """Return the head of a stream that speaks `protocol`.
 
     Raises:
         ValueError: Not 1..64 printable ASCII characters.
     """
     name = protocol.encode("utf-8")
-    decode_protocol(name)
+    _protocol_name(name)
     return bytes([len(name)]) + name
 
 
-def decode_protocol(name: bytes) -> str:
+def _protocol_name(name: bytes) -> str:
     """Return the name of a protocol.
 
     Raises:
@@ -400,233 +374,3 @@ def decode_protocol(name: bytes) -> str:
     ):
         raise ValueError(f"a protocol is named by 1 to 64 printable ASCII characters, not {name!r}")
     return protocol
-
-
-class StreamTable:
-    """All streams of one connection, and the control stream that regulates them.
-
-    Args:
-        peer_id: Whom the streams are with.
-        is_client: Whether this side is the QUIC client; decides which stream ids are ours.
-        window_bytes: How far a stream's sender may be ahead of its reader here.
-        wake: Called when there is something for QUIC to send.
-    """
-
-    def __init__(
-        self, peer_id: PeerId, *, is_client: bool, window_bytes: int, wake: Callable[[], None]
-    ) -> None:
-        self.peer_id = peer_id
-        self.window_bytes = window_bytes
-        # Set once TLS is done: then the engine lasts, and QUIC can deliver stream data.
-        self.engine: QuicConnection | None = None
-        self.waiting_senders: dict[int, Stream] = {}
-        self._wake = wake
-        self._is_open = False
-        self._streams: dict[int, Stream] = {}
-        self._peer_initiator_bit = 1 if is_client else 0
-        self._next_peer_id = 1 if is_client else CONTROL_STREAM_ID + 4
-        self._arrived: deque[Stream] = deque()
-        self._arrival = trio.lowlevel.ParkingLot()
-        self._unaccepted_count = 0
-        self._free_slot = trio.lowlevel.ParkingLot()
-        self._control = bytearray()
-        self._end_error: Callable[[], Exception] | None = None
-
-    @property
-    def count(self) -> int:
-        """Streams that are not over yet."""
-        return len(self._streams)
-
-    @property
-    def buffered_bytes(self) -> int:
-        """Bytes that arrived and were not read, over all streams."""
-        return sum(len(stream._buffer) for stream in self._streams.values())
-
-    def _engine(self) -> QuicConnection:
-        assert self.engine is not None, "no stream exists before the handshake has an engine"
-        return self.engine
-
-    # --- opening and accepting ---
-
-    def start(self) -> None:
-        """Let streams be opened and accepted: both ends have proved who they are."""
-        self._is_open = True
-        self._arrival.unpark_all()
-
-    async def open(self, protocol: str) -> Stream:
-        """Open a stream as soon as the peer allows one more; cancelled, none was opened."""
-        head = encode_protocol(protocol)
-        await trio.lowlevel.checkpoint()
-        while True:
-            self.raise_if_ended()
-            if self._free_slot_count() > 0:
-                break
-            await self._free_slot.park()
-        stream_id = self._engine().get_next_available_stream_id()
-        stream = Stream(self, stream_id, protocol)
-        self._streams[stream_id] = stream
-        stream._write(head)
-        return stream
-
-    def _free_slot_count(self) -> int:
-        if not self._is_open:
-            return 0
-        engine = self._engine()
-        return engine.max_concurrent_bidi_streams - engine.get_next_available_stream_id() // 4
-
-    async def accept(self) -> Stream:
-        """Wait for a stream that the peer opened; cancelled, none is lost."""
-        await trio.lowlevel.checkpoint()
-        while not (self._arrived and self._is_open):
-            self.raise_if_ended()
-            await self._arrival.park()
-        stream = self._arrived.popleft()
-        self._unaccepted_count -= 1
-        stream.on_accepted()
-        return stream
-
-    # --- what QUIC delivers ---
-
-    def on_stream_data(self, stream_id: int, data: bytes, *, is_end: bool) -> None:
-        """Take stream data that QUIC delivered; anything but the control stream.
-
-        Raises:
-            ProtocolViolation: The peer broke a rule.
-        """
-        stream = self._find(stream_id)
-        if stream is None:
-            return
-        has_head = stream._protocol is not None
-        stream.on_data(data, is_end=is_end)
-        if not has_head and stream.take_head():
-            self._arrived.append(stream)
-            self._arrival.unpark()
-        self.forget_if_over(stream)
-
-    def on_stream_reset(self, stream_id: int) -> None:
-        """Take note that the peer gave a stream up.
-
-        Raises:
-            ProtocolViolation: The peer broke a rule.
-        """
-        if stream_id == CONTROL_STREAM_ID:
-            raise ProtocolViolation("the control stream was reset")
-        stream = self._find(stream_id)
-        if stream is None:
-            return
-        stream.on_reset()
-        if stream._protocol is None:
-            # Opened and given up before its head was sent: nobody here will ever hear of it.
-            self._unaccepted_count -= 1
-            self.end_sending(stream_id, is_clean=False)
-            del self._streams[stream_id]
-        self.forget_if_over(stream)
-
-    def on_control_data(self, data: bytes) -> None:
-        """Take bytes of the control stream, beginning with the first frame's.
-
-        Raises:
-            ProtocolViolation: The peer broke a rule.
-        """
-        self._control += data
-        whole = len(self._control) // CONTROL_FRAME.size * CONTROL_FRAME.size
-        for kind, stream_id, value in CONTROL_FRAME.iter_unpack(bytes(self._control[:whole])):
-            stream = self._find(stream_id)
-            if kind == ControlKind.CREDIT:
-                if stream is not None:
-                    stream.on_credit(value)
-            elif kind == ControlKind.STOP:
-                if stream is not None:
-                    stream.on_stop()
-            else:
-                raise ProtocolViolation(f"unknown control frame {kind}")
-        del self._control[:whole]
-
-    def _find(self, stream_id: int) -> Stream | None:
-        """Return a stream, None if it is over; the peer's come into being when first named.
-
-        Frames overtake each other when packets are lost: credit for a stream may be here before the
-        stream. As in RFC 9000 section 2.1, naming a stream opens all lower ones of its kind.
-        """
-        if stream_id & 0b10 or stream_id == CONTROL_STREAM_ID:
-            raise ProtocolViolation(f"there can be no stream {stream_id}")
-        if stream_id & 1 != self._peer_initiator_bit:
-            if stream_id >= self._engine().get_next_available_stream_id():
-                raise ProtocolViolation(f"stream {stream_id} was never opened")
-            return self._streams.get(stream_id)
-        while self._next_peer_id <= stream_id:
-            if self._unaccepted_count >= MAX_UNACCEPTED_STREAMS:
-                raise ProtocolViolation("too many streams at once")
-            self._streams[self._next_peer_id] = Stream(self, self._next_peer_id, None)
-            self._unaccepted_count += 1
-            self._next_peer_id += 4
-        return self._streams.get(stream_id)
-
-    def on_progress(self) -> None:
-        """Wake who waits for room to send or for a stream to open, after QUIC sent or received."""
-        for stream in list(self.waiting_senders.values()):
-            stream.on_flushed()
-        if self._free_slot and (free_count := self._free_slot_count()) > 0:
-            self._free_slot.unpark(count=free_count)
-
-    # --- what streams do to QUIC ---
-
-    def write(self, stream_id: int, data: bytes | memoryview, *, is_end: bool) -> None:
-        """Queue stream data; never waits.
-
-        Raises:
-            trio.BrokenResourceError: QUIC takes no more data on the stream.
-        """
-        try:
-            self._engine().send_stream_data(stream_id, data, end_stream=is_end)
-        except QUIC_REFUSALS as error:
-            self.raise_if_ended()
-            raise trio.BrokenResourceError(str(error)) from error
-        self._wake()
-
-    def end_sending(self, stream_id: int, *, is_clean: bool) -> None:
-        """Send the end of a stream after its data, or else reset it; once is enough."""
-        # QUIC refuses where the stream or the connection is over, which was the aim.
-        with contextlib.suppress(*QUIC_REFUSALS):
-            if is_clean:
-                self._engine().send_stream_data(stream_id, b"", end_stream=True)
-            else:
-                self._engine().reset_stream(stream_id, RESET_CODE)
-        self._wake()
-
-    def send_control(self, kind: ControlKind, stream_id: int, value: int) -> None:
-        """Queue a control frame.
-
-        What queues up is bounded: a stream is stopped once, and each credit needs the data of the
-        one before to arrive.
-        """
-        frame = CONTROL_FRAME.pack(kind, stream_id, value)
-        with contextlib.suppress(*QUIC_REFUSALS):  # the connection is over
-            self._engine().send_stream_data(CONTROL_STREAM_ID, frame)
-        self._wake()
-
-    def unsent_bytes(self, stream_id: int) -> int:
-        """Return how many bytes of a stream QUIC has not sent for the first time."""
-        return self._engine().get_send_buffer_size(stream_id)
-
-    def forget_if_over(self, stream: Stream) -> None:
-        """Drop a stream that neither side will speak of again."""
-        if stream.is_over:
-            self._streams.pop(stream.id, None)
-
-    # --- the end ---
-
-    def end(self, error: Callable[[], Exception]) -> None:
-        """End all streams: they raise what `error` makes. Only the first call counts."""
-        if self._end_error is not None:
-            return
-        self._end_error = error
-        for stream in self._streams.values():
-            stream.on_connection_ended()
-        self._arrival.unpark_all()
-        self._free_slot.unpark_all()
-
-    def raise_if_ended(self) -> None:
-        """Raise a new exception that tells how the connection ended, if it did."""
-        if self._end_error is not None:
-            raise self._end_error()

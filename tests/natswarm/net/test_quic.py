@@ -1,0 +1,582 @@
+"""Handshakes over bad links and with the wrong people, lost peers, hostile peers, hostile bytes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from natswarm.errors import ConnectionLost, HandshakeFailed
+from natswarm.net import quic
+from natswarm.net.quic import Connection
+from natswarm.net.stream import INITIAL_CREDIT_BYTES
+from natswarm.net.stream_table import CONTROL_FRAME, CONTROL_STREAM_ID, MAX_UNACCEPTED_STREAMS
+
+
+async def run_until_failed(connection, failures):
+    """Run a connection that must not come about; note when and how it failed."""
+    with pytest.raises(HandshakeFailed) as caught:
+        await connection.run()
+    failures[connection] = (trio.current_time(), str(caught.value))
+
+
+async def fail_both(lab, client, server, link):
+    """Return when, and with what words, the client's and the server's handshake failed."""
+    failures = {}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        async with trio.open_nursery() as both:
+            both.start_soon(run_until_failed, client, failures)
+            both.start_soon(run_until_failed, server, failures)
+        nursery.cancel_scope.cancel()
+    return failures[client], failures[server]
+
+
+@asynccontextmanager
+async def hostile_client(lab, hostile_class):
+    """Yield a client of a hostile class and the server it runs against, neither authenticated."""
+    link = lab.Link(seed=0)
+    client = hostile_class(lab.CLIENT, lab.SERVER.peer_id, is_client=True, send=lab.nowhere)
+    server = Connection(lab.SERVER, lab.CLIENT.peer_id, is_client=False, send=lab.nowhere)
+    client.send = link.sender(server.receive_datagrams)
+    server.send = link.sender(client.receive_datagrams)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        yield client, server, nursery
+        nursery.cancel_scope.cancel()
+
+
+# --- the handshake ---
+
+
+async def test_both_sides_start_when_both_are_proved(lab, autojump_clock):
+    link = lab.Link(seed=0, weather=lab.Weather(delay_s=0.15))
+    client, server = lab.make_pair(link, rtt_s=0.3)
+    assert "connecting" in repr(client)
+    started = {}
+
+    async def start(nursery, connection):
+        await nursery.start(connection.run)
+        started[connection] = trio.current_time()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        async with trio.open_nursery() as starting:
+            starting.start_soon(start, nursery, client)
+            starting.start_soon(start, nursery, server)
+        # TLS takes one round trip, the proof rides on its end, the yes needs half a trip more.
+        assert started[server] == pytest.approx(0.45, abs=0.01)
+        assert started[client] == pytest.approx(0.60, abs=0.01)
+        assert client.peer_id == lab.SERVER.peer_id
+        assert "connected" in repr(server)
+        assert client.close_reason is None
+        await trio.sleep(1)
+        assert client.statistics().rtt_s == pytest.approx(0.3, rel=0.1)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_runs_once(lab, autojump_clock):
+    async with lab.connected_pair() as (client, _, _):
+        with pytest.raises(RuntimeError, match="once"):
+            await client.run()
+
+
+async def test_handshakes_over_a_bad_link(lab, autojump_clock):
+    """300 ms and 10 % loss each way, jitter that swaps, duplicates: most take one round trip."""
+    weather = lab.Weather(delay_s=0.15, jitter_s=0.05, loss=0.1, duplication=0.05)
+    times = []
+    for seed in range(60):
+        start = trio.current_time()
+        async with lab.connected_pair(seed=seed, weather=weather, rtt_s=0.3):
+            times.append(trio.current_time() - start)
+    times.sort()
+    assert times[len(times) // 2] < 1.0
+    assert times[-1] < 10.0
+
+
+async def test_fresh_attempts_outlast_an_outage(lab, autojump_clock):
+    """QUIC alone would send again 8, then 16 s after an outage began; a new attempt starts over."""
+    link = lab.Link(seed=0)
+    link.is_cut = True
+    client, server = lab.make_pair(link, handshake_timeout_s=20)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        nursery.start_soon(server.run)
+
+        async def repair():
+            await trio.sleep(8.5)
+            link.is_cut = False
+
+        nursery.start_soon(repair)
+        await nursery.start(client.run)
+        assert trio.current_time() < 8.5 + quic.MIN_ATTEMPT_S
+        nursery.cancel_scope.cancel()
+
+
+async def test_replaced_attempt_does_not_come_back(lab, autojump_clock):
+    """The first attempt's datagrams arrive after the second's: the server stays with the second."""
+    link = lab.Link(seed=0)
+    client, server = lab.make_pair(link)
+    held = []
+    client.send = held.extend
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        nursery.start_soon(server.run)
+        starting = trio.Event()
+
+        async def start():
+            await nursery.start(client.run)
+            starting.set()
+
+        nursery.start_soon(start)
+        await trio.sleep(quic.MIN_ATTEMPT_S / 2)
+        first_attempt = list(held)
+        await trio.sleep(quic.MIN_ATTEMPT_S)  # the second has begun
+        second_attempt = held[len(first_attempt) :]
+        second_attempt = [
+            data
+            for data in second_attempt
+            if quic._initial_connection_id_untrusted(data)
+            not in {quic._initial_connection_id_untrusted(old) for old in first_attempt}
+        ]
+        assert second_attempt
+        server.receive_datagrams(first_attempt)
+        server.receive_datagrams(second_attempt)
+        engine = server._engine
+        server.receive_datagrams(first_attempt)
+        assert server._engine is engine
+        client.send = link.sender(server.receive_datagrams)
+        with trio.fail_after(5):
+            await starting.wait()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("is_client", [True, False])
+async def test_silence_fails_after_the_time_out(lab, autojump_clock, is_client):
+    failures = {}
+    connection = Connection(
+        lab.CLIENT, lab.SERVER.peer_id, is_client=is_client, send=lab.nowhere, handshake_timeout_s=7
+    )
+    await run_until_failed(connection, failures)
+    at, text = failures[connection]
+    assert at == pytest.approx(7, abs=0.01)
+    assert "within 7 s" in text
+    assert str(lab.SERVER.peer_id) in text
+    assert connection.close_reason in text
+    with pytest.raises(ConnectionLost):
+        await connection.open_stream("test")
+
+
+async def test_port_that_closes_under_a_handshake(lab, autojump_clock):
+    def closed(datagrams):
+        raise trio.ClosedResourceError
+
+    connection = Connection(lab.CLIENT, lab.SERVER.peer_id, is_client=True, send=closed)
+    with pytest.raises(HandshakeFailed, match="port under it was closed"):
+        await connection.run()
+
+
+async def test_closing_during_the_handshake(lab, autojump_clock):
+    connection = Connection(lab.CLIENT, lab.SERVER.peer_id, is_client=True, send=lab.nowhere)
+    failures = {}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_until_failed, connection, failures)
+        await trio.sleep(1)
+        await connection.aclose()
+    at, text = failures[connection]
+    assert at < 1.1
+    assert "this side closed it" in text
+
+
+# --- who is there ---
+
+
+async def test_client_that_wants_somebody_else(lab, autojump_clock):
+    link = lab.Link(seed=0)
+    client, server = lab.make_pair(link, client_expects=lab.STRANGER)
+    (client_at, client_text), (server_at, server_text) = await fail_both(lab, client, server, link)
+    assert max(client_at, server_at) < 0.2
+    assert "someone else" in client_text
+    assert "the peer closed it: not the peer that was asked for" in server_text
+
+
+async def test_server_that_wants_somebody_else(lab, autojump_clock):
+    link = lab.Link(seed=0)
+    client, server = lab.make_pair(link, server_expects=lab.STRANGER)
+    (client_at, client_text), (server_at, server_text) = await fail_both(lab, client, server, link)
+    assert max(client_at, server_at) < 0.2
+    assert str(lab.CLIENT.peer_id) in server_text
+    assert "the peer closed it: not the peer that was asked for" in client_text
+
+
+async def test_man_in_the_middle_with_a_certificate_of_his_own(lab, autojump_clock):
+    client, server = lab.make_pair(lab.Link(seed=0))
+    failures = {}
+    async with trio.open_nursery() as nursery:
+        # Towards the client he plays the server, towards the server the client.
+        for victim, is_client in ((client, False), (server, True)):
+            link = lab.Link(seed=1)
+            expected = lab.CLIENT if victim is client else lab.SERVER
+            mallory = Connection(
+                lab.STRANGER,
+                expected.peer_id,
+                is_client=is_client,
+                send=link.sender(victim.receive_datagrams),
+            )
+            victim.send = link.sender(mallory.receive_datagrams)
+            nursery.start_soon(link.run)
+            nursery.start_soon(run_until_failed, mallory, failures)
+        async with trio.open_nursery() as victims:
+            victims.start_soon(run_until_failed, client, failures)
+            victims.start_soon(run_until_failed, server, failures)
+        await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    assert "someone else" in failures[client][1]
+    assert f"it proved to be {lab.STRANGER.peer_id}" in failures[server][1]
+    assert all(at < 0.2 for at, _ in failures.values())
+
+
+async def test_proof_for_one_server_is_void_at_another(lab, autojump_clock):
+    """A client connects to a stranger, who shows its proof to the server it is not for."""
+    stolen = []
+
+    class Thief(Connection):
+        def _authenticate(self, engine, data):
+            stolen.append(data)
+
+    class Impostor(Connection):
+        def _check_server_and_prove(self, engine):
+            engine.send_stream_data(CONTROL_STREAM_ID, stolen[0])
+
+    link = lab.Link(seed=0)
+    client, _ = lab.make_pair(link, client_expects=lab.STRANGER)
+    thief = Thief(
+        lab.STRANGER,
+        lab.CLIENT.peer_id,
+        is_client=False,
+        send=link.sender(client.receive_datagrams),
+    )
+    client.send = link.sender(thief.receive_datagrams)
+    await fail_both(lab, client, thief, link)
+    assert len(stolen[0]) == quic.PROOF_BYTES
+    assert stolen[0].startswith(lab.CLIENT.peer_id.key)
+
+    failures = {}
+    async with hostile_client(lab, Impostor) as (impostor, server, nursery):
+        nursery.start_soon(run_until_failed, impostor, failures)
+        await run_until_failed(server, failures)
+    assert "its proof is not its own" in failures[server][1]
+
+
+async def test_no_stream_before_the_proof(lab, autojump_clock):
+    class Hasty(Connection):
+        def _check_server_and_prove(self, engine):
+            engine.send_stream_data(CONTROL_STREAM_ID, b"")
+            engine.send_stream_data(4, b"\4testdata")
+
+    failures = {}
+    async with hostile_client(lab, Hasty) as (client, server, nursery):
+        nursery.start_soon(run_until_failed, client, failures)
+        nursery.start_soon(run_until_failed, server, failures)
+        with pytest.raises(ConnectionLost):
+            await server.accept_stream()
+        assert server.statistics().stream_count == 1  # it was there, and not handed out
+    assert "no proof" in failures[server][1]
+
+
+@pytest.mark.parametrize(
+    ("hostile_bytes", "complaint"),
+    [
+        pytest.param(lambda engine: engine.send_stream_data(8, bytes([1]) + b"x" + bytes(
+            INITIAL_CREDIT_BYTES)), "overran its credit", id="too much data"),
+        pytest.param(lambda engine: engine.send_stream_data(2, b"x"), "no stream 2", id="one-way"),
+        pytest.param(lambda engine: engine.send_stream_data(4, b"\0"), "named by", id="no name"),
+        pytest.param(lambda engine: engine.send_stream_data(4, b"\3ab", end_stream=True),
+                     "before it named", id="half a name"),
+        pytest.param(lambda engine: engine.send_stream_data(4, b"\2\xff\n"), "named by",
+                     id="bad name"),
+        pytest.param(lambda engine: engine.send_stream_data(0, CONTROL_FRAME.pack(9, 4, 0)),
+                     "unknown control frame", id="unknown frame"),
+        pytest.param(lambda engine: engine.send_stream_data(0, CONTROL_FRAME.pack(1, 1, 5)),
+                     "never opened", id="credit for nothing"),
+        pytest.param(lambda engine: engine.send_stream_data(0, CONTROL_FRAME.pack(2, 1 << 40, 5)),
+                     "too many streams", id="a stream far ahead"),
+        pytest.param(lambda engine: engine.send_stream_data(0, b"", end_stream=True),
+                     "control stream ended", id="no more control"),
+        pytest.param(lambda engine: engine.reset_stream(0, 0), "control stream was reset",
+                     id="reset control"),
+        pytest.param(lambda engine: (engine.send_stream_data(4, b"\1x"), engine.stop_stream(4, 0)),
+                     "STOP_SENDING", id="STOP_SENDING"),
+    ],
+)  # fmt: skip
+async def test_peer_that_breaks_the_rules_loses_the_connection(
+    lab, autojump_clock, hostile_bytes, complaint
+):
+    async with lab.connected_pair() as (client, server, _):
+        hostile_bytes(client._engine)
+        client._wake_up()
+        await server.wait_closed()
+        assert complaint in server.close_reason
+        assert server.statistics().buffered_bytes <= INITIAL_CREDIT_BYTES
+        assert server.statistics().stream_count <= MAX_UNACCEPTED_STREAMS
+        await client.wait_closed()
+        assert "the peer closed it" in client.close_reason
+
+
+# --- hostile bytes ---
+
+
+async def test_garbage_changes_nothing_but_counters(lab, autojump_clock):
+    """Random bytes, and real datagrams cut and bent, from the very endpoint of the peer."""
+    rng = random.Random(7)
+    link = lab.Link(seed=7)
+    client, server = lab.make_pair(link)
+
+    def bending(receive):
+        deliver = link.sender(receive)
+
+        def send(datagrams):
+            for data in datagrams:
+                deliver([data])
+                bent = bytearray(data)
+                bent[rng.randrange(len(bent))] ^= 1 << rng.randrange(8)
+                garbage = bytes([0xC0, 0, 0, 0, 1, 8]) + rng.randbytes(1300)
+                deliver([bytes(bent), data[: rng.randrange(len(data))], garbage])
+                deliver([rng.randbytes(rng.randrange(1500)) for _ in range(3)])
+
+        return send
+
+    client.send = bending(server.receive_datagrams)
+    server.send = bending(client.receive_datagrams)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        async with trio.open_nursery() as starting:
+            starting.start_soon(nursery.start, server.run)
+            starting.start_soon(nursery.start, client.run)
+        stream, other = await lab.open_pair(client, server)
+        data = rng.randbytes(200_000)
+        nursery.start_soon(stream.send_all, data)
+        assert await lab.receive_exactly(other, len(data)) == data
+        nursery.cancel_scope.cancel()
+
+
+async def test_server_ignores_initials_that_are_none(lab, autojump_clock):
+    server = Connection(lab.SERVER, lab.CLIENT.peer_id, is_client=False, send=lab.nowhere)
+    rng = random.Random(8)
+    for length in [*range(24), 255]:
+        server.receive_datagrams([b"\xc0\0\0\0\x01" + bytes([length]) + rng.randbytes(1300)])
+    server.receive_datagrams([b"", b"\xc0", b"\x40" * 50, bytes(1300)])
+    assert server._engine is None
+    assert server.statistics().received_datagram_count == 29
+
+
+# --- data over bad links ---
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_data_survives_loss_swaps_and_duplicates(lab, autojump_clock, seed):
+    rng = random.Random(seed)
+    weather = lab.Weather(delay_s=0.15, jitter_s=0.05, loss=0.1, duplication=0.1)
+    async with lab.connected_pair(seed=seed, weather=weather, rtt_s=0.3) as (client, server, _):
+        there, back = rng.randbytes(150_000), rng.randbytes(60_000)
+        stream, other = await lab.open_pair(client, server)
+
+        async def send(end, data):
+            await end.send_all(data)
+            await end.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, stream, there)
+            nursery.start_soon(send, other, back)
+            assert await lab.receive_all(other) == there
+            assert await lab.receive_all(stream) == back
+        assert client.statistics().lost_packet_count > 0
+
+
+async def test_data_over_loopback(lab):
+    async with lab.loopback_pair() as (client, server):
+        stream, other = await lab.open_pair(client, server)
+        data = random.Random(9).randbytes(8_000_000)
+
+        async def send():
+            await stream.send_all(data)
+            await client.aclose()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            assert await lab.receive_exactly(other, len(data)) == data
+
+
+async def test_moves_to_another_path_in_the_middle(lab, autojump_clock):
+    async with lab.connected_pair() as (client, server, first), trio.open_nursery() as nursery:
+        stream, other = await lab.open_pair(client, server)
+        data = random.Random(10).randbytes(2_000_000)
+        nursery.start_soon(stream.send_all, data)
+        received = await lab.receive_exactly(other, 300_000)
+        second = lab.Link(seed=10, weather=lab.Weather(delay_s=0.05))
+        nursery.start_soon(second.run)
+        client.send = second.sender(server.receive_datagrams)
+        server.send = second.sender(client.receive_datagrams)
+        first.is_cut = True
+        received += await lab.receive_exactly(other, len(data) - len(received))
+        assert received == data
+        nursery.cancel_scope.cancel()
+
+
+# --- keeping alive and noticing death ---
+
+
+async def test_idle_connection_keeps_its_mapping(lab, autojump_clock):
+    async with lab.connected_pair() as (client, server, _):
+        sent_at = {client: [trio.current_time()], server: [trio.current_time()]}
+
+        def noting(connection):
+            send = connection.send
+
+            def noted(datagrams):
+                sent_at[connection].append(trio.current_time())
+                send(datagrams)
+
+            return noted
+
+        for connection in (client, server):
+            connection.send = noting(connection)
+        await trio.sleep(300)
+        for connection, times in sent_at.items():
+            gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+            assert max(gaps) <= 10.1  # NATs that forget after 15 s stay awake
+            assert len(times) < 150  # and are not pestered
+            assert connection.close_reason is None
+
+
+async def test_dead_peer_is_noticed_in_bounded_time(lab, autojump_clock):
+    options = {"keepalive_s": 5.0, "idle_timeout_s": 12.0}
+    async with lab.connected_pair(**options) as (client, server, link):
+        await trio.sleep(61)
+        link.is_cut = True
+        cut_at = trio.current_time()
+        await client.wait_closed()
+        await server.wait_closed()
+        assert trio.current_time() - cut_at <= 17.1
+        assert client.close_reason == "nothing came from the peer for 12 s"
+        with pytest.raises(ConnectionLost, match="nothing came"):
+            await client.accept_stream()
+
+
+async def test_live_connection_outlasts_a_short_outage(lab, autojump_clock):
+    async with lab.connected_pair() as (client, server, link):
+        stream, other = await lab.open_pair(client, server)
+        await stream.send_all(b"before")
+        link.is_cut = True
+        await trio.sleep(8)
+        await stream.send_all(b" after")
+        link.is_cut = False
+        with trio.fail_after(20):
+            assert await lab.receive_exactly(other, 12) == b"before after"
+
+
+# --- closing ---
+
+
+async def test_close_waits_until_the_peer_has_everything(lab, autojump_clock):
+    weather = lab.Weather(delay_s=0.15, jitter_s=0.02, loss=0.05)
+    data = random.Random(11).randbytes(40_000)
+    async with lab.connected_pair(seed=11, weather=weather) as (client, server, _):
+        stream, other = await lab.open_pair(client, server)
+        await stream.send_all(data)
+        await stream.aclose()
+        await client.aclose()
+        await client.aclose()
+        assert client.close_reason == "this side closed it"
+        assert await lab.receive_all(other) == data
+        for action in (stream.receive_some, client.accept_stream):
+            with pytest.raises(trio.ClosedResourceError):
+                await action()
+        await server.wait_closed()
+        assert server.close_reason == "the peer closed it: closed"
+        with pytest.raises(ConnectionLost, match="the peer closed it"):
+            await server.open_stream("test")
+
+
+async def test_close_does_not_wait_for_ever(lab, autojump_clock):
+    async with lab.connected_pair() as (client, server, link):
+        stream, _ = await lab.open_pair(client, server)
+        await trio.sleep(1)
+        link.is_cut = True
+        await stream.send_all(b"into the void")
+        start = trio.current_time()
+        await client.aclose()
+        assert trio.current_time() - start == pytest.approx(quic.DRAIN_S)
+
+
+async def test_cancelled_close_closes_at_once(lab, autojump_clock):
+    async with lab.connected_pair() as (client, server, _):
+        await trio.aclose_forcefully(client)
+        assert client.close_reason is not None
+        with trio.fail_after(0.1):
+            await server.wait_closed()
+
+
+async def test_peer_that_missed_the_close_is_told_again(lab, autojump_clock):
+    async with lab.connected_pair() as (client, server, link):
+        link.is_cut = True
+        await trio.aclose_forcefully(client)
+        await trio.sleep(0.01)
+        link.is_cut = False
+        stream = await server.open_stream("anybody there")
+        with trio.fail_after(0.2):
+            await server.wait_closed()
+        with pytest.raises(ConnectionLost):
+            await stream.send_all(b"?")
+
+
+async def test_cancelled_run_tells_the_peer(lab, autojump_clock):
+    link = lab.Link(seed=0)
+    client, server = lab.make_pair(link)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        async with trio.open_nursery() as client_nursery:
+            nursery.start_soon(server.run)
+            await client_nursery.start(client.run)
+            stream = await client.open_stream("test")
+            client_nursery.cancel_scope.cancel()
+        with pytest.raises(ConnectionLost, match="this side stopped"):
+            await stream.receive_some()
+        with trio.fail_after(0.1):
+            await server.wait_closed()
+        assert server.close_reason == "the peer closed it: going away"
+        nursery.cancel_scope.cancel()
+
+
+async def test_run_ends_quietly_with_the_connection(lab, autojump_clock):
+    link = lab.Link(seed=0)
+    client, server = lab.make_pair(link)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        async with trio.open_nursery() as connections:
+            connections.start_soon(server.run)
+            await connections.start(client.run)
+            await client.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_port_that_closes_under_a_connection(lab, autojump_clock):
+    def closed(datagrams):
+        raise trio.ClosedResourceError
+
+    async with lab.connected_pair() as (client, _, _):
+        client.send = closed
+        stream = await client.open_stream("test")
+        with pytest.raises(ConnectionLost, match="port under it was closed"):
+            await stream.receive_some()
+
+
+async def test_peers_words_are_cleaned_and_cut(lab, autojump_clock):
+    async with lab.connected_pair() as (client, server, _):
+        client._close(0, "\x1b[31mred\n" + "x" * 500, "test")
+        await server.wait_closed()
+        assert server.close_reason.isprintable()
+        assert len(server.close_reason) < 150
