@@ -46,7 +46,7 @@ def decode_message_untrusted(data: bytes, *message_types: type[MessageT]) -> Mes
     expected: Any = reduce(or_, message_types)
     try:
         message: MessageT = msgspec.msgpack.decode(data, type=expected)
-    # Deep nesting overflows the decoder's recursion guard before the schema sees it.
-    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
+    # Text that is not UTF-8 and nesting that is too deep come as Python's own exceptions.
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DecodeError(f"a message is not what was expected: {error}") from error
     return message

@@ -131,7 +131,7 @@ def decode_profile_untrusted(data: bytes) -> NatProfile:
         raise DecodeError(f"a profile has at most {PROFILE_BYTES_MAX} bytes, not {len(data)}")
     try:
         profile = msgspec.msgpack.decode(data, type=NatProfile)
-    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DecodeError(f"not a profile: {error}") from error
     try:
         _check(profile)
@@ -176,6 +176,13 @@ def _check_ip(ip: str) -> None:
 def _check_allocation(allocation: PortAllocation) -> None:
     if not 1 <= allocation.low <= allocation.high <= 65_535:
         raise DecodeError("not a range of ports")
+    seen = (allocation.seen_low, allocation.seen_high)
+    if seen != (None, None) and not (
+        seen[0] is not None
+        and seen[1] is not None
+        and allocation.low <= seen[0] <= seen[1] <= allocation.high
+    ):
+        raise DecodeError("ports seen outside of the range")
     if allocation.law is AllocationLaw.BLOCK:
         size = allocation.block_size
         if size not in BLOCK_SIZES or not 1 <= len(allocation.blocks) <= BLOCKS_MAX:
