@@ -1,0 +1,1 @@
+"""One model over several peers: each serves some of its blocks, a client sends prompts through."""

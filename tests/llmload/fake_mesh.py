@@ -1,0 +1,201 @@
+"""A mesh of nodes in one task tree: what `natswarm.Node` and `Peer` promise, over memory streams.
+
+Streams can be cut at any send, in the middle of it too; then both ends raise BrokenResourceError,
+as the streams of a lost connection do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import trio
+import trio.testing
+
+from natswarm import ConnectFailed, NatswarmError, PeerId
+
+QUIET_TIMEOUT_S = 10
+
+
+class FakeMesh:
+    """All nodes know and reach each other.
+
+    Attributes:
+        send_count: How often any stream has been sent on.
+        cut_at_send: Number of the send at which its stream is cut; None for never.
+        cut_bytes: How much of the data of that send still gets through.
+    """
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
+        self.nodes: dict[PeerId, FakeNode] = {}
+        self.wires: list[FakeWire] = []
+        self.send_count = 0
+        self.cut_at_send: int | None = None
+        self.cut_bytes = 0
+        self.contained: list[Exception] = []
+        self._running = 0
+        self._changed = trio.lowlevel.ParkingLot()
+
+    def node(self, name: str) -> FakeNode:
+        node = FakeNode(self, name)
+        self.nodes[node.peer_id] = node
+        return node
+
+    async def handle(self, handler, stream, peer) -> None:
+        """What a node does with an incoming stream."""
+        self._running += 1
+        try:
+            await handler(stream, peer)
+        except (NatswarmError, trio.BrokenResourceError) as error:
+            self.contained.append(error)
+        finally:
+            self._running -= 1
+            self._changed.unpark_all()
+
+    async def wait_quiet(self) -> None:
+        """Wait until no handler runs any more: nothing of a session is left anywhere."""
+        with trio.fail_after(QUIET_TIMEOUT_S):
+            while self._running:
+                await self._changed.park()
+
+    def kill(self, node: FakeNode) -> None:
+        """Let a node vanish: its connections are lost, and nobody reaches it."""
+        del self.nodes[node.peer_id]
+        for wire in self.wires:
+            if node.peer_id in wire.peer_ids:
+                wire.cut()
+
+
+@dataclass
+class FakeRecord:
+    peer_id: PeerId
+    name: str
+    services: tuple[str, ...]
+
+
+class FakeNode:
+    """One node; `services` are what it has announced."""
+
+    def __init__(self, mesh: FakeMesh, name: str) -> None:
+        self.mesh = mesh
+        self.name = name
+        self.peer_id = PeerId(hashlib.sha256(name.encode()).digest())
+        self.services: tuple[str, ...] = ()
+        self.handlers = {}
+        self.connected: list[PeerId] = []
+
+    def serve(self, protocol, handler) -> None:
+        self.handlers[protocol] = handler
+
+    async def announce(self, services) -> None:
+        self.services = tuple(services)
+
+    async def connect(self, peer_id: PeerId) -> FakePeer:
+        await trio.lowlevel.checkpoint()
+        if peer_id not in self.mesh.nodes or peer_id == self.peer_id:
+            raise ConnectFailed("nobody knows the peer")
+        self.connected.append(peer_id)
+        return FakePeer(self, self.mesh.nodes[peer_id])
+
+    async def find_peers(self) -> list[FakeRecord]:
+        await trio.lowlevel.checkpoint()
+        return [
+            FakeRecord(node.peer_id, node.name, node.services)
+            for node in self.mesh.nodes.values()
+            if node is not self
+        ]
+
+
+@dataclass
+class FakePeer:
+    """How `us` sees `them`."""
+
+    us: FakeNode
+    them: FakeNode
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.them.peer_id
+
+    async def open_stream(self, protocol: str) -> FakeStream:
+        await trio.lowlevel.checkpoint()
+        mesh = self.us.mesh
+        if self.them.peer_id not in mesh.nodes:
+            raise trio.BrokenResourceError("the connection is lost")
+        wire = FakeWire(mesh, frozenset({self.us.peer_id, self.them.peer_id}))
+        mesh.wires.append(wire)
+        ours, theirs = (FakeStream(wire, end, protocol) for end in wire.ends)
+        handler = self.them.handlers.get(protocol)
+        if handler is None:
+            await theirs.aclose()
+        else:
+            mesh.nursery.start_soon(mesh.handle, handler, theirs, FakePeer(self.them, self.us))
+        return ours
+
+
+@dataclass
+class FakeWire:
+    """What two ends of a stream share."""
+
+    mesh: FakeMesh
+    peer_ids: frozenset[PeerId]
+    is_cut: bool = False
+    ends: tuple[trio.StapledStream, ...] = field(default_factory=trio.testing.memory_stream_pair)
+
+    def cut(self) -> None:
+        self.is_cut = True
+        for end in self.ends:
+            end.send_stream.close()
+            end.receive_stream.close()
+
+
+class FakeStream(trio.abc.HalfCloseableStream):
+    """One end; closing it while cancelled resets it, as streams of natswarm do."""
+
+    def __init__(self, wire: FakeWire, inner: trio.StapledStream, protocol: str) -> None:
+        self.wire = wire
+        self.inner = inner
+        self.protocol = protocol
+        self.is_closed = False
+
+    async def send_all(self, data) -> None:
+        mesh = self.wire.mesh
+        send = mesh.send_count
+        mesh.send_count += 1
+        if send == mesh.cut_at_send:
+            if mesh.cut_bytes:
+                await self.inner.send_all(bytes(data)[: mesh.cut_bytes])
+            await trio.testing.wait_all_tasks_blocked()  # who reads has read what there was
+            self.wire.cut()
+        await self._on_inner(self.inner.send_all, data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._on_inner(self.inner.wait_send_all_might_not_block)
+
+    async def send_eof(self) -> None:
+        await self._on_inner(self.inner.send_eof)
+
+    async def receive_some(self, max_bytes=None) -> bytes:
+        return await self._on_inner(self.inner.receive_some, max_bytes)
+
+    async def _on_inner(self, call, *arguments):
+        try:
+            result = await call(*arguments)
+        except trio.ClosedResourceError:
+            if self.wire.is_cut and not self.is_closed:
+                raise trio.BrokenResourceError("the connection is lost") from None
+            raise
+        if self.wire.is_cut and not self.is_closed:
+            raise trio.BrokenResourceError("the connection is lost")
+        return result
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+        try:
+            await trio.lowlevel.checkpoint()
+        except trio.Cancelled:
+            self.wire.cut()
+            raise
+        self.inner.send_stream.close()
+        self.inner.receive_stream.close()
