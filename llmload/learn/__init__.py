@@ -1,0 +1,1 @@
+"""Learning over peers: a local trainer, gradients cut into shards, and rounds that average them."""

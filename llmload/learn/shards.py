@@ -1,0 +1,351 @@
+"""Gradients on the wire: a vector of all parameters, cut into shards, each encoded by a codec.
+
+    parameters by name --ParameterSpace--> one flat vector --ShardLayout--> shards --Codec--> bytes
+
+A shard is a message: `ShardHeader`, then a payload of raw little-endian numbers.
+
+    fp32      count x float32
+    fp16      count x float16, times 2^exponent
+    int8x64   blocks x float16 scale | count x int8; value = int8 * scale of its block * 2^exponent
+    int8x256  the same with blocks of 256 values (the last block of a shard may be shorter)
+
+Gradients of a mean loss are small: many lie below 6e-8, which float16 rounds to zero. So each shard
+carries a power of two that lifts its largest number to the upper end of float16. Multiplying by a
+power of two is exact, so all peers decode the same bits, whatever their processor.
+
+Blocks, because one scale for a whole row is ruined by its largest number: a few channels of GPT-2
+are two orders of magnitude above the rest.
+
+Source: blocks and sizes as in Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization".
+
+This file does not know rounds, peers, or who sends what to whom.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from natswarm import DecodeError, Message
+
+__all__ = [
+    "Codec",
+    "EncodedShard",
+    "LayoutHash",
+    "ParameterSpace",
+    "RoundNumber",
+    "ShardHeader",
+    "ShardLayout",
+    "Vector",
+    "decode_shard_untrusted",
+    "encode_shard",
+]
+
+Vector: TypeAlias = NDArray[np.float32]
+
+# 64 Ki values are 66 KB as int8: about 50 packets, so losing a connection costs little, while the
+# header of 90 bytes and the work in Python for each shard do not count. GPT-2 124M has 1,899.
+SHARD_VALUE_COUNT = 64 * 1024
+# 16 MiB as float32, which is also the bound of a message's payload.
+SHARD_VALUE_COUNT_MAX = 4 * 1024 * 1024
+
+# No gradient of a model that still learns is near; with it, a sum of 2^30 contributions is finite.
+# Rounding may carry a number beyond what was sent: decoders allow twice as much.
+MAGNITUDE_MAX = 2.0**96
+
+LAYOUT_HASH_BYTES = 16
+# The largest number of a shard is lifted to [2^14, 2^15): below float16's largest, 65,504, with a
+# factor of two to spare for rounding.
+LIFTED_EXPONENT = 15
+# What those bounds, and float32's smallest number 2^-149, leave of `ShardHeader.exponent`.
+EXPONENT_MIN = -148 - LIFTED_EXPONENT
+EXPONENT_MAX = 97 - LIFTED_EXPONENT
+
+INT8_MAX = 127
+
+# Fields of messages, checked when they are decoded.
+RoundNumber: TypeAlias = Annotated[int, Meta(ge=0, lt=2**62)]
+LayoutHash: TypeAlias = Annotated[
+    bytes, Meta(min_length=LAYOUT_HASH_BYTES, max_length=LAYOUT_HASH_BYTES)
+]
+
+
+class Codec(StrEnum):
+    """How the values of a shard become bytes; the value is the name on the wire."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8X64 = "int8x64"
+    INT8X256 = "int8x256"
+
+    @property
+    def block_size(self) -> int:
+        """Values that share one scale; 0 for codecs without scales."""
+        return {Codec.INT8X64: 64, Codec.INT8X256: 256}.get(self, 0)
+
+    def payload_bytes(self, count: int) -> int:
+        """Return the size of the payload for `count` values."""
+        if self is Codec.FP32:
+            return 4 * count
+        if self is Codec.FP16:
+            return 2 * count
+        return 2 * math.ceil(count / self.block_size) + count
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """The order in which the parameters of a model form one flat vector.
+
+    Attributes:
+        shapes: Shape of each parameter, sorted by name; `of` sorts.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, Sequence[int]]) -> ParameterSpace:
+        """Order parameters by name, so that every peer has the same order."""
+        return cls(tuple((name, tuple(shapes[name])) for name in sorted(shapes)))
+
+    @cached_property
+    def bounds(self) -> dict[str, slice]:
+        """Where each parameter lies in the flat vector."""
+        bounds, start = {}, 0
+        for name, shape in self.shapes:
+            stop = start + math.prod(shape)
+            bounds[name] = slice(start, stop)
+            start = stop
+        return bounds
+
+    @cached_property
+    def size(self) -> int:
+        """Values in the flat vector."""
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    def flatten(self, parameters: Mapping[str, NDArray[Any]]) -> Vector:
+        """Copy parameters into a new flat vector, float32 (size,).
+
+        Raises:
+            ValueError: A parameter is missing, of another shape, or unknown.
+        """
+        found = {name: values.shape for name, values in parameters.items()}
+        if found != dict(self.shapes):
+            wrong = sorted(set(found.items()) ^ set(self.shapes))
+            raise ValueError(f"parameters do not fit: {wrong[:4]}")
+        flat = np.empty(self.size, dtype=np.float32)
+        for name, view in self.views(flat).items():
+            view[...] = parameters[name]
+        return flat
+
+    def views(self, flat: Vector) -> dict[str, Vector]:
+        """Return each parameter as a view of a flat vector: writing to one changes the other.
+
+        Raises:
+            ValueError: The vector is of another size.
+        """
+        if flat.shape != (self.size,):
+            raise ValueError(f"vector of shape {flat.shape}, expected ({self.size},)")
+        return {name: flat[self.bounds[name]].reshape(shape) for name, shape in self.shapes}
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """How the flat vector of a model is cut into shards.
+
+    Attributes:
+        space: The flat vector.
+        shard_value_count: Values in each shard but the last, which holds the rest.
+    """
+
+    space: ParameterSpace
+    shard_value_count: int = SHARD_VALUE_COUNT
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shard_value_count <= SHARD_VALUE_COUNT_MAX:
+            raise ValueError(f"shard_value_count must be in 1..{SHARD_VALUE_COUNT_MAX}")
+
+    @cached_property
+    def shard_count(self) -> int:
+        """Shards of the model."""
+        return math.ceil(self.space.size / self.shard_value_count)
+
+    @cached_property
+    def hash(self) -> bytes:
+        """16 bytes that are equal if and only if model shape and layout are.
+
+        Peers compare it on every shard: gradients of another model would decode without an error.
+        """
+        description = json.dumps(["llmload shards 1", self.shard_value_count, self.space.shapes])
+        return hashlib.blake2b(description.encode(), digest_size=LAYOUT_HASH_BYTES).digest()
+
+    def bounds(self, shard: int) -> slice:
+        """Return where a shard lies in the flat vector.
+
+        Raises:
+            ValueError: There is no such shard.
+        """
+        if not 0 <= shard < self.shard_count:
+            raise ValueError(f"shard {shard} is not in 0..{self.shard_count - 1}")
+        start = shard * self.shard_value_count
+        return slice(start, min(start + self.shard_value_count, self.space.size))
+
+    def value_count(self, shard: int) -> int:
+        """Return the number of values in a shard; raises as `bounds`."""
+        bounds = self.bounds(shard)
+        return int(bounds.stop - bounds.start)
+
+
+class ShardHeader(Message, frozen=True):
+    """What stands before the numbers of one shard.
+
+    Attributes:
+        round: Number of the exchange round.
+        shard: Index of the shard in the layout.
+        codec: A `Codec`; a name unknown to us is an error of this shard, not of the message.
+        layout: `ShardLayout.hash`.
+        count: Values in the payload.
+        exponent: The numbers of the payload are to be multiplied by 2^exponent.
+    """
+
+    round: RoundNumber
+    shard: Annotated[int, Meta(ge=0, lt=2**31)]
+    codec: Annotated[str, Meta(max_length=16)]
+    layout: LayoutHash
+    count: Annotated[int, Meta(ge=1, le=SHARD_VALUE_COUNT_MAX)]
+    exponent: Annotated[int, Meta(ge=EXPONENT_MIN, le=EXPONENT_MAX)] = 0
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """A shard as it travels: header and payload of one message."""
+
+    header: ShardHeader
+    payload: bytes
+
+
+def encode_shard(
+    layout: ShardLayout, shard: int, values: Vector, *, codec: Codec, round_number: int
+) -> EncodedShard:
+    """Encode one shard.
+
+    The decoded value differs from the true one by at most, with `largest` of the shard and `peak`
+    of the value's block: nothing (fp32); |value| * 2^-11 + largest * 2^-39 (fp16);
+    peak * 0.501 / 127 + largest * 2^-39 (int8, that is 0.4 % of the peak).
+
+    Args:
+        layout: The layout of the whole vector.
+        shard: Index of the shard.
+        values: The values of this shard, float32 (count,).
+        codec: How to encode them.
+        round_number: Goes into the header.
+
+    Raises:
+        ValueError: A value is NaN, infinite or beyond 2^96, or there is no such shard.
+    """
+    if values.shape != (layout.value_count(shard),):
+        raise ValueError(f"shard {shard} has {layout.value_count(shard)} values: {values.shape}")
+    largest = float(np.abs(values).max())
+    # Written so that NaN, which is not greater than anything, is refused too.
+    if not largest <= MAGNITUDE_MAX:
+        raise ValueError(f"shard {shard} holds NaN, infinity or values beyond {MAGNITUDE_MAX:g}")
+    exponent = 0
+    if codec is Codec.FP32:
+        payload = values.astype("<f4").tobytes()
+    else:
+        if largest > 0:
+            exponent = math.frexp(largest)[1] - LIFTED_EXPONENT
+        lifted = np.ldexp(values, -exponent)
+        payload = lifted.astype("<f2").tobytes() if codec is Codec.FP16 else _int8(lifted, codec)
+    header = ShardHeader(
+        round=round_number,
+        shard=shard,
+        codec=codec.value,
+        layout=layout.hash,
+        count=values.size,
+        exponent=exponent,
+    )
+    return EncodedShard(header, payload)
+
+
+def decode_shard_untrusted(layout: ShardLayout, header: ShardHeader, payload: bytes) -> Vector:
+    """Decode one shard from a stranger into float32 (count,).
+
+    Equal bytes give equal bits on every machine: each value is the result of exact operations and
+    at most one rounded multiplication.
+
+    Raises:
+        DecodeError: Layout, index, count, codec or size do not fit, or a value is NaN, infinite or
+            beyond 2^97.
+    """
+    if header.layout != layout.hash:
+        raise DecodeError("a shard of another model or another layout")
+    if not 0 <= header.shard < layout.shard_count:
+        raise DecodeError(f"shard {header.shard} is not in 0..{layout.shard_count - 1}")
+    count = layout.value_count(header.shard)
+    if header.count != count:
+        raise DecodeError(f"shard {header.shard} has {count} values, not {header.count}")
+    try:
+        codec = Codec(header.codec)
+    except ValueError as error:
+        raise DecodeError(f"unknown codec {header.codec!r}") from error
+    if len(payload) != codec.payload_bytes(count):
+        raise DecodeError(
+            f"{count} values as {codec} take {codec.payload_bytes(count)} bytes, not {len(payload)}"
+        )
+    if not EXPONENT_MIN <= header.exponent <= EXPONENT_MAX:
+        raise DecodeError(f"exponent {header.exponent} is out of range")
+    # Overflow and NaN are what the check after it is for.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if codec is Codec.FP32:
+            values = np.frombuffer(payload, dtype="<f4").astype(np.float32)
+        else:
+            if codec is Codec.FP16:
+                lifted = np.frombuffer(payload, dtype="<f2").astype(np.float32)
+            else:
+                lifted = _from_int8(payload, count, codec)
+            values = np.ldexp(lifted, header.exponent)
+        largest = np.abs(values).max()
+    if not largest <= 2 * MAGNITUDE_MAX:
+        raise DecodeError(f"shard {header.shard} holds NaN, infinity or values beyond the bound")
+    return values
+
+
+def _int8(lifted: Vector, codec: Codec) -> bytes:
+    blocks = _in_blocks(lifted, codec.block_size)  # (blocks, block_size)
+    peaks = np.abs(blocks).max(axis=1)  # (blocks,)
+    exact = peaks / np.float32(INT8_MAX)
+    scales: NDArray[np.float16] = exact.astype("<f2")
+    # Rounded up: with a scale that is too small, the peak would be 128 steps away from zero.
+    too_small = scales.astype(np.float32) < exact
+    scales[too_small] = np.nextafter(scales[too_small], np.float16(np.inf))
+    divisors = scales.astype(np.float32)
+    divisors[divisors == 0] = 1  # a block of zeros
+    steps = np.rint(blocks / divisors[:, None]).astype(np.int8)  # (blocks, block_size)
+    return b"".join((scales.tobytes(), steps.reshape(-1)[: lifted.size].tobytes()))
+
+
+def _from_int8(payload: bytes, count: int, codec: Codec) -> Vector:
+    block_count = math.ceil(count / codec.block_size)
+    scales = np.frombuffer(payload, dtype="<f2", count=block_count).astype(np.float32)
+    steps = np.frombuffer(payload, dtype=np.int8, offset=scales.size * 2).astype(np.float32)
+    blocks = _in_blocks(steps, codec.block_size)  # (blocks, block_size)
+    values: Vector = (blocks * scales[:, None]).reshape(-1)[:count]
+    return values
+
+
+def _in_blocks(values: Vector, block_size: int) -> Vector:
+    """Return (blocks, block_size); the last block is filled up with zeros."""
+    padding = -values.size % block_size
+    if padding:
+        values = np.concatenate([values, np.zeros(padding, dtype=np.float32)])
+    return values.reshape(-1, block_size)

@@ -1,0 +1,356 @@
+"""Gradients of whole models against float64 differences; AdamW against its formula; determinism."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from llmload import reference
+from llmload.config import GPT2Config
+from llmload.errors import LearningFailed
+from llmload.graph.training import build_forward_graph, build_gradient_graph, gradient_name
+from llmload.learn.shards import ParameterSpace
+from llmload.learn.trainer import (
+    CHUNK_VALUE_COUNT,
+    OPEN_GRAPH_COUNT_MAX,
+    AdamW,
+    AdamWSettings,
+    Trainer,
+    batches,
+)
+from llmload.weights import random_weights
+
+RELATIVE_ERROR = 1e-4
+STEP = 1e-5
+
+TIED = GPT2Config(vocab_size=13, n_ctx=7, n_embd=8, n_layer=2, n_head=2)
+UNTIED = GPT2Config(
+    vocab_size=13, n_ctx=7, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=False
+)
+# Repeated ids: their rows of the embedding collect several gradients.
+TOKENS = np.array([[3, 1, 3, 3, 12], [0, 1, 12, 5, 0]])
+TARGETS = np.array([[1, 3, 3, 12, 7], [1, 12, 5, 0, 3]])
+
+
+def lively_weights(config, seed=5):
+    """Return weights without the zeros and ones of a fresh model, which would hide mistakes."""
+    rng = np.random.default_rng(seed)
+    weights = random_weights(config, seed)
+    return {
+        name: (values + 0.3 * rng.standard_normal(values.shape)).astype(np.float32)
+        for name, values in weights.items()
+    }
+
+
+def reference_loss(config, weights):
+    """Return the mean cross-entropy by the NumPy reference, in the type of the weights."""
+    logits, _ = reference.forward(config, weights, TOKENS)  # (b, t, v)
+    largest = logits.max(axis=-1, keepdims=True)
+    log_sums = largest[..., 0] + np.log(np.exp(logits - largest).sum(axis=-1))  # (b, t)
+    chosen = np.take_along_axis(logits, TARGETS[..., None], axis=-1)[..., 0]  # (b, t)
+    return (log_sums - chosen).mean()
+
+
+def difference(config, weights, name, direction):
+    """Return the derivative of the loss along a direction of one parameter, in float64."""
+    above = weights | {name: weights[name] + STEP * direction}
+    below = weights | {name: weights[name] - STEP * direction}
+    return (reference_loss(config, above) - reference_loss(config, below)) / (2 * STEP)
+
+
+# --- Gradients ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_every_parameter_against_differences_of_the_reference(config):
+    weights = lively_weights(config)
+    trainer = Trainer(config, weights)
+    loss, gradient = trainer.gradients(TOKENS, TARGETS)
+    gradients = trainer.space.views(gradient)
+    assert set(gradients) == set(weights)
+
+    exact = reference.as_type(weights, np.float64)
+    assert loss == pytest.approx(reference_loss(config, exact), rel=1e-6)
+    rng = np.random.default_rng(1)
+    for name, analytic in gradients.items():
+        length = np.linalg.norm(analytic)
+        # One random direction meets every coordinate.
+        direction = rng.standard_normal(analytic.shape)
+        error = abs((analytic * direction).sum() - difference(config, exact, name, direction))
+        assert error / length < RELATIVE_ERROR, f"{name}, random direction: {error / length:.1e}"
+        # The three largest coordinates and three others, one by one.
+        order = np.argsort(-np.abs(analytic), axis=None)
+        chosen = [*order[:3], *rng.choice(order, 3)]
+        numeric = []
+        for position in chosen:
+            direction = np.zeros(analytic.size)
+            direction[position] = 1
+            numeric.append(difference(config, exact, name, direction.reshape(analytic.shape)))
+        error = np.linalg.norm(analytic.reshape(-1)[chosen] - numeric) / np.linalg.norm(numeric)
+        assert error < RELATIVE_ERROR, f"{name}: {error:.1e}"
+
+
+def test_positions_beyond_the_batch_have_no_gradient():
+    trainer = Trainer(TIED, lively_weights(TIED))
+    _, gradient = trainer.gradients(TOKENS, TARGETS)
+    assert not trainer.space.views(gradient)["wpe.weight"][TOKENS.shape[1] :].any()
+
+
+def run(model, feeds):
+    session = ort.InferenceSession(model.SerializeToString())
+    names = [output.name for output in session.get_outputs()]
+    wanted = {value.name for value in session.get_inputs()}
+    fed = {name: value for name, value in feeds.items() if name in wanted}
+    return dict(zip(names, session.run(None, fed), strict=True))
+
+
+def test_stages_one_after_the_other_give_the_gradients_of_the_whole():
+    config = GPT2Config(vocab_size=13, n_ctx=7, n_embd=8, n_layer=3, n_head=2)
+    size = {"batch": TOKENS.shape[0], "time": TOKENS.shape[1]}
+    feeds = lively_weights(config) | {"token_ids": TOKENS, "targets": TARGETS}
+    whole = run(build_gradient_graph(config, **size), feeds)
+
+    stages = [range(1), range(1, 2), range(2, 3)]
+    hidden = []  # the input of each stage but the first
+    for blocks in stages[:-1]:
+        fed = feeds | ({"hidden": hidden[-1]} if hidden else {})
+        model = build_forward_graph(config, **size, blocks=blocks)
+        hidden.append(run(model, fed)["hidden_out"])
+    parts = []
+    upstream = None
+    for blocks, source in zip(reversed(stages), [*reversed(hidden), None], strict=True):
+        fed = feeds | {"hidden": source, gradient_name("hidden_out"): upstream}
+        part = run(build_gradient_graph(config, **size, blocks=blocks), fed)
+        upstream = part.pop(gradient_name("hidden"), None)
+        parts.append(part)
+
+    assert parts[0].pop("loss") == pytest.approx(float(whole.pop("loss")), rel=1e-6)
+    tied = gradient_name("wte.weight")
+    assert [tied in part for part in parts] == [True, False, True]
+    joined = {name: value for part in parts for name, value in part.items()}
+    joined[tied] = parts[0][tied] + parts[2][tied]
+    assert set(joined) == set(whole)
+    for name, value in whole.items():
+        assert np.linalg.norm(joined[name] - value) < 1e-5 * np.linalg.norm(value), name
+
+
+def test_loss_alone_is_the_loss_of_the_gradients():
+    trainer = Trainer(TIED, lively_weights(TIED))
+    assert trainer.loss(TOKENS, TARGETS) == pytest.approx(
+        trainer.gradients(TOKENS, TARGETS)[0], rel=1e-6
+    )
+
+
+def test_graph_sizes_are_checked():
+    with pytest.raises(ValueError, match="time 8"):
+        build_gradient_graph(TIED, batch=1, time=8)
+    with pytest.raises(ValueError, match="batch 0"):
+        build_forward_graph(TIED, batch=0, time=1)
+    with pytest.raises(ValueError, match="contiguous"):
+        build_forward_graph(TIED, batch=1, time=1, blocks=range(1, 3))
+
+
+# --- The trainer -------------------------------------------------------------------------------
+
+
+def test_a_small_batch_is_learnt_by_heart():
+    config = GPT2Config(vocab_size=64, n_ctx=16, n_embd=32, n_layer=2, n_head=4)
+    trainer = Trainer(config, random_weights(config, 1), optimizer=AdamWSettings(weight_decay=0))
+    text = np.random.default_rng(2).integers(64, size=200)
+    tokens, targets = next(batches(text, batch=4, time=16, rng=np.random.default_rng(3)))
+    first = trainer.loss(tokens, targets)
+    assert first == pytest.approx(math.log(64), abs=0.1)  # a fresh model knows nothing
+    for _ in range(100):
+        _, gradient = trainer.gradients(tokens, targets)
+        trainer.apply(gradient, learning_rate=5e-3)
+    assert trainer.loss(tokens, targets) < first / 20
+
+
+def trained(thread_count=1):
+    config = GPT2Config(vocab_size=64, n_ctx=32, n_embd=32, n_layer=2, n_head=4)
+    trainer = Trainer(config, random_weights(config, 1), thread_count=thread_count)
+    text = np.random.default_rng(2).integers(64, size=500)
+    stream = batches(text, batch=4, time=32, rng=np.random.default_rng(3))
+    losses = []
+    for _, (tokens, targets) in zip(range(5), stream, strict=False):
+        loss, gradient = trainer.gradients(tokens, targets)
+        trainer.apply(gradient)
+        losses.append(loss)
+    return losses, trainer.parameters
+
+
+@pytest.mark.parametrize("thread_count", [1, 2])
+def test_equal_runs_give_equal_bits(thread_count):
+    losses, parameters = trained(thread_count)
+    again, parameters_again = trained(thread_count)
+    assert losses == again
+    assert parameters.tobytes() == parameters_again.tobytes()
+
+
+def test_a_gradient_belongs_to_the_caller():
+    trainer = Trainer(TIED, lively_weights(TIED))
+    _, first = trainer.gradients(TOKENS, TARGETS)
+    kept = first.copy()
+    trainer.gradients(TARGETS, TOKENS)
+    trainer.apply(first)
+    assert np.array_equal(first, kept)
+
+
+def test_weights_come_in_and_go_out_as_copies():
+    weights = lively_weights(TIED)
+    before = {name: values.copy() for name, values in weights.items()}
+    trainer = Trainer(TIED, weights)
+    given_out = trainer.weights()
+    _, gradient = trainer.gradients(TOKENS, TARGETS)
+    trainer.apply(gradient)
+    for name, values in before.items():
+        assert np.array_equal(weights[name], values)
+        assert np.array_equal(given_out[name], values)
+        assert not np.array_equal(trainer.weights()[name], values)
+
+
+def test_writing_parameters_moves_the_model():
+    trainer = Trainer(TIED, lively_weights(TIED, seed=5))
+    other = Trainer(TIED, lively_weights(TIED, seed=6))
+    assert trainer.loss(TOKENS, TARGETS) != other.loss(TOKENS, TARGETS)
+    trainer.parameters[:] = other.parameters
+    assert trainer.loss(TOKENS, TARGETS) == other.loss(TOKENS, TARGETS)
+
+
+def test_graphs_of_many_shapes_do_not_pile_up():
+    trainer = Trainer(TIED, lively_weights(TIED))
+    for time in (1, 2, 3, 4, 5, 1):
+        for _ in range(2):
+            trainer.loss(TOKENS[:, :time], TARGETS[:, :time])
+    assert len(trainer._graphs) == OPEN_GRAPH_COUNT_MAX
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "problem"),
+    [
+        (TOKENS, TARGETS[:, :-1], "targets"),
+        (TOKENS[0], TARGETS[0], r"tokens int64 \(5,\)"),
+        (TOKENS.astype(np.float32), TARGETS, "tokens float32"),
+        (TOKENS - 1, TARGETS, "tokens holds ids outside of 0..12"),
+        (TOKENS, TARGETS + 1, "targets holds ids outside of 0..12"),
+        (TOKENS.repeat(2, axis=1), TARGETS.repeat(2, axis=1), "time 10"),
+        (TOKENS[:, :0], TARGETS[:, :0], "time 0"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tokens, targets, problem):
+    trainer = Trainer(TIED, lively_weights(TIED))
+    with pytest.raises(ValueError, match=problem):
+        trainer.gradients(tokens, targets)
+
+
+def test_weights_that_do_not_fit_are_refused():
+    weights = lively_weights(TIED)
+    with pytest.raises(ValueError, match="wte"):
+        Trainer(TIED, {name: values for name, values in weights.items() if name != "wte.weight"})
+    with pytest.raises(ValueError, match="lm_head"):
+        Trainer(TIED, lively_weights(UNTIED))
+    with pytest.raises(ValueError, match="expected"):
+        Trainer(TIED, weights).apply(np.zeros(3, dtype=np.float32))
+
+
+# --- AdamW -------------------------------------------------------------------------------------
+
+# A matrix that takes more than one chunk, and a bias.
+SPACE = ParameterSpace.of({"weight": (3, CHUNK_VALUE_COUNT // 2), "bias": (5,)})
+
+
+def plain_adamw(theta, gradients, settings, rates):
+    """Return parameters after AdamW as the paper writes it, in float64."""
+    theta = theta.astype(np.float64)
+    mean, mean_square = np.zeros_like(theta), np.zeros_like(theta)
+    decay = SPACE.flatten({"weight": np.ones((3, CHUNK_VALUE_COUNT // 2)), "bias": np.zeros(5)})
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        g = gradient.astype(np.float64)
+        g = g * min(1, settings.gradient_norm_max / np.linalg.norm(g))
+        mean = settings.beta1 * mean + (1 - settings.beta1) * g
+        mean_square = settings.beta2 * mean_square + (1 - settings.beta2) * g**2
+        unbiased = mean / (1 - settings.beta1**step)
+        unbiased_square = mean_square / (1 - settings.beta2**step)
+        theta = theta - rate * settings.weight_decay * decay * theta
+        theta = theta - rate * unbiased / (np.sqrt(unbiased_square) + settings.epsilon)
+    return theta
+
+
+@pytest.mark.parametrize("norm_max", [1.0, math.inf])
+def test_adamw_is_its_formula(norm_max):
+    rng = np.random.default_rng(4)
+    settings = AdamWSettings(gradient_norm_max=norm_max, weight_decay=0.2)
+    start = rng.standard_normal(SPACE.size).astype(np.float32)
+    gradients = [rng.standard_normal(SPACE.size).astype(np.float32) * s for s in (1e-3, 1, 10, 1)]
+    rates = [1e-2, 1e-3, 1e-2, 1e-2]
+    parameters = start.copy()
+    optimizer = AdamW(SPACE, settings)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        norm = optimizer.update(parameters, gradient, learning_rate=rate)
+        assert norm == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=1e-12)
+    expected = plain_adamw(start, gradients, settings, rates)
+    moved = np.linalg.norm(expected - start)
+    assert np.linalg.norm(parameters - expected) < 1e-5 * moved
+
+
+def test_only_matrices_decay():
+    parameters = np.ones(SPACE.size, dtype=np.float32)
+    optimizer = AdamW(SPACE, AdamWSettings(learning_rate=0.1, weight_decay=0.5))
+    optimizer.update(parameters, np.zeros(SPACE.size, dtype=np.float32))
+    views = SPACE.views(parameters)
+    assert np.all(views["bias"] == 1)
+    assert np.all(views["weight"] == np.float32(0.95))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value):
+    trainer, untouched = (Trainer(TIED, lively_weights(TIED)) for _ in range(2))
+    _, gradient = trainer.gradients(TOKENS, TARGETS)
+    spoilt = gradient.copy()
+    spoilt[100] = value
+    with pytest.raises(LearningFailed, match="NaN or infinity"):
+        trainer.apply(spoilt)
+    trainer.apply(gradient)
+    untouched.apply(gradient)
+    assert trainer.parameters.tobytes() == untouched.parameters.tobytes()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"beta1": 1.0}, {"beta2": -0.1}, {"learning_rate": 0}, {"weight_decay": -1}],
+)
+def test_settings_are_checked(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        AdamWSettings(**values)
+
+
+# --- Batches -----------------------------------------------------------------------------------
+
+
+def test_targets_are_the_tokens_that_follow():
+    text = np.arange(100, 120, dtype=np.uint16)
+    stream = batches(text, batch=500, time=4, rng=np.random.default_rng(1))
+    tokens, targets = next(stream)
+    assert tokens.shape == targets.shape == (500, 4)
+    assert tokens.dtype == targets.dtype == np.int64
+    assert np.array_equal(tokens + 1, targets)
+    # Windows start anywhere, up to the one that ends with the text.
+    assert set(tokens[:, 0]) == set(range(100, 116))
+    assert not np.array_equal(tokens, next(stream)[0])
+
+
+def test_a_seed_repeats_the_batches():
+    text = np.arange(1000)
+    first, again = (
+        next(batches(text, batch=3, time=5, rng=np.random.default_rng(7)))[0] for _ in range(2)
+    )
+    assert np.array_equal(first, again)
+
+
+def test_a_text_that_is_too_short_is_refused():
+    assert next(batches(np.arange(5), batch=1, time=4, rng=np.random.default_rng(1)))
+    with pytest.raises(ValueError, match="4 tokens"):
+        next(batches(np.arange(4), batch=1, time=4, rng=np.random.default_rng(1)))
