@@ -1,0 +1,1 @@
+"""Benchmarks: each prints its figures, or one JSON object with `--json`."""
