@@ -28,17 +28,19 @@ class DemoPuncture:
         a: The device that asked.
         b: The other one.
         plan: The strategy.
-        probes: Sent by both sides together.
-        seconds: Until the asking side had the path.
+        probes: Sent by both sides together, of all tries.
+        seconds: That the asking side probed until it had the path.
         ok: None while under way.
+        reason: Why not.
     """
 
     a: str
     b: str
-    plan: str
+    plan: str = ""
     probes: int = 0
     seconds: float = 0.0
     ok: bool | None = None
+    reason: str = ""
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ class DemoScreen:
     def __init__(self, report: DemoReport) -> None:
         self._report = report
         self._live = Live(
-            get_renderable=self._render, console=Console(), refresh_per_second=8, transient=False
+            get_renderable=self.render, console=Console(), refresh_per_second=8, transient=False
         )
 
     def __enter__(self) -> DemoScreen:
@@ -37,7 +37,8 @@ class DemoScreen:
     def __exit__(self, *exc_info: object) -> None:
         self._live.__exit__(None, None, None)
 
-    def _render(self) -> RenderableType:
+    def render(self) -> RenderableType:
+        """Return the screen as it is now."""
         report = self._report
         parts: list[RenderableType] = [
             Text(
