@@ -74,7 +74,7 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class ScaledBeta:
-    """`low` + `span` * Beta(`alpha`, `beta`), rounded: a law fitted to observed ports.
+    """`offset` + `span` * Beta(`alpha`, `beta`), rounded: a law fitted to observed ports.
 
     Its `law` is the nearest a profile can name: drawn at random, in no order.
     """

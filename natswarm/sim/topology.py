@@ -36,8 +36,8 @@ CARRIER_NETWORK = "100.64.0.0/10"  # RFC 6598
 
 DEFAULT_TTL = 64  # Linux; RFC 1700
 
-# Between the borders of two access networks. Traceroutes across a continent show some 8 routers and
-# 10 ms there; what matters is that a TTL of 5 (hyperdht's opener) leaves home and dies on the way.
+# Between the borders of two access networks, inside one continent: assumed. What matters is that a
+# TTL of 5 (hyperdht's opener) leaves home and dies on the way.
 DEFAULT_CORE_HOPS = 8
 DEFAULT_CORE_DELAY_S = 0.010
 
