@@ -76,9 +76,13 @@ class ConnectFailed(NatswarmError):
 class PeerNotFound(ConnectFailed):
     """Nobody we can reach knows the peer."""
 
+    code = "peer-not-found"
+
 
 class PunctureFailed(ConnectFailed):
     """The NATs between two peers stayed closed."""
+
+    code = "puncture-failed"
 
 
 class HandshakeFailed(ConnectFailed):

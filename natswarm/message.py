@@ -15,7 +15,16 @@ import msgspec
 
 from natswarm.errors import DecodeError
 
-__all__ = ["Message", "Refusal", "decode_message_untrusted", "encode_message"]
+__all__ = [
+    "Message",
+    "Refusal",
+    "decode_message_untrusted",
+    "encode_message",
+    "printable_untrusted",
+]
+
+# A sentence or two: what peers say goes to terminals and logs.
+TEXT_CHARACTERS_MAX = 300
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -48,5 +57,11 @@ def decode_message_untrusted(data: bytes, *message_types: type[MessageT]) -> Mes
         message: MessageT = msgspec.msgpack.decode(data, type=expected)
     # Text that is not UTF-8 and nesting that is too deep come as Python's own exceptions.
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DecodeError(f"a message is not what was expected: {error}") from error
+        reason = printable_untrusted(str(error))  # it quotes what it did not expect
+        raise DecodeError(f"a message is not what was expected: {reason}") from error
     return message
+
+
+def printable_untrusted(text: str) -> str:
+    """Return what a peer wrote as something to show: no control characters, no novels."""
+    return "".join(c for c in text[:TEXT_CHARACTERS_MAX] if c.isprintable())

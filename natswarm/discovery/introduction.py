@@ -9,15 +9,18 @@
 
 Records travel inside envelopes signed by the node they describe, so N can change nothing in them.
 What N adds, and vouches for with its own connection to the peer, is the address it *sees* the peer
-at: probes go to that address alone. A peer that writes a stranger's address into its record can
-therefore not aim us at the stranger. Starting skew is one way of N to A, well inside the window in
-which both sides probe.
+at: of all IPv4 addresses on the internet, probes go to that one alone. A peer that writes a
+stranger's address into its record can therefore not aim us at the stranger. (Addresses of a home
+reach nobody outside of ours; IPv6 candidates cost whoever owns them some 15 probes of 49 bytes.)
+Starting skew is one way of N to A, well inside the window in which both sides probe.
 
 Pure: message types, and the checks on them. Source: reference section 4.2; DCUtR for the shape.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from natswarm.address import AddressKind, Endpoint
@@ -39,10 +42,12 @@ __all__ = [
     "Rendezvous",
     "RendezvousAccepted",
     "ShareRecord",
+    "complaint_about",
     "decode_attempt_untrusted",
     "decode_endpoint_untrusted",
     "decode_record_untrusted",
     "profile_as_seen",
+    "record_as_seen",
 ]
 
 RECORD_CONTEXT = b"record"
@@ -108,13 +113,10 @@ def decode_record_untrusted(data: bytes) -> NodeRecord:
         raise DecodeError(f"a record has at most {RECORD_BYTES_MAX} bytes, not {len(data)}")
     peer_id, payload = open_envelope_untrusted(RECORD_CONTEXT, data)
     body = decode_message_untrusted(payload, _RecordBody)
-    if len(body.name) > NAME_CHARACTERS_MAX or not body.name.isprintable():
-        raise DecodeError("a node's name has at most 64 printable characters")
-    if len(body.services) > SERVICES_MAX or any(
-        len(service) > SERVICE_CHARACTERS_MAX or not service.isprintable()
-        for service in body.services
-    ):
-        raise DecodeError("a record names at most 16 services of at most 128 characters")
+    if (complaint := complaint_about(body.name, body.services)) is not None:
+        raise DecodeError(complaint)
+    if not math.isfinite(body.issued_at_s):
+        raise DecodeError("a record has a date")
     return NodeRecord(
         peer_id=peer_id,
         issued_at_s=body.issued_at_s,
@@ -125,6 +127,20 @@ def decode_record_untrusted(data: bytes) -> NodeRecord:
         else decode_endpoint_untrusted(body.alternate_endpoint),
         services=body.services,
     )
+
+
+def complaint_about(name: str, services: Sequence[str]) -> str | None:
+    """Return why these can't be in a record, or None: peers would refuse the whole record."""
+    if len(name) > NAME_CHARACTERS_MAX or not name.isprintable():
+        return f"a node's name has at most {NAME_CHARACTERS_MAX} printable characters"
+    if len(services) > SERVICES_MAX or any(
+        len(service) > SERVICE_CHARACTERS_MAX or not service.isprintable() for service in services
+    ):
+        return (
+            f"a node names at most {SERVICES_MAX} services of at most {SERVICE_CHARACTERS_MAX} "
+            "printable characters"
+        )
+    return None
 
 
 class ShareRecord(Message, frozen=True):
@@ -138,9 +154,10 @@ class FindPeers(Message, frozen=True):
 
 
 class PeersFound(Message, frozen=True):
-    """These: signed records."""
+    """These: signed records, and for each where I see the peer, on a living connection."""
 
     records: tuple[bytes, ...]
+    seen_at: tuple[str, ...] = ()
 
 
 class Introduce(Message, frozen=True):
@@ -219,11 +236,27 @@ def decode_attempt_untrusted(attempt: bytes) -> bytes:
 def profile_as_seen(profile: NatProfile, seen_at: Endpoint) -> NatProfile:
     """Return a peer's profile with every global address replaced by the one the introducer sees.
 
-    Ports stay as the peer says: they are within its own address, so they harm nobody else.
+    Ports stay as the peer says: they are within its own address, so they harm nobody else. Host
+    candidates stay where they can't be a third party's IPv4 address on the internet.
     """
     main = profile.main_endpoint
     return replace(
         profile,
         public_ips=(seen_at.ip,),
         main_endpoint=None if main is None else Endpoint(seen_at.ip, main.port),
+        local_endpoints=tuple(
+            each
+            for each in profile.local_endpoints
+            if ":" in each.ip or each.kind is not AddressKind.GLOBAL or each.ip == seen_at.ip
+        ),
+    )
+
+
+def record_as_seen(record: NodeRecord, seen_at: Endpoint) -> NodeRecord:
+    """Return a record with every global address replaced by the one the introducer sees."""
+    alternate = record.alternate_endpoint
+    return replace(
+        record,
+        profile=profile_as_seen(record.profile, seen_at),
+        alternate_endpoint=None if alternate is None else Endpoint(seen_at.ip, alternate.port),
     )

@@ -25,6 +25,7 @@ from natswarm.nat.classify import (
 )
 from natswarm.nat.profile import NatProfile
 from natswarm.net.budget import Budget
+from natswarm.net.nursery import open_private_nursery
 from natswarm.net.port import DatagramPort, Network, PortGroup
 from natswarm.wire import (
     EchoReply,
@@ -38,6 +39,9 @@ __all__ = ["AskNeighbour", "EchoService"]
 # An inspection asks about 40 times in all; this serves several newcomers a second. Each request
 # costs a signature and a verification, 0.15 ms together.
 ECHOES_PER_S = 200.0
+
+# Replies to somebody we never heard from, on the word of a neighbour: four for each newcomer.
+UNSOLICITED_ECHOES_PER_S = 20.0
 
 AskNeighbour = Callable[[PeerId, bytes, Endpoint], Awaitable[None]]
 
@@ -67,6 +71,7 @@ class EchoService:
         self._main_port = main_port
         self._alternate_port = alternate_port
         self._budget = Budget(per_s=ECHOES_PER_S)
+        self._unsolicited_budget = Budget(per_s=UNSOLICITED_ECHOES_PER_S)
         self._inspection: _Inspection | None = None
 
     # Answering ------------------------------------------------------------------------------------
@@ -94,7 +99,7 @@ class EchoService:
 
     def answer_for_neighbour(self, transaction: bytes, observed: Endpoint) -> None:
         """Send a reply to whoever asked a neighbour of ours, which vouches for the address."""
-        if self._budget.take(trio.current_time()):
+        if self._unsolicited_budget.take(trio.current_time()):
             reply = EchoReply(
                 transaction, self._identity.peer_id, observed, is_unsolicited=True
             ).encode(self._identity)
@@ -120,6 +125,10 @@ class EchoService:
         ask_neighbour: AskNeighbour,
     ) -> NatProfile:
         """Ask `observers` what they see of us; one inspection at a time.
+
+        Raises:
+            ConfigurationError: The system gives no fresh ports.
+            trio.ClosedResourceError: The main port was closed meanwhile.
 
         Args:
             observers: Whom to ask.
@@ -168,22 +177,19 @@ class _Inspection:
         self._wakeup = trio.Event()
 
     async def run(self) -> NatProfile:
-        async with trio.open_nursery() as nursery:
+        async with open_private_nursery() as nursery:
             nursery.start_soon(self._receive)
             while True:
                 now = trio.current_time()
                 for echo in self._machine.requests_to_send(now):
                     self._send(echo, nursery)
-                profile = self._machine.result()
+                if (profile := self._machine.result()) is not None:
+                    return profile
                 timer = self._machine.next_timer()
-                if profile is not None or timer is None:
-                    nursery.cancel_scope.cancel()
-                    break
+                assert timer is not None, "something is under way where there is no result"
                 self._wakeup = trio.Event()
                 with trio.move_on_at(timer):
                     await self._wakeup.wait()
-        assert profile is not None
-        return profile
 
     def receive_untrusted(self, port_index: int, data: bytes, source: Endpoint) -> None:
         reply = decode_echo_reply_untrusted(data)

@@ -16,6 +16,7 @@ the `Home` protocol, for whom it is connected to and to start a puncture.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from itertools import zip_longest
 from typing import Protocol, TypeVar
 
 import trio
@@ -52,12 +53,15 @@ from natswarm.wire import TRANSACTION_BYTES
 
 __all__ = ["Home", "Introducer", "Neighbour"]
 
-# A neighbour that is alive answers in a round trip or two; the rendezvous takes two of them and the
-# other side may have to look at its own NAT first.
-REPLY_TIMEOUT_S = 15.0
+# A neighbour that is alive answers in a round trip or two; for a rendezvous it may have to look at
+# its own NAT first, which takes 5 s where nobody answers. Who passes a question on waits for longer
+# than whom it asks, or else the reason of a refusal would come too late.
+REPLY_TIMEOUT_S = 10.0
+RELAYED_TIMEOUT_S = 15.0
 
 # FindPeers answers with a sample: enough for the swarms of today, one bounded message for larger.
 PEERS_FOUND_MAX = 64
+PEERS_FOUND_BYTES_MAX = 48 * 1024  # within a message's header; usual records take 500 bytes
 
 MessageT = TypeVar("MessageT", bound=Message)
 RequestT = TypeVar("RequestT", bound=Message)
@@ -97,7 +101,9 @@ class Home(Protocol):
         """Whom we are connected to, oldest first."""
         ...
 
-    async def start_rendezvous(self, record: NodeRecord, seen_at: Endpoint, attempt: bytes) -> None:
+    async def start_rendezvous(
+        self, record: NodeRecord, seen_at: Endpoint, attempt: bytes, introducer: PeerId
+    ) -> None:
         """Start our side of a puncture with the peer of `record`; returns when it has started.
 
         Raises:
@@ -105,8 +111,8 @@ class Home(Protocol):
         """
         ...
 
-    def learn_record(self, peer_id: PeerId, sealed: bytes) -> None:
-        """Note the record of a peer we are connected to."""
+    def learn_record(self, record: NodeRecord, sealed: bytes) -> None:
+        """Note the record of a peer we are connected to, and its signed form."""
         ...
 
     def send_unsolicited_echo(self, transaction: bytes, observed: Endpoint) -> None:
@@ -142,20 +148,30 @@ class Introducer:
         )
         self._learn(neighbour, reply.record)
 
-    async def find_peers(self, neighbour: Neighbour) -> list[NodeRecord]:
+    async def find_peers(self, neighbour: Neighbour) -> list[tuple[NodeRecord, Endpoint | None]]:
         """Ask `neighbour` whom it is connected to.
+
+        Returns:
+            Records, each with where the neighbour sees the peer; None if it does not say.
 
         Raises:
             NatswarmError: It did not answer.
         """
         reply = await self._ask(neighbour, "natswarm/peers/1", FindPeers(), PeersFound)
-        records = []
-        for sealed in reply.records[:PEERS_FOUND_MAX]:
+        found: list[tuple[NodeRecord, Endpoint | None]] = []
+        for sealed, seen_at in zip_longest(
+            reply.records[:PEERS_FOUND_MAX], reply.seen_at[:PEERS_FOUND_MAX]
+        ):
+            if sealed is None:
+                break
             try:
-                records.append(decode_record_untrusted(sealed))
+                record = decode_record_untrusted(sealed)
+                found.append(
+                    (record, None if seen_at is None else decode_endpoint_untrusted(seen_at))
+                )
             except DecodeError:
                 continue  # a neighbour's bad memory is no reason to lose the good ones
-        return records
+        return found
 
     async def introduce(
         self, neighbour: Neighbour, target: PeerId, attempt: bytes
@@ -170,7 +186,9 @@ class Introducer:
             NatswarmError: No valid answer.
         """
         request = Introduce(target.key, attempt, self._home.sealed_record())
-        reply = await self._ask(neighbour, "natswarm/introduce/1", request, Introduced)
+        reply = await self._ask(
+            neighbour, "natswarm/introduce/1", request, Introduced, timeout_s=RELAYED_TIMEOUT_S
+        )
         record = decode_record_untrusted(reply.record)
         if record.peer_id != target:
             raise DecodeError(f"asked for {target.short}, introduced to {record.peer_id.short}")
@@ -186,20 +204,27 @@ class Introducer:
             NatswarmError: No valid answer.
         """
         request = AskNeighbour(transaction, str(observed))
-        await self._ask(neighbour, "natswarm/ask/1", request, Asked)
+        await self._ask(neighbour, "natswarm/ask/1", request, Asked, timeout_s=RELAYED_TIMEOUT_S)
 
     async def _ask(
-        self, neighbour: Neighbour, protocol: str, request: Message, reply_type: type[MessageT]
+        self,
+        neighbour: Neighbour,
+        protocol: str,
+        request: Message,
+        reply_type: type[MessageT],
+        *,
+        timeout_s: float = REPLY_TIMEOUT_S,
     ) -> MessageT:
+        """Ask one question; whatever goes wrong is a NatswarmError."""
         try:
-            with trio.fail_after(REPLY_TIMEOUT_S):
+            with trio.fail_after(timeout_s):
                 async with MessageStream(await neighbour.open_stream(protocol)) as messages:
                     return await messages.call(request, reply_type)
         except trio.TooSlowError:
             raise ConnectFailed(
-                f"{neighbour.peer_id.short} did not answer {protocol} in {REPLY_TIMEOUT_S:.0f} s"
+                f"{neighbour.peer_id.short} did not answer {protocol} in {timeout_s:.0f} s"
             ) from None
-        except trio.BrokenResourceError as error:
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectFailed(f"lost {neighbour.peer_id.short} while asking: {error}") from error
 
     def _serve(
@@ -208,7 +233,7 @@ class Introducer:
         answer: Callable[[RequestT, Neighbour], Awaitable[Message]],
     ) -> Callable[[Stream, Neighbour], Awaitable[None]]:
         async def handler(stream: Stream, neighbour: Neighbour) -> None:
-            with trio.move_on_after(2 * REPLY_TIMEOUT_S):
+            with trio.move_on_after(2 * RELAYED_TIMEOUT_S):
                 async with MessageStream(stream) as messages:
                     request, _ = await messages.receive(request_type)
                     try:
@@ -225,13 +250,19 @@ class Introducer:
         return ShareRecord(self._home.sealed_record())
 
     async def _answer_peers(self, _request: FindPeers, neighbour: Neighbour) -> PeersFound:
-        records = [
-            other.sealed_record
-            for other in self._home.neighbours()
-            if other.peer_id != neighbour.peer_id and other.sealed_record is not None
-        ]
+        records: list[bytes] = []
+        seen_at: list[str] = []
+        room = PEERS_FOUND_BYTES_MAX
         # The latest: of a crowd, those that came last are the likeliest to be still there.
-        return PeersFound(tuple(records[-PEERS_FOUND_MAX:]))
+        for other in reversed(self._home.neighbours()):
+            if other.peer_id == neighbour.peer_id or other.sealed_record is None:
+                continue
+            room -= len(other.sealed_record)
+            if room < 0 or len(records) == PEERS_FOUND_MAX:
+                break
+            records.append(other.sealed_record)
+            seen_at.append(str(other.seen_at))
+        return PeersFound(tuple(records), tuple(seen_at))
 
     async def _answer_introduce(self, request: Introduce, neighbour: Neighbour) -> Introduced:
         target_id = PeerId.decode_untrusted(request.target)
@@ -239,7 +270,7 @@ class Introducer:
         record = decode_record_untrusted(request.record)
         if record.peer_id != neighbour.peer_id:
             raise RequestRefused("a node may introduce only itself")
-        self._home.learn_record(neighbour.peer_id, request.record)
+        self._home.learn_record(record, request.record)
         target = self._neighbour(target_id)
         if target is None:
             raise PeerNotFound(f"I am not connected to {target_id.short}")
@@ -248,12 +279,12 @@ class Introducer:
         return Introduced(accepted.record, str(target.seen_at))
 
     async def _answer_rendezvous(
-        self, request: Rendezvous, _neighbour: Neighbour
+        self, request: Rendezvous, neighbour: Neighbour
     ) -> RendezvousAccepted:
         attempt = decode_attempt_untrusted(request.attempt)
         record = decode_record_untrusted(request.record)
         seen_at = decode_endpoint_untrusted(request.seen_at)
-        await self._home.start_rendezvous(record, seen_at, attempt)
+        await self._home.start_rendezvous(record, seen_at, attempt, neighbour.peer_id)
         return RendezvousAccepted(self._home.sealed_record())
 
     async def _answer_ask(self, request: AskNeighbour, neighbour: Neighbour) -> Asked:
@@ -283,7 +314,7 @@ class Introducer:
         record = decode_record_untrusted(sealed)
         if record.peer_id != neighbour.peer_id:
             raise DecodeError(f"{neighbour.peer_id.short} sent the record of another node")
-        self._home.learn_record(neighbour.peer_id, sealed)
+        self._home.learn_record(record, sealed)
 
     def _neighbour(self, peer_id: PeerId) -> Neighbour | None:
         for neighbour in self._home.neighbours():

@@ -14,7 +14,13 @@ from typing import TypeVar, cast
 import trio
 
 from natswarm.errors import DecodeError, RequestRefused
-from natswarm.message import Message, Refusal, decode_message_untrusted, encode_message
+from natswarm.message import (
+    Message,
+    Refusal,
+    decode_message_untrusted,
+    encode_message,
+    printable_untrusted,
+)
 
 __all__ = ["MessageStream"]
 
@@ -65,22 +71,31 @@ class MessageStream:
     async def receive(self, *header_types: type[MessageT]) -> tuple[MessageT, bytes]:
         """Wait for one message whose header is one of `header_types`.
 
+        Cancelled, nothing is lost: what came in of the message waits for the next call.
+
         Raises:
             RequestRefused: The peer answered with a `Refusal`.
             DecodeError: The message is over the bounds, damaged, of another type, or cut off.
             trio.EndOfChannel: The peer ended the stream between two messages.
             trio.BrokenResourceError: The peer or the path is gone.
         """
-        header_size, payload_size = _SIZES.unpack(await self._read(_SIZES.size, may_end=True))
+        await self._wait_received(_SIZES.size, may_end=True)
+        header_size, payload_size = _SIZES.unpack_from(self._received)
         if header_size > HEADER_BYTES_MAX or payload_size > self._payload_bytes_max:
             raise DecodeError(
                 f"a message of {header_size} + {payload_size} bytes is over the bounds"
             )
-        encoded = await self._read(header_size)
-        payload = await self._read(payload_size)
+        header_end = _SIZES.size + header_size
+        end = header_end + payload_size
+        await self._wait_received(end)
+        with memoryview(self._received) as view:
+            encoded, payload = bytes(view[_SIZES.size : header_end]), bytes(view[header_end:end])
+        del self._received[:end]
         header: Message = decode_message_untrusted(encoded, *header_types, Refusal)
         if isinstance(header, Refusal):
-            raise RequestRefused(header.reason, header.code)
+            raise RequestRefused(
+                printable_untrusted(header.reason), printable_untrusted(header.code)
+            )
         return cast("MessageT", header), payload
 
     async def call(self, request: Message, reply_type: type[MessageT]) -> MessageT:
@@ -112,8 +127,8 @@ class MessageStream:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
-    async def _read(self, size: int, *, may_end: bool = False) -> bytes:
-        """Return exactly `size` bytes."""
+    async def _wait_received(self, size: int, *, may_end: bool = False) -> None:
+        """Wait until `size` bytes have come in that no message has used."""
         while len(self._received) < size:
             chunk = await self._stream.receive_some()
             if not chunk:
@@ -121,7 +136,3 @@ class MessageStream:
                     raise trio.EndOfChannel
                 raise DecodeError(f"the stream ended after {len(self._received)} of {size} bytes")
             self._received += chunk
-        with memoryview(self._received) as view:
-            result = bytes(view[:size])
-        del self._received[:size]
-        return result

@@ -76,9 +76,17 @@ class PortPump:
             raise ValueError(f"datagrams from {remote} already have a receiver")
         self._receivers[remote] = receiver
 
-    def detach(self, remote: Endpoint) -> None:
-        """Drop what comes from `remote` from now on; idempotent."""
-        self._receivers.pop(remote, None)
+    def detach(
+        self, remote: Endpoint, receiver: Callable[[list[bytes]], None] | None = None
+    ) -> None:
+        """Drop what comes from `remote` from now on; idempotent.
+
+        Args:
+            remote: Whose datagrams.
+            receiver: If given, nothing happens where somebody else has taken its place.
+        """
+        if receiver is None or self._receivers.get(remote) == receiver:
+            self._receivers.pop(remote, None)
 
     async def run(self) -> None:
         """Receive until the port is closed, then return.

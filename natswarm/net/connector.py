@@ -1,0 +1,352 @@
+"""Connect to a peer: find out how, agree with it on whose wish is carried out, dial.
+
+    Invite of a node that takes strangers    HELLO, then probes, to the endpoint it names
+    Invite of any other                      both sides dial, with a name of the attempt that both
+                                             can derive: needs the other's invite on both sides
+    PeerId                                   a neighbour introduces: introduction.py
+
+Of a pair, one side's wish is carried out at a time. Who asks the other for a path, through a
+neighbour or with a HELLO, and has the lower PeerId, declines the other's wish meanwhile; the other
+takes it, and waits. So both may call `connect` at once, and both get the one path.
+
+Knows no sockets and no streams; the node, behind the `Home` protocol, keeps the peers.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import trio
+
+from natswarm.address import Endpoint
+from natswarm.discovery.introduction import NodeRecord, profile_as_seen
+from natswarm.discovery.invite import Invite
+from natswarm.errors import (
+    AlreadyConnecting,
+    ConnectFailed,
+    DecodeError,
+    HandshakeFailed,
+    NatswarmError,
+    PeerNotFound,
+    PunctureFailed,
+    RequestRefused,
+)
+from natswarm.identity import Identity, PeerId
+from natswarm.nat.profile import NatProfile
+from natswarm.net.attempt import PunctureReport
+from natswarm.net.budget import Budget
+from natswarm.net.dialler import Dial, Dialler, Origin
+from natswarm.net.introducer import Introducer
+from natswarm.net.peer import Peer
+from natswarm.net.quic import Connection
+from natswarm.puncture.plan import Limits, Plan, plan_direct, plan_puncture
+from natswarm.wire import ATTEMPT_BYTES, Hello, decode_hello_untrusted
+
+__all__ = ["Connector", "Home"]
+
+logger = logging.getLogger("natswarm.node")
+
+# Tries of one connect(): each draws new ports, so each is a new chance. Plans are sized for 99.9 %;
+# what a second or third try mends is a path lost during the handshake, or a neighbour that lied.
+TRIES = 3
+
+# A peer that declines because it is connecting to us itself starts its side within a few seconds:
+# its introduction, and perhaps a look at its NAT. (Once it has, we wait for the end of it.)
+THEIR_SIDE_TIMEOUT_S = 15.0
+
+# Punctures by others' wish at once. An introduced one may be a burst of 1,000 probes a second from
+# 256 sockets; one for a stranger only answers. Knocks cost an Ed25519 verification, 0.1 ms.
+INTRODUCED_DIALS_MAX = 16
+STRANGER_DIALS_MAX = 64
+HELLOS_PER_S = 50
+
+
+class Home(Protocol):
+    """What the connector needs of its node."""
+
+    def peers(self) -> list[Peer]:
+        """Whom we are connected to, oldest first."""
+        ...
+
+    def living_peer(self, peer_id: PeerId) -> Peer | None:
+        """The connection to a peer, if there is one."""
+        ...
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for one more peer."""
+        ...
+
+    async def known_profile(self) -> NatProfile:
+        """What our NAT does; looks first if that is not known."""
+        ...
+
+    def adopt(self, connection: Connection, seen_at: Endpoint, report: PunctureReport) -> Peer:
+        """Take a new connection.
+
+        Raises:
+            ConnectFailed: There is no room.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class _Wish:
+    """A connect() under way.
+
+    Attributes:
+        asks_peer: Whether the peer hears of our wish, so that it can give way to it, or we to it.
+    """
+
+    asks_peer: bool
+    is_over: trio.Event = field(default_factory=trio.Event)
+
+
+class Connector:
+    """Makes the connections of one node, by its own wish and by that of others.
+
+    Args:
+        home: The node.
+        identity: Who we are.
+        dialler: Carries out the dials.
+        introducer: Asks neighbours.
+        nursery: Where dials by others' wish run.
+        limits: Bounds of a puncture.
+        rng: Draws the names of attempts.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        *,
+        identity: Identity,
+        dialler: Dialler,
+        introducer: Introducer,
+        nursery: trio.Nursery,
+        limits: Limits,
+        rng: random.Random,
+    ) -> None:
+        self._home = home
+        self._identity = identity
+        self._peer_id = identity.peer_id
+        self._dialler = dialler
+        self._introducer = introducer
+        self._nursery = nursery
+        self._limits = limits
+        self._rng = rng
+        self._wishes: dict[PeerId, _Wish] = {}
+        self._hello_budget = Budget(per_s=HELLOS_PER_S)
+
+    # Our own wish ---------------------------------------------------------------------------------
+
+    async def connect(self, target: PeerId | Invite) -> Peer:
+        """Return the connection to a peer, making it first if there is none; see `Node.connect`."""
+        peer_id = target.record.peer_id if isinstance(target, Invite) else target
+        if peer_id == self._peer_id:
+            raise ConnectFailed("that is this node itself")
+        # The peer may be at it already: one path is enough. Waited for once, not for ever.
+        for dial in self._dialler.under_way(peer_id=peer_id, by_others=True):
+            await dial.wait_over()
+        while True:
+            if (peer := self._home.living_peer(peer_id)) is not None:
+                return peer
+            if (other := self._wishes.get(peer_id)) is None:
+                break
+            await other.is_over.wait()
+        wish = self._wishes[peer_id] = _Wish(
+            asks_peer=isinstance(target, PeerId) or _takes_strangers(target)
+        )
+        try:
+            if isinstance(target, Invite):
+                return await self._connect_by_invite(target)
+            return await self._connect_by_introduction(target)
+        finally:
+            del self._wishes[peer_id]
+            wish.is_over.set()
+
+    async def _connect_by_invite(self, invite: Invite) -> Peer:
+        peer_id, profile = invite.record.peer_id, invite.record.profile
+        if _takes_strangers(invite) and profile.main_endpoint is not None:
+            attempt = self._new_attempt_id()
+            hello = Hello(attempt, self._peer_id, peer_id).encode(self._identity)
+            plan = plan_direct([profile.main_endpoint], limits=self._limits)
+            return await self._dial(peer_id, plan, attempt, hello=hello)
+        # Both hold the other's invite: the attempt has the one name that both can derive.
+        try:
+            secret = self._identity.shared_secret(peer_id, purpose=b"invite")
+        except DecodeError as error:
+            raise ConnectFailed(str(error)) from error
+        plan = self._plan(await self._home.known_profile(), profile, peer_id)
+        return await self._dial(peer_id, plan, secret[:ATTEMPT_BYTES])
+
+    async def _connect_by_introduction(self, target: PeerId) -> Peer:
+        introducers: list[PeerId] = []
+        failure: ConnectFailed | None = None
+        for _ in range(TRIES):
+            try:
+                plan, attempt = await self._introduction(target, introducers)
+            except AlreadyConnecting as error:
+                failure = error
+                await self._wait_their_side(target)
+            else:
+                try:
+                    return await self._dial(target, plan, attempt)
+                except (PunctureFailed, HandshakeFailed) as error:
+                    failure = error
+            if (peer := self._home.living_peer(target)) is not None:
+                return peer
+        assert failure is not None
+        raise failure
+
+    async def _introduction(self, target: PeerId, introducers: list[PeerId]) -> tuple[Plan, bytes]:
+        """Have a neighbour introduce us; the peer's side has started when this returns.
+
+        Args:
+            target: To whom.
+            introducers: Who has done so before, in vain: others come first.
+
+        Raises:
+            AlreadyConnecting: The peer is connecting to us itself.
+            PunctureFailed: There is no plan for this pair of NATs.
+            PeerNotFound: Nobody knows the peer.
+            ConnectFailed: Whoever may know the peer did not introduce us.
+        """
+        profile = await self._home.known_profile()
+        neighbours = self._home.peers()
+        failure: ConnectFailed = PeerNotFound(
+            f"none of our {len(neighbours)} neighbours is connected to {target.short}; "
+            "ask its user for an invite"
+        )
+        for neighbour in sorted(neighbours, key=lambda peer: introducers.count(peer.peer_id)):
+            name = neighbour.peer_id.short
+            attempt = self._new_attempt_id()
+            try:
+                record, seen_at = await self._introducer.introduce(neighbour, target, attempt)
+            except RequestRefused as error:
+                if error.code == PeerNotFound.code:
+                    continue
+                if error.code == PunctureFailed.code:
+                    raise PunctureFailed(f"{target.short} sees no way: {error}") from error
+                if error.code == AlreadyConnecting.code:
+                    introducers.append(neighbour.peer_id)
+                    raise AlreadyConnecting(
+                        f"{target.short} was said to be connecting to us, and did not"
+                    ) from error
+                failure = ConnectFailed(f"{name} could not introduce {target.short}: {error}")
+            except DecodeError as error:
+                failure = ConnectFailed(f"{name} lied: {error}")
+            except ConnectFailed as error:
+                failure = error
+            else:
+                introducers.append(neighbour.peer_id)
+                theirs = profile_as_seen(record.profile, seen_at)
+                return self._plan(profile, theirs, target), attempt
+        raise failure
+
+    async def _wait_their_side(self, peer_id: PeerId) -> None:
+        """Wait for a peer that declined because it is connecting to us itself."""
+        under_way = self._dialler.under_way(peer_id=peer_id)
+        with trio.move_on_after(THEIR_SIDE_TIMEOUT_S):
+            while not under_way and self._home.living_peer(peer_id) is None:
+                await self._dialler.wait_begun()
+                under_way = self._dialler.under_way(peer_id=peer_id)
+        for dial in under_way:
+            await dial.wait_over()
+
+    async def _dial(
+        self, peer_id: PeerId, plan: Plan, attempt: bytes, *, hello: bytes = b""
+    ) -> Peer:
+        """Carry out our own wish, unless the peer comes by another way meanwhile."""
+        try:
+            return await self._run(self._dialler.prepare(peer_id, plan, attempt, hello=hello))
+        except ConnectFailed:
+            if (peer := self._home.living_peer(peer_id)) is not None:
+                return peer
+            raise
+
+    # Others' wishes -------------------------------------------------------------------------------
+
+    async def start_rendezvous(
+        self, record: NodeRecord, seen_at: Endpoint, attempt: bytes, introducer: PeerId
+    ) -> None:
+        """Start our side of a puncture that a peer asked for through a common neighbour.
+
+        Raises:
+            AlreadyConnecting: We are asking the same of the peer.
+            PunctureFailed: There is no plan for this pair of NATs.
+            ConnectFailed: We are busy.
+        """
+        peer_id = record.peer_id
+        if peer_id == self._peer_id:
+            raise ConnectFailed("a node does not puncture to itself")
+        profile = await self._home.known_profile()
+        if self._has_right_of_way(peer_id):
+            raise AlreadyConnecting(f"{self._peer_id.short} is connecting to you already")
+        plan = self._plan(profile, profile_as_seen(record.profile, seen_at), peer_id)
+        # One for each pair of a peer and an introducer, so that a liar can disturb only itself.
+        for dial in self._dialler.under_way(peer_id=peer_id):
+            if dial.introducer == introducer:
+                dial.cancel("the peer began anew")
+        introduced = self._dialler.under_way(origin=Origin.INTRODUCED)
+        if self._home.is_full or len(introduced) >= INTRODUCED_DIALS_MAX:
+            raise ConnectFailed("busy with other peers; try again in a minute")
+        dial = self._dialler.prepare(
+            peer_id, plan, attempt, origin=Origin.INTRODUCED, introducer=introducer
+        )
+        self._nursery.start_soon(self._run_for_peer, dial)
+
+    def receive_hello_untrusted(self, data: bytes) -> None:
+        """Make ready for a stranger's probes; nothing is sent before an authentic one came.
+
+        Raises:
+            DecodeError: Not an authentic HELLO.
+        """
+        if not self._hello_budget.take(trio.current_time()):
+            return
+        hello = decode_hello_untrusted(data)
+        if hello.target != self._peer_id or hello.sender == self._peer_id:
+            return
+        if self._dialler.is_taken(hello.attempt) or self._has_right_of_way(hello.sender):
+            return
+        if self._home.is_full or not self._dialler.make_room(STRANGER_DIALS_MAX):
+            return
+        plan = replace(plan_direct([], limits=self._limits), reason="the peer dials us")
+        try:
+            dial = self._dialler.prepare(hello.sender, plan, hello.attempt, origin=Origin.STRANGER)
+        except ConnectFailed:
+            return
+        self._nursery.start_soon(self._run_for_peer, dial)
+
+    def _has_right_of_way(self, peer_id: PeerId) -> bool:
+        """Whether our own wish to connect to the peer comes before its wish."""
+        wish = self._wishes.get(peer_id)
+        return wish is not None and wish.asks_peer and self._peer_id < peer_id
+
+    async def _run_for_peer(self, dial: Dial) -> None:
+        try:
+            await self._run(dial)
+        except NatswarmError as error:
+            logger.info("the path %s asked for did not come about: %s", dial.peer_id.short, error)
+
+    # Both -----------------------------------------------------------------------------------------
+
+    async def _run(self, dial: Dial) -> Peer:
+        peer = self._home.adopt(*await dial.run())
+        for other in self._dialler.under_way(peer_id=dial.peer_id):
+            other.cancel("another path to the peer was faster")
+        return peer
+
+    def _plan(self, ours: NatProfile, theirs: NatProfile, peer_id: PeerId) -> Plan:
+        return plan_puncture(
+            ours, theirs, my_id=self._peer_id, their_id=peer_id, limits=self._limits
+        )
+
+    def _new_attempt_id(self) -> bytes:
+        return self._rng.randbytes(ATTEMPT_BYTES)
+
+
+def _takes_strangers(invite: Invite) -> bool:
+    return invite.record.profile.accepts_strangers

@@ -1,0 +1,365 @@
+"""Reach one peer: carry out a plan, then secure the path it found with QUIC.
+
+    plan ── Attempt ── a path: our port, their endpoint ── Connection ── both sides proved
+              │                    │
+            probes         QUIC is listened for in the very turn the path is found
+
+Several dials may be under way at once, some by our own wish and some by that of others; each is
+known by the 8 bytes of its attempt, which every probe carries. What to dial, and what a connected
+peer is good for, is the node's affair; this knows neither streams nor records.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from natswarm.address import Endpoint
+from natswarm.errors import ConnectFailed, DecodeError, PunctureFailed
+from natswarm.identity import Identity, PeerId
+from natswarm.net.attempt import Attempt, PunctureReport
+from natswarm.net.port import DatagramPort, Network
+from natswarm.net.pump import PortPump
+from natswarm.net.quic import Connection
+from natswarm.puncture.plan import Plan
+from natswarm.puncture.puncturer import PathFound, Puncturer
+from natswarm.wire import probe_attempt_untrusted
+
+__all__ = ["Dial", "Dialler", "Origin", "PunctureEnded", "PunctureStarted"]
+
+# How long a successful dial goes on answering on the main port: the peer's last question may be on
+# the way, or our last answer lost, and it asks for up to 5 s.
+LINGER_S = 5.0
+
+
+class Origin(enum.Enum):
+    """Whose wish a dial is."""
+
+    OURS = "ours"
+    INTRODUCED = "introduced"
+    """A peer's, brought by a common neighbour."""
+    STRANGER = "stranger"
+    """A peer's who knocked with a HELLO."""
+
+
+@dataclass(frozen=True, slots=True)
+class PunctureStarted:
+    """A puncture began."""
+
+    peer_id: PeerId
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class PunctureEnded:
+    """A puncture found a path or gave up."""
+
+    peer_id: PeerId
+    report: PunctureReport
+
+
+@dataclass(slots=True)
+class _Path:
+    """A port, the peer's endpoint on it, and the connection that runs there."""
+
+    pump: PortPump
+    remote: Endpoint
+    connection: Connection
+    is_own_port: bool
+
+    def close(self) -> None:
+        # A newer connection may have taken the endpoint over: only our own receiver goes.
+        self.pump.detach(self.remote, self.connection.receive_datagrams)
+        if self.is_own_port:
+            self.pump.port.close()
+
+
+class Dialler:
+    """All dials of one node.
+
+    Args:
+        identity: Who we are.
+        network: Where the ports of a birthday puncture come from.
+        bind_ip: The address they are bound to.
+        main: The pump of the node's main port.
+        nursery: Where connections run; theirs to be cancelled in.
+        rng: Behaviour of the punctures.
+        on_event: Told of each puncture; must not raise.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        network: Network,
+        bind_ip: str,
+        main: PortPump,
+        nursery: trio.Nursery,
+        rng: random.Random,
+        on_event: Callable[[PunctureStarted | PunctureEnded], None],
+    ) -> None:
+        self._identity = identity
+        self._network = network
+        self._bind_ip = bind_ip
+        self._main = main
+        self._nursery = nursery
+        self._rng = rng
+        self._on_event = on_event
+        self._dials: dict[bytes, Dial] = {}
+        self._begun = trio.Event()
+        self._is_closed = False
+
+    def under_way(
+        self,
+        *,
+        peer_id: PeerId | None = None,
+        origin: Origin | None = None,
+        by_others: bool = False,
+    ) -> list[Dial]:
+        """Return the dials that go on, oldest first: all, or those that match."""
+        return [
+            dial
+            for dial in self._dials.values()
+            if dial.goes_on
+            and peer_id in (None, dial.peer_id)
+            and origin in (None, dial.origin)
+            and not (by_others and dial.origin is Origin.OURS)
+        ]
+
+    def is_taken(self, attempt_id: bytes) -> bool:
+        """Whether an attempt of this name is under way."""
+        return attempt_id in self._dials and self._dials[attempt_id].goes_on
+
+    async def wait_begun(self) -> None:
+        """Wait until a dial begins."""
+        await self._begun.wait()
+
+    def make_room(self, strangers_max: int) -> bool:
+        """Return whether one more stranger may be served, at most `strangers_max` at once.
+
+        The oldest that knocked and then sent no probe has to go: whoever floods us with knocks
+        drives out its own first.
+        """
+        strangers = self.under_way(origin=Origin.STRANGER)
+        if len(strangers) < strangers_max:
+            return True
+        for dial in strangers:
+            if not dial.attempt.is_answered:
+                dial.cancel("others knocked")
+                return True
+        return False
+
+    def prepare(
+        self,
+        peer_id: PeerId,
+        plan: Plan,
+        attempt_id: bytes,
+        *,
+        origin: Origin = Origin.OURS,
+        hello: bytes = b"",
+        introducer: PeerId | None = None,
+    ) -> Dial:
+        """Return a dial that takes the peer's probes from now on; the caller must `run` it.
+
+        Args:
+            peer_id: Whom to reach.
+            plan: How.
+            attempt_id: 8 bytes that both sides know.
+            origin: Whose wish it is.
+            hello: A signed HELLO for the plan's targets, where the peer does not expect us.
+            introducer: Who brought the peer's wish.
+
+        Raises:
+            ConnectFailed: The node is closed, the attempt is under way, or the id is nobody's.
+        """
+        if self._is_closed:
+            raise ConnectFailed("this node was closed")
+        if self.is_taken(attempt_id):
+            raise ConnectFailed("this attempt is under way already")
+        try:
+            dial = Dial(
+                self,
+                peer_id,
+                plan,
+                attempt_id,
+                origin=origin,
+                hello=hello,
+                introducer=introducer,
+            )
+        except DecodeError as error:
+            raise ConnectFailed(str(error)) from error
+        self._dials[attempt_id] = dial
+        self._begun.set()
+        self._begun = trio.Event()
+        return dial
+
+    def receive_untrusted(self, data: bytes, source: Endpoint) -> None:
+        """Take a probe that came in on the main port.
+
+        Raises:
+            DecodeError: Not a probe.
+        """
+        dial = self._dials.get(probe_attempt_untrusted(data))
+        if dial is not None:
+            dial.attempt.receive(data, source)
+
+    def close(self) -> None:
+        """Give up all dials and take no more."""
+        self._is_closed = True
+        for dial in self.under_way():
+            dial.cancel("this node was closed")
+
+    async def _forget_later(self, dial: Dial) -> None:
+        await trio.sleep(LINGER_S)
+        self._forget(dial)
+
+    def _forget(self, dial: Dial) -> None:
+        if self._dials.get(dial.attempt_id) is dial:
+            del self._dials[dial.attempt_id]
+
+
+class Dial:
+    """One try to reach one peer.
+
+    Attributes:
+        peer_id: Whom.
+        attempt_id: The 8 bytes that name it.
+        origin: Whose wish it is.
+        introducer: Who brought that wish; None where nobody did.
+        says_hello: Whether we knock as a stranger.
+        attempt: The puncture.
+    """
+
+    def __init__(
+        self,
+        dialler: Dialler,
+        peer_id: PeerId,
+        plan: Plan,
+        attempt_id: bytes,
+        *,
+        origin: Origin,
+        hello: bytes,
+        introducer: PeerId | None,
+    ) -> None:
+        self.peer_id = peer_id
+        self.attempt_id = attempt_id
+        self.origin = origin
+        self.introducer = introducer
+        self.says_hello = bool(hello)
+        self._dialler = dialler
+        self._plan = plan
+        self._is_controlling = dialler._identity.peer_id < peer_id
+        self._path: _Path | None = None
+        self._scope = trio.CancelScope()
+        self._cancel_reason = ""
+        self._over = trio.Event()
+        self.attempt = Attempt(
+            Puncturer(
+                plan,
+                dialler._identity.probe_keys(peer_id),
+                attempt_id,
+                controlling=self._is_controlling,
+                rng=dialler._rng,
+                now=trio.current_time(),
+            ),
+            main_port=dialler._main.port,
+            network=dialler._network,
+            bind_ip=dialler._bind_ip,
+            on_path=self._open_path,
+            hello=hello,
+            hello_targets=plan.targets if hello else (),
+        )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has neither ended, well or not, nor been given up."""
+        return not (self._over.is_set() or self._scope.cancel_called)
+
+    async def wait_over(self) -> None:
+        """Wait until it has ended, well or not."""
+        await self._over.wait()
+
+    def cancel(self, reason: str) -> None:
+        """Give up; `run` raises ConnectFailed with the reason."""
+        self._cancel_reason = reason
+        self._scope.cancel()
+
+    async def run(self) -> tuple[Connection, Endpoint, PunctureReport]:
+        """Puncture and shake hands; return the connection, where it leads, and how it came about.
+
+        The connection runs on in the node's nursery. Cancelled, nothing is left: no port, no task.
+
+        Raises:
+            PunctureFailed: The NATs stayed closed.
+            HandshakeFailed: There was a path, but not the peer at its end.
+            ConnectFailed: It was given up.
+            ConfigurationError: The system gives fewer ports than the plan needs.
+        """
+        is_secured = False
+        try:
+            with self._scope:
+                report = await self._puncture()
+                path = self._path
+                assert path is not None, "a report that is ok has opened a path"
+                await self._dialler._nursery.start(self._run_connection, path)
+                is_secured = True
+                return path.connection, path.remote, report
+            raise ConnectFailed(self._cancel_reason)
+        finally:
+            self._over.set()
+            if is_secured:
+                self._dialler._nursery.start_soon(self._dialler._forget_later, self)
+            else:
+                self._dialler._forget(self)
+                if self._path is not None:
+                    self._path.close()
+
+    async def _puncture(self) -> PunctureReport:
+        emit = self._dialler._on_event
+        emit(PunctureStarted(self.peer_id, self._plan))
+        try:
+            report = await self.attempt.run()
+        except BaseException as error:
+            # Whoever watches is told of an end for every start.
+            is_given_up = isinstance(error, trio.Cancelled)
+            reason = (self._cancel_reason or "given up") if is_given_up else str(error)
+            emit(PunctureEnded(self.peer_id, self.attempt.report(reason)))
+            raise
+        emit(PunctureEnded(self.peer_id, report))
+        if not report.is_ok:
+            raise PunctureFailed(report.reason)
+        return report
+
+    def _open_path(self, found: PathFound, port: DatagramPort) -> None:
+        """Listen for QUIC on a path in the very turn it was found."""
+        dialler = self._dialler
+        pump = dialler._main
+        if port is not pump.port:
+            pump = PortPump(port, partial(self._receive_on_own_port, found.port_index))
+            dialler._nursery.start_soon(pump.run)
+        connection = Connection(
+            dialler._identity,
+            self.peer_id,
+            is_client=self._is_controlling,
+            send=lambda datagrams: port.send_run(datagrams, found.endpoint),
+        )
+        # A peer that restarted comes back from where it was: the old connection is void.
+        pump.detach(found.endpoint)
+        pump.attach(found.endpoint, connection.receive_datagrams)
+        self._path = _Path(pump, found.endpoint, connection, is_own_port=pump is not dialler._main)
+
+    def _receive_on_own_port(self, port_index: int, data: bytes, source: Endpoint) -> None:
+        self.attempt.receive(data, source, port_index=port_index)
+
+    async def _run_connection(
+        self, path: _Path, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        try:
+            await path.connection.run(task_status=task_status)
+        finally:
+            path.close()
