@@ -290,6 +290,7 @@ class LearningPartner:
         self._round_count_max = round_count_max
         self._round_timeout_s = round_timeout_s
         self._on_round = on_round
+        self._turn = trio.Lock()
         self._learning_with: PeerId | None = None
         self.outcomes: deque[LearningResult | LearningFailed] = deque(maxlen=OUTCOMES_KEPT)
 
@@ -314,9 +315,14 @@ class LearningPartner:
                     proposal, _ = await messages.receive(ProposeLearning)
             except (trio.TooSlowError, trio.EndOfChannel):
                 return  # nothing was asked
-            if self._learning_with is not None:
+            if self._learning_with not in (None, peer.peer_id):
                 # Not who: whom we learn with is nobody's business.
                 await messages.send(Refusal("it is learning with somebody else; try again later"))
+                return
+            # The peer may be back before we are done with the exchange that it has just left.
+            with trio.move_on_after(HELLO_TIMEOUT_S) as waiting:
+                await self._turn.acquire()
+            if waiting.cancelled_caught:
                 return
             self._learning_with = peer.peer_id
             try:
@@ -328,6 +334,7 @@ class LearningPartner:
                 self.outcomes.append(failure)
             finally:
                 self._learning_with = None
+                self._turn.release()
 
     async def _answer(self, messages: MessageStream, peer: Peer, proposal: ProposeLearning) -> None:
         if proposal.layout != self._layout.hash:
