@@ -1,6 +1,6 @@
 """Draw docs/demo.svg: run the demo and save its last screen.
 
-    python tools/demo_picture.py [--seed N] [--out docs/demo.svg]
+python tools/demo_picture.py [--seed N] [--out docs/demo.svg]
 """
 
 from __future__ import annotations
