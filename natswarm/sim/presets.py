@@ -43,10 +43,11 @@ class Preset:
     Attributes:
         behaviour: What the NAT does; None where there is none.
         site: Which side of the NAT the access link is on.
-        access: The access link, each direction.
+        access: The access link, down, and up where `access_up` does not say otherwise.
         access_hops: Routers on the access link, the NAT and the core not counted.
         source: Who measured it or says so.
         note: What is not known, and what we assumed.
+        access_up: The access link's direction up; None where it is as the other.
     """
 
     behaviour: NatBehaviour | None
@@ -55,6 +56,12 @@ class Preset:
     access_hops: int
     source: str
     note: str = ""
+    access_up: LinkConditions | None = None
+
+    @property
+    def upload(self) -> LinkConditions:
+        """The access link's direction up."""
+        return self.access if self.access_up is None else self.access_up
 
 
 _4G: Final = LinkConditions(delay_s=0.025, jitter_s=0.020, loss=0.001)

@@ -249,7 +249,7 @@ async def test_binding_checks_addresses_and_ports(internet: Internet, autojump_c
         with pytest.raises(ConfigurationError, match="not an address"):
             network.bind_group(ip, 1)
     before = len(host.ports)
-    monkeypatch.setattr("natswarm.sim.topology.EPHEMERAL_PORTS", (40_000, 40_099))
+    monkeypatch.setattr("natswarm.sim.host.EPHEMERAL_PORTS", (40_000, 40_099))
     with pytest.raises(ConfigurationError, match="500 ports asked for, 100 were free"):
         network.bind_group("0.0.0.0", 500)
     assert len(host.ports) == before

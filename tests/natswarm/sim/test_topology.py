@@ -14,9 +14,10 @@ import pytest
 from natswarm.address import AddressKind, Endpoint
 from natswarm.errors import ConfigurationError
 from natswarm.nat.behaviour import Filtering, Mapping
-from natswarm.sim.link import LinkConditions
+from natswarm.sim.link import BurstLoss, LinkConditions
 from natswarm.sim.nat import NatBehaviour
 from natswarm.sim.ports import Uniform
+from natswarm.sim.presets import PRESETS, Preset, Site
 from natswarm.sim.topology import Host, Internet, SimPort
 from natswarm.sim.trace import TraceDigest
 from natswarm.sim.world import World
@@ -94,7 +95,7 @@ def test_ports_are_opened_once_and_drawn_from_the_ephemeral_range(monkeypatch):
     assert min(drawn) >= 32_768
     assert max(drawn) <= 60_999
     assert max(drawn) - min(drawn) > 25_000
-    monkeypatch.setattr("natswarm.sim.topology.EPHEMERAL_PORTS", (50_000, 50_003))
+    monkeypatch.setattr("natswarm.sim.host.EPHEMERAL_PORTS", (50_000, 50_003))
     host = Internet(World(1)).add_host("b")
     assert sorted(host.open_port().endpoint.port for _ in range(4)) == [*range(50_000, 50_004)]
     with pytest.raises(ConfigurationError, match="all ephemeral"):
@@ -258,6 +259,42 @@ def test_loss_on_the_way_is_what_the_links_say():
     deviation = math.sqrt(expected * (1 - loss) ** 2)
     assert abs(internet.counters.lost_count - expected) < 4 * deviation
     assert internet.counters.lost_count + internet.counters.delivered_count == count
+
+
+ROUGH = LinkConditions(
+    delay_s=0.02,
+    jitter_s=0.01,
+    loss=0.05,
+    burst=BurstLoss(1.0, 0.1),
+    duplication=0.1,
+    reordering=0.1,
+    reordering_delay_s=0.05,
+    rate_bytes_per_s=40_000.0,
+    queue_bytes=2000,
+)
+
+
+def test_every_datagram_is_accounted_for_on_the_roughest_of_links():
+    internet = Internet(World(11))
+    kind = Preset(FULL_CONE, Site.HOME, ROUGH, 0, "test", access_up=replace(ROUGH, delay_s=0.03))
+    cgn = internet.add_nat("cgn", FULL_CONE)
+    hosts = [internet.add_host("x", kind), internet.add_host("y", kind, behind=cgn)]
+    server = internet.add_host("server", replace(PRESETS["public"], access=ROUGH))
+    echo, senders = server.open_port(7), [host.open_port(4000) for host in hosts]
+    echo.on_datagram = echo.send
+    assert hosts[0].nat is not None
+    assert hosts[0].nat.uplink.upload.conditions.delay_s == 0.03
+    assert hosts[0].nat.uplink.download.conditions.delay_s == 0.02
+    for index in range(2000):
+        internet.world.at(index * 0.0015, senders[index % 2].send, bytes(60), echo.endpoint)
+    internet.world.run()
+    counters = internet.counters
+    dropped = counters.dropped_ttl + counters.dropped_nat + counters.dropped_no_route
+    gone = counters.delivered_count + counters.lost_count + dropped + counters.dropped_closed
+    assert counters.sent_count + counters.duplicated_count == gone
+    assert counters.duplicated_count > 100
+    assert counters.delivered_count > 1000
+    assert server.uplink.download.overflow_count > 0
 
 
 def test_two_that_answer_at_once_on_ideal_links_do_not_recurse():

@@ -1,0 +1,118 @@
+"""Where a device hangs: its addresses in the realm above, and the link up to it.
+
+Routers on the link count hops down here, links take their time and lose, and the realm above learns
+which addresses are reached this way. A datagram costs one event for each link that takes time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from natswarm.sim.link import IDEAL, Link, LinkConditions
+from natswarm.sim.packet import Packet
+
+if TYPE_CHECKING:
+    from natswarm.sim.router import NatRouter
+    from natswarm.sim.topology import Internet
+
+__all__ = ["Attachment"]
+
+
+class Attachment:
+    """A device's place: its address in the realm above, and the link up to it.
+
+    Attributes:
+        ip: The device's address there.
+        parent: The NAT above; None is the core.
+        upload: The link's direction up.
+        download: The link's direction down.
+        hops: Routers on the link, both ends not counted.
+    """
+
+    def __init__(
+        self,
+        internet: Internet,
+        name: str,
+        ip: str,
+        parent: NatRouter | None,
+        upload: LinkConditions,
+        download: LinkConditions,
+        hops: int,
+    ) -> None:
+        self.ip = ip
+        self.parent = parent
+        self.hops = hops
+        self.upload = Link(upload, internet.world.stream(f"upload/{name}"))
+        self.download = Link(download, internet.world.stream(f"download/{name}"))
+        self._internet = internet
+        self._world = internet.world
+        self._name = name
+        self._receive: Callable[[Packet, int], None] = _nobody_there
+
+    def connect(self, receive: Callable[[Packet, int], None]) -> None:
+        """Put the device there, which takes packets from above by `receive(packet, ttl)`."""
+        self._receive = receive
+        realm = self._internet.realm if self.parent is None else self.parent.realm
+        realm[self.ip] = self
+
+    def send_up(self, packet: Packet, ttl: int) -> None:
+        """Send a packet of the device to the realm above."""
+        ttl -= self.hops
+        if ttl <= 0:
+            self._internet.drop_expired(packet, self._name)
+            return
+        now = self._world.now
+        arrival = self.upload.arrival_time(now, packet.data)
+        if arrival is None:
+            self._internet.drop_lost(packet, self._name)
+            return
+        if self.upload.may_duplicate and self.upload.duplicates():
+            self._internet.count_duplicate(packet, self._name)
+            self._world.at(arrival, self._arrive_above, packet, ttl)
+        if self.parent is None:
+            self._internet.route(packet, ttl, arrival)
+        elif arrival == now:
+            self.parent.receive_from_inside(packet, ttl)
+        else:
+            self._world.at(arrival, self.parent.receive_from_inside, packet, ttl)
+
+    def send_down(self, packet: Packet, ttl: int, departure: float) -> None:
+        """Send a packet from the realm above to the device, leaving at `departure`.
+
+        Always by an event, so that two hosts on ideal links do not answer each other for ever in
+        one call.
+        """
+        if departure > self._world.now and not self.download.is_constant:
+            # The link keeps packets in order of departure, so it must see them in that order.
+            self._world.at(departure, self.send_down, packet, ttl, departure)
+            return
+        ttl -= self.hops
+        if ttl <= 0:
+            self._internet.drop_expired(packet, self._name)
+            return
+        arrival = self.download.arrival_time(departure, packet.data)
+        if arrival is None:
+            self._internet.drop_lost(packet, self._name)
+            return
+        self._world.at(arrival, self._receive, packet, ttl)
+        if self.download.may_duplicate and self.download.duplicates():
+            self._internet.count_duplicate(packet, self._name)
+            self._world.at(arrival, self._receive, packet, ttl)
+
+    def hand_down(self, packet: Packet, ttl: int) -> None:
+        """As `send_down` now, from inside an event: an ideal link then costs none of its own."""
+        if self.download.conditions is IDEAL:
+            self._receive(packet, ttl)
+        else:
+            self.send_down(packet, ttl, self._world.now)
+
+    def _arrive_above(self, packet: Packet, ttl: int) -> None:
+        if self.parent is None:
+            self._internet.route(packet, ttl, self._world.now)
+        else:
+            self.parent.receive_from_inside(packet, ttl)
+
+
+def _nobody_there(packet: Packet, ttl: int) -> None:
+    raise AssertionError("a packet came before the device was connected")
