@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -70,9 +70,14 @@ COVERAGE_DOUBT_MAX = 0.01
 # Fewer ports than this say nothing of a range: the estimate would be wider than all ports.
 RANGE_SAMPLES_MIN = 6
 
-# How far past the last port a counter is followed before it counts as lost. 512 is Klinec & Matyas'
-# 35 new flows a second during 15 s between echo and puncture.
-SEQUENTIAL_WINDOW = 512
+# Counters step by 1 or 2 (keeping the parity of ports, RFC 4787 section 4.2.2); 16 leaves room.
+STEP_MAX = 16
+
+# How far past its last port a counter is looked for first: our own mappings in between, and what
+# others open until a puncture is over. Echoes end 2 s before there is a profile, a puncture takes
+# 1 to 5 s.
+SEQUENTIAL_OWN_PORTS = 64
+SEQUENTIAL_HORIZON_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ class PortSample:
         local_port: Our UDP port.
         destination: Whom we sent to.
         external_port: What they saw.
-        sent_at: When the datagram left, seconds; only the order counts.
+        sent_at: When the datagram left, seconds.
     """
 
     local_port: int
@@ -100,11 +105,13 @@ class PortAllocation:
         law: Which.
         low: Lowest port a new mapping may get, 1..65535; holds with about 99 %.
         high: Highest one.
+        seen_low: UNIFORM: the lowest port seen; ports between this and `seen_high` are likelier
+            than those outside.
+        seen_high: UNIFORM: the highest port seen.
         block_size: BLOCK: ports in a block, a power of two.
         blocks: BLOCK: the lowest port of every block seen, the newest first.
         step: SEQUENTIAL: from one new mapping to the next, not 0; may be negative.
-        skip_mean: SEQUENTIAL: other subscribers' mappings between two of ours, on average, at the
-            pace of the echoes.
+        others_per_s: SEQUENTIAL: steps that other subscribers take in a second.
         last_port: SEQUENTIAL: the newest port seen.
         is_overloading: True where one external port was seen to serve two mappings at once, so a
             block is never used up; None where that was not seen, which proves nothing.
@@ -114,10 +121,12 @@ class PortAllocation:
     law: AllocationLaw
     low: int = SAFE_RANGE.low
     high: int = SAFE_RANGE.high
+    seen_low: int | None = None
+    seen_high: int | None = None
     block_size: int | None = None
     blocks: tuple[int, ...] = ()
     step: int | None = None
-    skip_mean: float | None = None
+    others_per_s: float | None = None
     last_port: int | None = None
     is_overloading: bool | None = None
     sample_count: int = 0
@@ -134,12 +143,36 @@ class PortAllocation:
                 for base in self.blocks
             )
         if self.law is AllocationLaw.SEQUENTIAL and self.last_port is not None and self.step:
-            reach = self.step * SEQUENTIAL_WINDOW
-            first, last = sorted((self.last_port + self.step, self.last_port + reach))
-            first, last = max(first, self.low), min(last, self.high)
-            if first <= last:
-                return (PortRange(first, last),)
-        return (PortRange(self.low, self.high),)
+            return self._ports_ahead(self.last_port, self.step)
+        if self.seen_low is None or self.seen_high is None:
+            return (PortRange(self.low, self.high),)
+        parts = (
+            PortRange(self.seen_low, self.seen_high),
+            PortRange(self.low, self.seen_low - 1),
+            PortRange(self.seen_high + 1, self.high),
+        )
+        return tuple(part for part in parts if part.port_count > 0)
+
+    @property
+    def window_steps(self) -> int:
+        """SEQUENTIAL: how many steps ahead the next port may be."""
+        return SEQUENTIAL_OWN_PORTS + math.ceil((self.others_per_s or 0.0) * SEQUENTIAL_HORIZON_S)
+
+    def _ports_ahead(self, last_port: int, step: int) -> tuple[PortRange, ...]:
+        circle = self.high - self.low + 1
+        # A window wider than the circle is the circle.
+        reach = min(abs(step) * self.window_steps, circle) - 1
+        sign = 1 if step > 0 else -1
+        near = (last_port + sign - self.low) % circle
+        far = near + sign * reach
+        if 0 <= far < circle:
+            return (PortRange(self.low + min(near, far), self.low + max(near, far)),)
+        wrapped = PortRange(self.low, self.low + far - circle)
+        ahead = PortRange(self.low + near, self.high)
+        if sign < 0:
+            wrapped = PortRange(self.high + 1 + far, self.high)
+            ahead = PortRange(self.low, self.low + near)
+        return (ahead, wrapped)
 
     @property
     def port_count(self) -> int:
@@ -187,7 +220,7 @@ def fit_allocation(samples: Sequence[PortSample]) -> PortAllocation | None:
         (_uniform_log_evidence(ports), _uniform(ports)),
         *((_block_log_evidence(ports, size), _block(ports, size)) for size in BLOCK_SIZES),
     ]
-    if (sequential := _sequential(ports)) is not None:
+    if (sequential := _sequential(mappings)) is not None:
         fits.append(sequential)
     best = max(evidence for evidence, _ in fits)
     weights = [math.exp(evidence - best) for evidence, _ in fits]
@@ -211,18 +244,7 @@ def fit_allocation(samples: Sequence[PortSample]) -> PortAllocation | None:
                 remaining -= weight / total
                 if remaining <= COVERAGE_DOUBT_MAX:
                     break
-    return PortAllocation(
-        law=chosen.law,
-        low=chosen.low,
-        high=chosen.high,
-        block_size=chosen.block_size,
-        blocks=chosen.blocks,
-        step=chosen.step,
-        skip_mean=chosen.skip_mean,
-        last_port=chosen.last_port,
-        is_overloading=is_overloading,
-        sample_count=count,
-    )
+    return replace(chosen, is_overloading=is_overloading, sample_count=count)
 
 
 def predict_ports(
@@ -234,7 +256,8 @@ def predict_ports(
 ) -> Iterator[int]:
     """Yield each port that a new mapping may get exactly once, likeliest first.
 
-    Ends with the ports of the allocation's ranges; whoever wants more starts over.
+    Ends with the ports of the allocation's ranges, for a counter with the whole circle; whoever
+    wants more starts over.
 
     Args:
         allocation: The fitted law.
@@ -250,11 +273,18 @@ def predict_ports(
             if port != local_port:
                 yield port
     elif allocation.law is AllocationLaw.SEQUENTIAL and allocation.step:
-        yield from _ports_ahead(allocation, run_length)
+        yield from _next_ports(allocation, run_length)
     else:
-        # Newer blocks first: mappings that are asked for now come from the newest.
-        for part in allocation.ranges:
-            yield from shuffled_ports((part,), rng)
+        # Newer blocks first: mappings that are asked for now come from the newest. Of a range what
+        # was seen first, then both margins at once.
+        first, *others = allocation.ranges
+        groups = (
+            [(first,), others]
+            if allocation.seen_low is not None
+            else [(part,) for part in allocation.ranges]
+        )
+        for group in groups:
+            yield from shuffled_ports(group, rng)
 
 
 def shuffled_ports(ranges: Sequence[PortRange], rng: random.Random) -> Iterator[int]:
@@ -278,18 +308,24 @@ def shuffled_ports(ranges: Sequence[PortRange], rng: random.Random) -> Iterator[
         yield ranges[part_index].low + position - starts[part_index]
 
 
-def _ports_ahead(allocation: PortAllocation, run_length: int) -> Iterator[int]:
-    (window,) = allocation.ranges
-    step = allocation.step or 1
-    first = window.low if step > 0 else window.high
-    ahead = list(range(first, window.high + 1 if step > 0 else window.low - 1, step))
-    # Offset run_length - 1 first: a run that starts at the very next port ends there.
-    for offset in reversed(range(min(run_length, len(ahead)))):
-        yield from ahead[offset::run_length]
-    seen = set(ahead)  # a step of 2 leaves every second port; they come last, for a counter
-    # that is shared with others who move it by odd amounts.
-    for port in range(window.low, window.high + 1):
-        if port not in seen:
+def _next_ports(allocation: PortAllocation, run_length: int) -> Iterator[int]:
+    """Yield all ports ahead of a counter, window by window, each stride by stride."""
+    step, last_port = allocation.step or 1, allocation.last_port or allocation.low
+    circle = allocation.high - allocation.low + 1
+    yielded: set[int] = set()  # asked, never iterated
+    window = allocation.window_steps
+    round_count = circle // math.gcd(step, circle)  # steps until the counter comes round
+    for start in range(1, round_count + 1, window):
+        stop = min(start + window, round_count + 1)
+        # Offset run_length - 1 first: a run that starts at the very next port ends there.
+        for offset in reversed(range(min(run_length, stop - start))):
+            for index in range(start + offset, stop, run_length):
+                port = allocation.low + (last_port + step * index - allocation.low) % circle
+                yielded.add(port)
+                yield port
+    # A step of 2 leaves every second port. They come last: others may move it by odd amounts.
+    for port in range(allocation.low, allocation.high + 1):
+        if port not in yielded:
             yield port
 
 
@@ -346,7 +382,11 @@ def _uniform(ports: Sequence[int]) -> PortAllocation:
     margin = math.ceil((high - low) * stretch)
     floor = SAFE_RANGE.low if low >= SAFE_RANGE.low else 1
     return PortAllocation(
-        AllocationLaw.UNIFORM, low=max(low - margin, floor), high=min(high + margin, 65_535)
+        AllocationLaw.UNIFORM,
+        low=max(low - margin, floor),
+        high=min(high + margin, 65_535),
+        seen_low=low,
+        seen_high=high,
     )
 
 
@@ -374,16 +414,18 @@ def _block(ports: Sequence[int], size: int) -> PortAllocation:
     )
 
 
-def _sequential(ports: Sequence[int]) -> tuple[float, PortAllocation] | None:
+def _sequential(mappings: Sequence[PortSample]) -> tuple[float, PortAllocation] | None:
     """A counter that moves by a step for each new mapping, ours or others'.
 
     The ports, sorted, are one walk around the circle of ports, cut at its widest gap. The gaps of
     the walk follow a geometric law (others' mappings in between). Datagrams overtake each other, so
     the order may be off: each port outside the longest ascending run costs the naming of its place.
     """
+    ports = [mapping.external_port for mapping in mappings]
     count = len(ports)
     if count < 3:
         return None
+    duration_s = max(mappings[-1].sent_at - mappings[0].sent_at, 1e-3)
     best: tuple[float, PortAllocation] | None = None
     for sign in (1, -1):
         walk = sorted(ports, reverse=sign < 0)
@@ -399,7 +441,10 @@ def _sequential(ports: Sequence[int]) -> tuple[float, PortAllocation] | None:
         displaced = count - _longest_ascent([rank[port] for port in ports])
         # The step divides every gap that lies between neighbours of the walk.
         step = math.gcd(*inner)
-        skip_mean = sum(gap // step - 1 for gap in inner) / len(inner)
+        if step > STEP_MAX:
+            step = 1  # a coincidence of few gaps
+        skip_count = sum(gap // step - 1 for gap in inner)
+        skip_mean = skip_count / len(inner)
         gap_log_likelihood = sum(
             _geometric_log_probability(gap // step - 1, skip_mean) for gap in inner
         )
@@ -415,7 +460,8 @@ def _sequential(ports: Sequence[int]) -> tuple[float, PortAllocation] | None:
             fit = PortAllocation(
                 AllocationLaw.SEQUENTIAL,
                 step=sign * step,
-                skip_mean=round(skip_mean, 3),
+                # In memory of what was seen; far beyond a million a second nothing was.
+                others_per_s=min(round(skip_count / duration_s, 3), 1e6),
                 last_port=walk[-1],
             )
             best = (evidence, fit)

@@ -39,6 +39,7 @@ from natswarm.nat.profile import LOCAL_ENDPOINTS_MAX, PUBLIC_IPS_MAX, NatProfile
 from natswarm.wire import TRANSACTION_BYTES
 
 __all__ = [
+    "FRESH_PORT_COUNT",
     "AnswerFrom",
     "EchoToSend",
     "FilterTrial",

@@ -197,7 +197,7 @@ def _check_allocation(allocation: PortAllocation) -> None:
             raise DecodeError("a counter has a last port")
         if not allocation.step or abs(allocation.step) > 65_535:
             raise DecodeError("a counter has a step")
-    if allocation.skip_mean is not None and not 0 <= allocation.skip_mean <= 65_535:
-        raise DecodeError("a mean number of skipped ports out of bounds")
+    if allocation.others_per_s is not None and not 0 <= allocation.others_per_s <= 1e6:
+        raise DecodeError("a rate of other subscribers' mappings out of bounds")
     if not 0 <= allocation.sample_count < 2**31:
         raise DecodeError("a count out of bounds")

@@ -33,8 +33,8 @@ from dataclasses import dataclass, replace
 from natswarm.address import Endpoint
 from natswarm.errors import DecodeError
 from natswarm.identity import ProbeKeys
-from natswarm.nat.allocation import SAFE_RANGE, predict_ports
-from natswarm.puncture.plan import Burst, Openers, Plan
+from natswarm.nat.allocation import SAFE_RANGE, predict_ports, shuffled_ports
+from natswarm.puncture.strategy import Burst, Openers, Plan
 from natswarm.wire import Probe, ProbeKind, decode_probe_untrusted, encode_probe
 
 __all__ = [
@@ -288,12 +288,14 @@ class Puncturer:
                     )
                 )
             return probes
+        is_quiet = now < self._started_at + self._plan.checks_ttl_s
+        check_ttl = self._plan.checks_ttl if is_quiet else None
         for check in self._checks:
             if now >= check.due_at and self._has_budget:
                 check.sent_at = now
                 check.due_at = now + check.interval_s
                 check.interval_s = min(2 * check.interval_s, CHECK_INTERVAL_MAX_S)
-                probes.append(self._probe(check.port_index, check.endpoint))
+                probes.append(self._probe(check.port_index, check.endpoint, check_ttl))
         if now >= self._paused_until:
             if self._openers is not None:
                 for port_index, endpoint in self._openers.due(now):
@@ -411,7 +413,7 @@ class Puncturer:
         """Check a path that the peer has shown us (RFC 8445 section 7.3.1.4, triggered check)."""
         for check in self._checks:
             if (check.port_index, check.endpoint) == (port_index, source):
-                # Soon. Not at once: its probe may be the answer to ours, and ours to its, without end.
+                # Soon, not at once: its probe may answer ours, and ours its, without end.
                 check.due_at = min(check.due_at, max(now, check.sent_at + TRIGGERED_INTERVAL_S))
                 return
         if len(self._checks) < len(self._plan.checks) + REFLEXIVE_CHECKS_MAX:
@@ -569,14 +571,20 @@ class _BurstRun:
     def _endpoints(self) -> Iterator[Endpoint]:
         burst = self._burst
         while True:
-            for port in predict_ports(burst.allocation, rng=self._rng, run_length=burst.run_length):
+            if burst.is_shuffled:
+                ports = shuffled_ports(burst.allocation.ranges, self._rng)
+            else:
+                ports = predict_ports(burst.allocation, rng=self._rng, run_length=burst.run_length)
+            for port in ports:
                 for ip in burst.ips:
                     yield Endpoint(ip, port)
 
     def _scan(self) -> Iterator[tuple[int, Endpoint]]:
         burst = self._burst
-        step = (burst.allocation.step or 1) * burst.scan_stride
-        port = burst.allocation.last_port or SAFE_RANGE.low
+        step = burst.allocation.step or 1
+        port = (burst.allocation.last_port or SAFE_RANGE.low) - step * burst.scan_lead
         while True:
-            port = SAFE_RANGE.low + (port + step - SAFE_RANGE.low) % SAFE_RANGE.port_count
-            yield burst.port_indices[0], Endpoint(burst.ips[0], port)
+            port += step * burst.scan_stride
+            port = SAFE_RANGE.low + (port - SAFE_RANGE.low) % SAFE_RANGE.port_count
+            for _ in range(burst.copies):
+                yield burst.port_indices[0], Endpoint(burst.ips[0], port)

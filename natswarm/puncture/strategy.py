@@ -1,0 +1,182 @@
+"""What a plan is made of: checks, openers and bursts, and the limits it keeps to.
+
+Data only: made by `plan.py` and `birthday.py`, carried out by `puncturer.py`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from natswarm.address import Endpoint
+from natswarm.nat.allocation import PortAllocation
+
+__all__ = ["Burst", "Limits", "Openers", "Plan", "Strategy"]
+
+# Openers are sent again well before the shortest lifetime seen (10 s, Richter et al., IMC 2016),
+# and early once, as the first may be lost.
+OPENER_REFRESH_S = (0.5, 4.0)
+
+# How far apart two sides may start: an introduction takes one way through a neighbour, a slow phone
+# takes a second to wake up.
+START_SKEW_S = 4.0
+# How long after the last probe an answer may still come.
+ANSWER_WAIT_S = 2.0
+
+
+class Strategy(enum.Enum):
+    """What kind of puncture."""
+
+    DIRECT = "direct"
+    SIMULTANEOUS_OPEN = "simultaneous-open"
+    ONE_SIDED_BIRTHDAY = "one-sided-birthday"
+    TWO_SIDED_BIRTHDAY = "two-sided-birthday"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of one puncture, for courtesy and for the user's data plan.
+
+    Attributes:
+        probes_per_s: Highest pace. 1,000 probes are 77 kB with their headers: 0.6 Mbit/s, a tenth
+            of a poor uplink; kotlin-birthday-connect went up to 7,500, hyperdht stays at 50.
+        probe_count: Probes of our side in all: 30,000 are 2.3 MB. An Android phone was seen to stop
+            sending silently at about 29,000 (Tribler issue 7258).
+        socket_count: Ports to open at a time. 256 as in hyperdht and frp; a process may commonly
+            have 1,024 files open.
+        mapping_count: Mappings, or table entries towards distinct endpoints, that a burst may leave
+            in our NAT. Small home routers hold 16,384 for the whole home.
+        duration_s: Longest puncture.
+        opener_ttl: Hop limit of datagrams that shall open our NAT and not reach the peer's, 1..255:
+            the last private or 100.64/10 hop of our own path + 1. For peers whose NAT an early
+            datagram poisons, as Linux routers whose own firewall accepts it. None: the system's,
+            as a low one costs a simultaneous open a second and a half.
+    """
+
+    probes_per_s: float = 1000.0
+    probe_count: int = 30_000
+    socket_count: int = 256
+    mapping_count: int = 16_384
+    duration_s: float = 120.0
+    opener_ttl: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Openers:
+    """Open one mapping from each of our extra ports, and keep them open.
+
+    Attributes:
+        destinations: Each port sends to each of these.
+        port_count: Extra ports 1..port_count send.
+        refresh_s: Seconds after the first opener of a port until the second, and between later
+            ones.
+        ttl: Hop limit; None: the system's.
+    """
+
+    destinations: tuple[Endpoint, ...]
+    port_count: int
+    refresh_s: tuple[float, float] = OPENER_REFRESH_S
+    ttl: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Burst:
+    """Probe ports that the peer's mappings may have.
+
+    Attributes:
+        ips: The peer's public addresses; each port is tried at each.
+        allocation: The law its ports follow.
+        port_indices: Our ports that send, in turn; each has an order of its own, so that no pair of
+            our port and their port comes twice before all have been tried.
+        is_shuffled: Whether all ports come in random order instead of the likeliest first.
+        run_length: Mappings the peer opens in a row, for the stride against a counter.
+        scan_stride: 0, or for two counting NATs: our probes follow the peer's ports with this
+            stride.
+        scan_lead: How many steps the scan starts before the peer's next port.
+        copies: How often a scan sends each probe.
+        probe_count: Probes of one round.
+        round_count: Rounds.
+        round_interval_s: From the start of a round to the next, if it is over by then.
+        probes_per_s: Pace.
+        start_s: Since the start of the plan.
+    """
+
+    ips: tuple[str, ...]
+    allocation: PortAllocation
+    port_indices: tuple[int, ...]
+    probe_count: int
+    probes_per_s: float
+    start_s: float
+    is_shuffled: bool = False
+    run_length: int = 1
+    scan_stride: int = 0
+    scan_lead: int = 0
+    copies: int = 1
+    round_count: int = 1
+    round_interval_s: float = 0.0
+
+    @property
+    def duration_s(self) -> float:
+        """How long the burst takes if nothing is found."""
+        round_s = self.probe_count / self.probes_per_s
+        return (self.round_count - 1) * max(round_s, self.round_interval_s) + round_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one side does.
+
+    Attributes:
+        strategy: The kind.
+        checks: Endpoints that the main port probes, again and again until the end: host candidates,
+            the peer's known endpoint, or any port at its address to open an ADF filter.
+        checks_ttl: Hop limit of the checks during the first `checks_ttl_s`; None: the system's.
+        checks_ttl_s: How long.
+        openers: Mappings to open and keep; None: none.
+        burst: Ports to probe; None: none.
+        probes_per_s: Highest pace of everything together.
+        probe_count_max: Probes in all.
+        duration_s: After this the puncture has failed.
+        expected_probe_count: Probes of our side until a path is found, on average, if both sides
+            start together.
+        p99_probe_count: The same, 99 times in 100.
+        success_probability: Within the plan, if the profiles are right and the NATs strict (each
+            port of a block serves one mapping). Below 0.999 where limits cut the plan short.
+        reason: The plan in words.
+    """
+
+    strategy: Strategy
+    checks: tuple[Endpoint, ...]
+    checks_ttl: int | None = None
+    checks_ttl_s: float = 0.0
+    openers: Openers | None = None
+    burst: Burst | None = None
+    probes_per_s: float
+    probe_count_max: int
+    duration_s: float
+    expected_probe_count: float
+    p99_probe_count: int
+    success_probability: float
+    reason: str
+
+    @property
+    def extra_port_count(self) -> int:
+        """How many ports to open beside the main port."""
+        opened = 0 if self.openers is None else self.openers.port_count
+        probing = 0 if self.burst is None else max(self.burst.port_indices)
+        return max(opened, probing)
+
+    @property
+    def targets(self) -> tuple[Endpoint, ...]:
+        """Endpoints where the peer may be reached without guessing."""
+        return self.checks + (() if self.openers is None else self.openers.destinations)
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds until a path is found, on average, if both start together and nothing is far."""
+        if self.burst is None:
+            return 0.0
+        return self.burst.start_s + self.expected_probe_count / self.burst.probes_per_s
+
+    def __str__(self) -> str:
+        return f"{self.strategy.value}: {self.reason}"

@@ -1,0 +1,8 @@
+"""Lets tests import the helper modules beside them, which pytest's importlib mode does not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
