@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -34,6 +34,7 @@ import trio
 from llmload.engine.sampler import SamplingParameters
 from llmload.errors import PromptTooLong, StageFailed
 from llmload.model_folder import Model
+from llmload.swarm.beside import beside
 from llmload.swarm.protocol import (
     BUDGET_S_MAX,
     SESSION_ID_BYTES,
@@ -60,7 +61,14 @@ from natswarm import (
     Stream,
 )
 
-__all__ = ["GeneratedToken", "Generation", "GenerationStatistics", "SwarmClient", "SwarmTimeouts"]
+__all__ = [
+    "GeneratedToken",
+    "Generation",
+    "GenerationStatistics",
+    "SwarmClient",
+    "SwarmTimeouts",
+    "prompt_token_ids",
+]
 
 # The stream of tokens ends when any stage fails, and often before the stage that knows why has got
 # its word through the chain.
@@ -212,7 +220,7 @@ class SwarmClient:
             StageFailed: A stage could not be reached or refused; while iterating, one failed.
             ValueError: The prompt is empty or has ids that the model does not know.
         """
-        token_ids = self._prompt_ids(prompt)
+        token_ids = prompt_token_ids(self._model, prompt)
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
         room = self._model.config.n_ctx - len(token_ids)
@@ -240,7 +248,7 @@ class SwarmClient:
         try:
             async with (
                 await self._open(request, stages) as chain,
-                _beside(_watch_chain, chain, stages[0], events_in),
+                beside(_watch_chain, chain, stages[0], events_in),
             ):
                 yield Generation(
                     self._model,
@@ -256,21 +264,6 @@ class SwarmClient:
             del self._inboxes[session]
             inbox.scope.cancel()
             events.close()
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        config = self._model.config
-        token_ids = (
-            self._model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        )
-        if not token_ids and config.bos_token_id is not None:
-            token_ids = [config.bos_token_id]
-        if not token_ids:
-            raise ValueError("the prompt is empty, and this model has no token to begin with")
-        if len(token_ids) >= config.n_ctx:
-            raise PromptTooLong(prompt_count=len(token_ids), n_ctx=config.n_ctx)
-        if not 0 <= min(token_ids) <= max(token_ids) < config.vocab_size:
-            raise ValueError(f"token ids are in 0..{config.vocab_size - 1}")
-        return token_ids
 
     async def _open(self, request: OpenSession, stages: Sequence[StageOffer]) -> MessageStream:
         """Connect the first stage and let it open the rest of the chain.
@@ -324,6 +317,26 @@ class SwarmClient:
                 except NatswarmError as error:
                     reason = f"sent something else than a token: {error}"
                 await inbox.events_in.send(_TokensLost(reason))
+
+
+def prompt_token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    """Return the tokens to begin with: those of the prompt, or `bos_token_id` for an empty one.
+
+    Raises:
+        PromptTooLong: They leave no room for an answer.
+        ValueError: There are none, or some that the model does not have.
+    """
+    config = model.config
+    token_ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not token_ids and config.bos_token_id is not None:
+        token_ids = [config.bos_token_id]
+    if not token_ids:
+        raise ValueError("the prompt is empty, and this model has no token to begin with")
+    if len(token_ids) >= config.n_ctx:
+        raise PromptTooLong(prompt_count=len(token_ids), n_ctx=config.n_ctx)
+    if not 0 <= min(token_ids) <= max(token_ids) < config.vocab_size:
+        raise ValueError(f"token ids are in 0..{config.vocab_size - 1}")
+    return token_ids
 
 
 class Generation:
@@ -496,21 +509,3 @@ async def _watch_chain(
     except NatswarmError as error:
         failure = SessionFailed(first.hop, f"sent something that was damaged: {error}")
     await events_in.send(failure)
-
-
-@asynccontextmanager
-async def _beside(task: Callable[..., Awaitable[None]], *arguments: Any) -> AsyncIterator[None]:
-    """Run a task beside the body and cancel it with the body's end.
-
-    What the body raises is raised as it is; out of a bare nursery it would come in a group.
-    """
-    body_error: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(task, *arguments)
-        try:
-            yield
-        except BaseException as error:
-            body_error = error
-        nursery.cancel_scope.cancel()
-    if body_error is not None:
-        raise body_error

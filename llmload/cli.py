@@ -1,0 +1,462 @@
+"""The `llmload` command: look at a model, generate text, serve blocks to others.
+
+No logic of its own: it loads a model, opens a node and prints what they say. Text goes to standard
+output, everything about it to standard error, so that the text can be piped. Expected errors are
+one line and exit status 1, wrong usage is 2, an interrupt is 130.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import platformdirs
+import trio
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from llmload.answer_screen import AnswerScreen
+from llmload.config import GPT2Config, parameter_shapes
+from llmload.engine.generate import generate_tokens
+from llmload.engine.sampler import SamplingParameters
+from llmload.engine.session import StageEngine
+from llmload.errors import LlmloadError
+from llmload.model_folder import Model, load_model
+from llmload.swarm.beside import beside
+from llmload.swarm.client import SwarmClient, prompt_token_ids
+from llmload.swarm.route import format_blocks, parse_blocks, stage_service
+from llmload.swarm.stage import StageLimits, StageServer
+from llmload.weights import bundled_model_path
+from natswarm import (
+    ConnectFailed,
+    Identity,
+    Invite,
+    NatswarmError,
+    Node,
+    NodeConfig,
+    NodeEvent,
+    PeerConnected,
+    PeerLost,
+    open_node,
+)
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+# A peer that restarts is back in about a minute; dialling costs one datagram a try.
+REJOIN_INTERVAL_S = 15.0
+
+DEFAULT_LIMITS = StageLimits()
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="llmload",
+    help="Run a GPT-2 on this device, or spread over the devices of a natswarm mesh.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DEFAULT_STATE = platformdirs.user_state_path("llmload", appauthor=False)
+
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        metavar="DIR",
+        help="Folder with config.json, model.safetensors and tokenizer.json of a GPT-2. "
+        "Without it, the small model that is shipped.",
+        show_default=False,
+    ),
+]
+JoinOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--join",
+        metavar="INVITE",
+        help="Invite of a peer of the mesh, natswarm:...; may be given more than once.",
+        show_default=False,
+    ),
+]
+BindOption = Annotated[
+    str,
+    typer.Option("--bind", metavar="IP", help="Local address, such as that of one interface."),
+]
+PortOption = Annotated[
+    int, typer.Option("--port", min=0, max=65_535, help="UDP port; 0 lets the system choose.")
+]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=1, max=256, help="Processor threads for one step.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+# Not wrapped: an invite must survive copy and paste, and text is the model's.
+output = Console(soft_wrap=True, highlight=False)
+remarks = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
+    try:
+        app()
+    except (NatswarmError, LlmloadError, trio.BrokenResourceError) as error:
+        remarks.print(f"[bold red]Error:[/] {escape(str(error))}")
+        sys.exit(1)
+
+
+# --- info --------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(model: ModelOption = None, as_json: JsonOption = False) -> None:
+    """Show the shape of a model, its size, and the hash by which peers know it."""
+    loaded = load_model(_folder(model))
+    config = loaded.config
+    facts: dict[str, Any] = {
+        "folder": str(loaded.folder),
+        "hash": loaded.content_hash,
+        "parameters": sum(
+            math.prod(shape) for shape in parameter_shapes(config, config.blocks).values()
+        ),
+        "blocks": format_blocks(config.blocks),
+        **dataclasses.asdict(config),
+    }
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        shown = f"{value:,}" if type(value) is int else str(value)
+        output.print(f"{name:<21}{shown}", markup=False)
+
+
+# --- generate ----------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; '-' reads it from stdin.")],
+    model: ModelOption = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Compute on this device alone; so it is without --join.")
+    ] = False,
+    join: JoinOption = None,
+    bind: BindOption = "0.0.0.0",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the answer at most.")
+    ] = 128,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, help="0 takes the likeliest token each time; higher is wilder."),
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Choose among the K likeliest tokens only.")
+    ] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Choose among the likeliest that make up this probability."
+        ),
+    ] = 0.95,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Repeats an answer; drawn if not given.")
+    ] = None,
+    threads: ThreadsOption = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on from a text, on this device or on the peers that serve the model.
+
+    With --join, the blocks of the model are computed by peers that run `llmload serve`; only the
+    configuration, tokenizer and hash of the local copy are used. The peers can read the text.
+    """
+    if local and join:
+        raise typer.BadParameter("either --local or --join", param_hint="--local")
+    try:
+        sampling = SamplingParameters(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=secrets.randbits(64) if seed is None else seed,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    invites = [Invite.parse(text) for text in join or ()]
+    loaded = load_model(_folder(model))
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        prompt_ids = prompt_token_ids(loaded, prompt)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="PROMPT") from error
+    screen = AnswerScreen(remarks, quiet=as_json)
+    if invites:
+        facts = _run(
+            partial(_generate_on_peers, loaded, prompt_ids, sampling, max_new_tokens, screen),
+            invites,
+            bind,
+        )
+    else:
+        facts = _run(
+            partial(_generate_here, loaded, prompt_ids, sampling, max_new_tokens, screen), threads
+        )
+    if as_json:
+        settings = dataclasses.asdict(sampling)
+        _print_json({"prompt": prompt, "text": screen.text, **settings, **facts})
+
+
+async def _generate_here(
+    model: Model,
+    prompt_ids: Sequence[int],
+    sampling: SamplingParameters,
+    max_new_tokens: int,
+    screen: AnswerScreen,
+    threads: int,
+) -> dict[str, Any]:
+    with screen:
+        screen.tell("opening the model")
+        engine = await trio.to_thread.run_sync(
+            partial(StageEngine, model.config, model.weights, intra_op_threads=threads)
+        )
+        text = model.tokenizer.stream()
+        started_at = first_at = last_at = trio.current_time()
+        token_count = 0
+        tokens = generate_tokens(
+            [engine], prompt_ids, sampling=sampling, max_new_tokens=max_new_tokens
+        )
+        # In a thread, so that an interrupt is noticed between two tokens.
+        while (token := await trio.to_thread.run_sync(next, tokens, None)) is not None:
+            last_at = trio.current_time()
+            first_at = last_at if token_count == 0 else first_at
+            token_count += 1
+            screen.add(text.push(token))
+    decode_s = last_at - first_at
+    tokens_per_s = (token_count - 1) / decode_s if decode_s > 0 else 0.0
+    screen.remark(f"{token_count} tokens, {tokens_per_s:.1f} tokens/s on this device")
+    return {
+        "prompt_tokens": len(prompt_ids),
+        "tokens": token_count,
+        "first_token_s": round(first_at - started_at, 4),
+        "tokens_per_s": round(tokens_per_s, 2),
+        "route": [],
+    }
+
+
+async def _generate_on_peers(
+    model: Model,
+    prompt_ids: Sequence[int],
+    sampling: SamplingParameters,
+    max_new_tokens: int,
+    screen: AnswerScreen,
+    invites: Sequence[Invite],
+    bind: str,
+) -> dict[str, Any]:
+    # Whoever only asks needs no lasting name, and may ask on a device that serves, too.
+    config = NodeConfig(identity=Identity.generate(), bind_ip=bind)
+    with screen:
+        screen.tell("joining the mesh")
+        async with open_node(config) as node:
+            await _join(node, invites)
+            screen.tell("looking for peers that serve the model")
+            client = SwarmClient(node, model)
+            route = await client.find_route()
+            way = " -> ".join(map(str, route))
+            screen.tell(f"opening {way}")
+            async with client.generate(
+                prompt_ids, sampling=sampling, max_new_tokens=max_new_tokens, route=route
+            ) as generation:
+                screen.tell(f"waiting for the first token from {way}")
+                async for token in generation:
+                    screen.add(token.text)
+                    screen.tell(f"{generation.statistics().tokens_per_s:.1f} tokens/s from {way}")
+            statistics = generation.statistics()
+    screen.remark(
+        f"{statistics.token_count} tokens, {statistics.tokens_per_s:.1f} tokens/s, "
+        f"{1000 * statistics.network_s:.0f} ms a token under way, from {way}"
+    )
+    return {
+        "prompt_tokens": statistics.prompt_count,
+        "tokens": statistics.token_count,
+        "first_token_s": round(statistics.first_token_s, 4),
+        "tokens_per_s": round(statistics.tokens_per_s, 2),
+        "open_s": round(statistics.open_s, 4),
+        "network_s": round(statistics.network_s, 4),
+        "stage_s": [round(seconds, 4) for seconds in statistics.stage_s],
+        "route": [
+            {"peer_id": str(offer.peer_id), "blocks": format_blocks(offer.blocks)}
+            for offer in route
+        ],
+    }
+
+
+# --- serve -------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    blocks: Annotated[
+        str, typer.Option("--blocks", metavar="FIRST-LAST", help="Blocks to serve, such as 0-3.")
+    ],
+    model: ModelOption = None,
+    join: JoinOption = None,
+    state: Annotated[
+        Path,
+        typer.Option(
+            "--state", metavar="DIR", help="Folder of this device's identity.", show_default=False
+        ),
+    ] = DEFAULT_STATE,
+    name: Annotated[str, typer.Option("--name", help="What other peers see.")] = "",
+    bind: BindOption = "0.0.0.0",
+    port: PortOption = 0,
+    threads: ThreadsOption = 1,
+    sessions: Annotated[
+        int, typer.Option("--sessions", min=1, help="How many may be served at once.")
+    ] = DEFAULT_LIMITS.session_count_max,
+    cache_mb: Annotated[
+        int, typer.Option("--cache-mb", min=1, help="Memory for all sessions, in megabytes.")
+    ] = DEFAULT_LIMITS.cache_bytes_max // 2**20,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve blocks of a model to the mesh until interrupted.
+
+    Several devices that together serve all blocks (`llmload info` says how many there are) answer
+    each `llmload generate --join`. Without --join this is the first device of a new mesh: give the
+    invite that it prints to the others.
+    """
+    folder = _folder(model)
+    all_blocks = GPT2Config.from_folder(folder).blocks
+    try:
+        held = parse_blocks(blocks)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--blocks") from error
+    if held.stop > all_blocks.stop:
+        raise typer.BadParameter(
+            f"this model has blocks {format_blocks(all_blocks)}", param_hint="--blocks"
+        )
+    invites = [Invite.parse(text) for text in join or ()]
+    loaded = load_model(folder, held)
+    engine = StageEngine(loaded.config, loaded.weights, held, intra_op_threads=threads)
+    config = NodeConfig(
+        identity=Identity.load_or_create(state / "identity"),
+        name=name,
+        bind_ip=bind,
+        port=port,
+        services=(stage_service(loaded.content_hash, held),),
+        on_event=partial(_show_event, as_json),
+    )
+    limits = StageLimits(session_count_max=sessions, cache_bytes_max=cache_mb * 2**20)
+    _run(_serve, engine, loaded.content_hash, config, limits, invites, as_json)
+
+
+async def _serve(
+    engine: StageEngine,
+    model_hash: str,
+    config: NodeConfig,
+    limits: StageLimits,
+    invites: Sequence[Invite],
+    as_json: bool,
+) -> None:
+    async with open_node(config) as node:
+        # Before joining: the first record that peers get names the service already.
+        server = StageServer(node, engine, model_hash, limits=limits)
+        server.start()
+        await _join(node, invites)
+        invite = str(await node.invite())
+        if as_json:
+            _print_json(
+                {
+                    "event": "serving",
+                    "peer_id": str(node.peer_id),
+                    "service": server.service,
+                    "invite": invite,
+                }
+            )
+        else:
+            output.print(
+                f"Serving blocks {format_blocks(engine.blocks)} of model {model_hash[:16]} as "
+                f"{node.peer_id.short}.\nInvite  {invite}\nPress Ctrl-C to stop."
+            )
+        try:
+            await _stay_joined(node, invites)
+        finally:
+            done = server.statistics
+            if not as_json:
+                remarks.print(
+                    f"[dim]{done.opened_session_count} sessions, {done.position_count} positions "
+                    f"computed, {done.failed_session_count} sessions failed[/]"
+                )
+
+
+async def _stay_joined(node: Node, invites: Sequence[Invite]) -> None:
+    """Dial the peers that we joined by again and again; nothing happens while they are there."""
+    while True:
+        await trio.sleep(REJOIN_INTERVAL_S)
+        for invite in invites:
+            # Their loss was shown as an event, and the next try comes soon.
+            with suppress(ConnectFailed):
+                await node.connect(invite)
+
+
+def _show_event(as_json: bool, event: NodeEvent) -> None:
+    match event:
+        case PeerConnected(peer):
+            word, facts = "connected", {"peer_id": str(peer.peer_id), "at": str(peer.seen_at)}
+        case PeerLost(peer):
+            word, facts = "lost", {"peer_id": str(peer.peer_id), "at": str(peer.seen_at)}
+        case _:
+            return  # `natswarm up` is for those who want to see punctures
+    if as_json:
+        _print_json({"event": word, **facts})
+    else:
+        output.print(f"{word:<10} {peer.peer_id.short} at {peer.seen_at}", markup=False)
+
+
+# --- shared ------------------------------------------------------------------------------------
+
+
+def _folder(model: Path | None) -> Path:
+    return bundled_model_path() if model is None else model
+
+
+async def _join(node: Node, invites: Sequence[Invite]) -> None:
+    for invite in invites:
+        await node.connect(invite)
+    if invites:
+        await node.inspect()  # punctures to others are planned from what our NAT does
+
+
+def _run(main: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Run an async function; an interrupt cancels it, so that it says goodbye to its peers.
+
+    Raises:
+        typer.Exit: It was interrupted.
+    """
+
+    async def guarded() -> T:
+        with trio.CancelScope() as scope:
+            async with beside(_cancel_on_interrupt, scope):
+                return await main(*arguments)
+        raise typer.Exit(INTERRUPTED)
+
+    return trio.run(guarded)
+
+
+async def _cancel_on_interrupt(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()
+            return  # a second interrupt ends the process at once
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    """Print one object on one line, at once."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,106 @@
+"""The same on whole nodes: QUIC streams over punctured paths of a virtual internet, in real time.
+
+What the fake mesh can't show: that streams of natswarm behave as the code here expects.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+import numpy as np
+import pytest
+import trio
+from fake_mesh import FakeMesh
+
+from llmload.engine.generate import generate_tokens
+from llmload.errors import LearningFailed, StageFailed
+from llmload.learn.exchange import LEARN_PROTOCOL, LearningPartner, learn_with
+from llmload.learn.trainer import Trainer, batches
+from llmload.swarm.client import SwarmClient, SwarmTimeouts
+from llmload.swarm.protocol import SESSION_PROTOCOL
+from llmload.swarm.stage import StageServer
+from natswarm import Identity, Internet, NodeConfig, VirtualNetwork, World, open_node, run_world
+
+PROMPT = [5, 17, 3, 250, 17]
+TIMEOUT_S = 30
+
+
+@asynccontextmanager
+async def open_mesh():
+    """Two public nodes that know each other, and one behind a home router."""
+    with trio.fail_after(TIMEOUT_S):
+        internet = Internet(World(seed=5))
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(run_world(internet.world))
+            nodes = []
+            for name, kind in (("first", "public"), ("second", "public"), ("home", "linux-home")):
+                config = NodeConfig(
+                    identity=Identity(name.encode().ljust(32, b".")),
+                    network=VirtualNetwork(internet.add_host(name, kind)),
+                    name=name,
+                    seed=len(nodes),
+                )
+                nodes.append(await stack.enter_async_context(open_node(config)))
+            first, second, home = nodes
+            await second.connect(await first.invite())
+            await home.connect(await first.invite())
+            yield first, second, home
+
+
+async def start_stages(engines, model, running, *nodes) -> list[StageServer]:
+    stages = []
+    for node, blocks in zip(nodes, (range(1), range(1, 3)), strict=True):
+        stage = StageServer(node, engines[blocks], model.content_hash)
+        node.serve(SESSION_PROTOCOL, partial(running.handle, stage.handle))
+        await node.announce([stage.service])
+        stages.append(stage)
+    return stages
+
+
+async def test_stages_on_real_streams(engines, model, config, nursery):
+    expected = list(generate_tokens([engines[config.blocks]], PROMPT, max_new_tokens=40))
+    running = FakeMesh(nursery)  # only to wait for the handlers
+    async with open_mesh() as (first, second, home):
+        stages = await start_stages(engines, model, running, first, second)
+        client = SwarmClient(home, model, timeouts=SwarmTimeouts(open_s=10, step_s=10))
+
+        async with client.generate(PROMPT, max_new_tokens=40) as answer:
+            assert [offer.peer_id for offer in answer.route] == [first.peer_id, second.peer_id]
+            assert [token.token_id async for token in answer] == expected
+        await running.wait_quiet()
+        assert [stage.statistics.failed_session_count for stage in stages] == [0, 0]
+
+        with trio.CancelScope() as scope:
+            async with client.generate(PROMPT) as answer:
+                await anext(answer)
+                scope.cancel()
+                await anext(answer)
+        await running.wait_quiet()
+        assert [stage.cache_bytes for stage in stages] == [0, 0]
+
+        async with client.generate(PROMPT) as answer:
+            await anext(answer)
+            await second.aclose()
+            with pytest.raises(StageFailed, match=r"blocks 1-2\)"):
+                await anext(answer)
+        await running.wait_quiet()
+        assert [stage.cache_bytes for stage in stages] == [0, 0]
+
+
+async def test_learners_on_real_streams(config, weights, nursery):
+    rng = np.random.default_rng(3)
+    text = rng.integers(config.vocab_size, size=400)
+    ours, theirs = Trainer(config, weights), Trainer(config, weights)
+    running = FakeMesh(nursery)
+    async with open_mesh() as (first, _, home):
+        partner = LearningPartner(first, theirs, batches(text, batch=2, time=16, rng=rng))
+        first.serve(LEARN_PROTOCOL, partial(running.handle, partner.handle))
+        peer = await home.connect(first.peer_id)
+        result = await learn_with(home, peer, ours, batches(text, batch=2, time=16, rng=rng), 2)
+        await running.wait_quiet()
+        assert partner.outcomes[0].weights_hash == result.weights_hash
+        assert np.array_equal(ours.parameters, theirs.parameters)
+        await first.aclose()
+        with pytest.raises(LearningFailed, match=r"can't reach|did not answer"):
+            await learn_with(home, peer, ours, batches(text, batch=2, time=16, rng=rng), 2)
