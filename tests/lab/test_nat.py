@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tools.lab.nat import BLOCK_PORTS, KernelNat, NatKind
+from tools.lab.nat import BLOCK_PORTS, KernelNat, NatKind, loss_ruleset
 from tools.lab.topology import Host, Lab
 
 pytestmark = pytest.mark.lab
@@ -145,3 +145,9 @@ def test_loss_is_what_was_asked_for(open_socket: OpenSocket):
 def test_a_block_lies_among_the_ports(block_base: int):
     with pytest.raises(ValueError, match="no block"):
         KernelNat(NatKind.BLOCK, block_base=block_base)
+
+
+@pytest.mark.parametrize("loss", [-0.1, 1.0])
+def test_loss_is_a_share(loss: float):
+    with pytest.raises(ValueError, match="lies from 0"):
+        loss_ruleset(loss)

@@ -192,21 +192,20 @@ def remove_all(prefix: str) -> None:
         _remove(full_name)
 
 
-def remove_stale() -> list[str]:
-    """Remove what runs left behind that are dead by now; return the names.
+def remove_stale() -> None:
+    """Remove what runs left behind that are dead by now.
 
     Raises:
         LabError: One could not be removed.
     """
-    stale = [name for name in namespace_names() if not _maker_lives(name)]
-    for name in stale:
-        _remove(name)
-    return stale
+    for full_name in namespace_names():
+        if not _maker_lives(full_name):
+            _remove(full_name)
 
 
-def _maker_lives(name: str) -> bool:
+def _maker_lives(full_name: str) -> bool:
     try:
-        _, pid, started_at, *_ = name.split("-")
+        _, pid, started_at, *_ = full_name.split("-")
         return _started_at(int(pid)) == int(started_at)
     except (ValueError, OSError):
         return False

@@ -124,8 +124,8 @@ def loss_ruleset(loss: float) -> str:
     """Return rules for a router that drops each packet it forwards with probability `loss`.
 
     Raises:
-        ValueError: `loss` is not in 0..1.
+        ValueError: `loss` is not from 0 to below 1.
     """
-    if not 0 <= loss <= 1:
-        raise ValueError(f"a probability lies in 0..1, unlike {loss}")
-    return _LOSS_RULESET.format(scale=_LOSS_SCALE, limit=round(loss * _LOSS_SCALE))
+    if not 0 <= loss < 1:
+        raise ValueError(f"the share of lost packets lies from 0 to below 1, unlike {loss}")
+    return _LOSS_RULESET.format(scale=_LOSS_SCALE, limit=int(loss * _LOSS_SCALE))

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ __all__ = ["LabProcess"]
 LINES_MAX = 100_000
 # Of standard error, in messages: the end of a traceback.
 ERROR_TAIL_CHARACTERS = 2000
+# Of the command, in messages: enough to tell which, without the invites it was given.
+TITLE_CHARACTERS = 120
 # Between SIGKILL and the end there is only the kernel.
 KILL_WAIT_S = 10.0
 # What was written before the end is in the pipe; a process that outlives the command may keep it
@@ -48,6 +51,7 @@ class LabProcess:
         self, argv: Sequence[str], *, enter: Sequence[str], env: Mapping[str, str] | None = None
     ) -> None:
         self.argv = list(argv)
+        self._title = textwrap.shorten(" ".join(argv), TITLE_CHARACTERS, placeholder=" ...")
         self._lines: list[str] = []
         self._changed = threading.Condition()
         self._is_output_over = False
@@ -67,7 +71,7 @@ class LabProcess:
         self._reader.start()
 
     def __repr__(self) -> str:
-        return f"LabProcess({' '.join(self.argv)[:80]!r}, pid={self.pid})"
+        return f"LabProcess({self._title!r}, pid={self.pid})"
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +157,7 @@ class LabProcess:
 
     def _failure(self, what: str) -> LabError:
         details = self.error_text()
-        return LabError(f"`{' '.join(self.argv)}` {what}" + (f":\n{details}" if details else ""))
+        return LabError(f"`{self._title}` {what}" + (f":\n{details}" if details else ""))
 
     def _close(self) -> None:
         # A child in another process group may hold the output open; the lab ends that one later.

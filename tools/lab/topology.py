@@ -61,7 +61,7 @@ class Lab:
     that was killed itself goes when the next lab starts.
 
     Args:
-        loss: Probability that the core drops a packet, in each direction.
+        loss: Share of packets that the core drops, in each direction; from 0 to below 1.
 
     Raises:
         LabError: The system does not let us; `capability.missing_capability` says why beforehand.
