@@ -22,6 +22,7 @@ from llmload.errors import StageFailed
 from llmload.model_folder import load_model
 from llmload.swarm.route import NoRoute, stage_service
 from natswarm import (
+    ConnectFailed,
     Identity,
     Internet,
     Invite,
@@ -246,6 +247,26 @@ async def test_peers_serve_what_generate_asks_for(nursery, model_folder, monkeyp
             assert out == screen.text + "\n"
             assert "tokens/s" in err
             nursery.cancel_scope.cancel()
+
+
+async def test_lost_mesh_is_joined_again(nursery, monkeypatch):
+    monkeypatch.setattr(cli, "REJOIN_INTERVAL_S", 0)
+    tried_often = trio.Event()
+    tries = []
+
+    class LonelyNode:
+        async def connect(self, invite):
+            await trio.lowlevel.checkpoint()
+            tries.append(invite)
+            if len(tries) == 4:
+                tried_often.set()
+            raise ConnectFailed("nobody is there")
+
+    nursery.start_soon(cli._stay_joined, LonelyNode(), ["one", "two"])
+    with trio.fail_after(TIMEOUT_S):
+        await tried_often.wait()
+    assert tries[:4] == ["one", "two", "one", "two"]
+    nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
