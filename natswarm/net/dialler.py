@@ -214,8 +214,11 @@ class Dialler:
         for dial in self.under_way():
             dial.cancel("this node was closed")
 
-    async def _forget_later(self, dial: Dial) -> None:
-        await trio.sleep(LINGER_S)
+    async def _forget_later(self, dial: Dial, connection: Connection) -> None:
+        # Not longer than the connection: two that met by invites use the attempt's name again, and
+        # an answer from its last life would lead the peer to a path on which nobody listens.
+        with trio.move_on_after(LINGER_S):
+            await connection.wait_closed()
         self._forget(dial)
 
     def _forget(self, dial: Dial) -> None:
@@ -300,20 +303,20 @@ class Dial:
             ConnectFailed: It was given up.
             ConfigurationError: The system gives fewer ports than the plan needs.
         """
-        is_secured = False
+        secured: Connection | None = None
         try:
             with self._scope:
                 report = await self._puncture()
                 path = self._path
                 assert path is not None, "a report that is ok has opened a path"
                 await self._dialler._nursery.start(self._run_connection, path)
-                is_secured = True
-                return path.connection, path.remote, report
+                secured = path.connection
+                return secured, path.remote, report
             raise ConnectFailed(self._cancel_reason)
         finally:
             self._over.set()
-            if is_secured:
-                self._dialler._nursery.start_soon(self._dialler._forget_later, self)
+            if secured is not None:
+                self._dialler._nursery.start_soon(self._dialler._forget_later, self, secured)
             else:
                 self._dialler._forget(self)
                 if self._path is not None:
