@@ -53,8 +53,12 @@ class Attachment:
     def connect(self, receive: Callable[[Packet, int], None]) -> None:
         """Put the device there, which takes packets from above by `receive(packet, ttl)`."""
         self._receive = receive
+        self.announce(self.ip)
+
+    def announce(self, ip: str) -> None:
+        """Have the realm above send packets for `ip` this way, too."""
         realm = self._internet.realm if self.parent is None else self.parent.realm
-        realm[self.ip] = self
+        realm[ip] = self
 
     def send_up(self, packet: Packet, ttl: int) -> None:
         """Send a packet of the device to the realm above."""

@@ -10,6 +10,8 @@ Three levels, as in the connection tracking of real boxes:
               exclusive, else the port with that part of the remote the filter looks at, so that
               an inbound packet never fits two mappings
 
+External ports are slots here (`pool.py`): with one external address, the port itself.
+
 Filtering is a set of keys of the same three kinds. A packet that the filter lets in from a remote
 without a session gets one, so that replies to exactly that remote leave through the port it came
 in by; without this, an APDM mapping with a wider filter would answer from another port.
@@ -23,119 +25,42 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import TypeVar
 
 from natswarm.address import Endpoint
 from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.sim.checkers import check_nat
+from natswarm.sim.load import BackgroundFlows
+from natswarm.sim.nat_behaviour import (
+    TFTP_PORT,
+    TFTP_REQUESTS,
+    NatBehaviour,
+    NatCounters,
+    Poison,
+)
 from natswarm.sim.packet import Packet
-from natswarm.sim.ports import Allocation, Preserving, make_allocator
+from natswarm.sim.pool import PORT_COUNT, make_pool
+from natswarm.sim.ports import IsFree
+from natswarm.sim.rate import TokenBuckets
 
-__all__ = ["Nat", "NatBehaviour", "NatCounters"]
-
-# RFC 1350 section 2 and 4: requests go to port 69 and are answered from a port of the server's
-# choice; opcode 1 is a read request, 2 a write request.
-TFTP_PORT = 69
-TFTP_REQUESTS = (b"\x00\x01", b"\x00\x02")
+__all__ = ["Nat", "NatBehaviour", "NatCounters", "Poison"]
 
 _Key = tuple[object, ...]
 _K = TypeVar("_K")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NatBehaviour:
-    """What a NAT does, in the words of RFC 4787.
-
-    Attributes:
-        mapping: When an internal endpoint keeps its external port.
-        filtering: Who may send in through a mapping.
-        allocation: The law of external ports.
-        overloading: Whether mappings may share an external port as long as the filter tells their
-            remotes apart. With EIM, two internal endpoints may then come to share a port, and
-            one of them moves to another when both want the same remote: this is Linux.
-        unreplied_lifetime_s: Idle time after which a session dies that saw no inbound packet.
-        replied_lifetime_s: The same for one that did; not shorter.
-        refreshed_by_inbound: Whether inbound packets restart the idle time too (RFC 4787 REQ-6).
-        absolute_lifetime_s: Bounds of the age at which a mapping dies whatever its traffic, drawn
-            uniformly for each; None where traffic keeps it alive for ever.
-        max_mappings: Mappings one subscriber (internal address) may have at a time.
-        hairpinning: Whether packets to the NAT's own external address turn round inside.
-        tftp_helper: Whether a TFTP request to a remote address lets the answer in from any one
-            port of it (an application layer gateway; Linux `nf_conntrack_tftp`).
-        accepts_strangers: Whether the box takes packets without a mapping as meant for itself, as
-            Linux does with an INPUT chain that accepts. They leave a session of its own behind, and
-            a port in it is no longer free towards that remote: an early probe moves our mapping.
-    """
-
-    mapping: Mapping
-    filtering: Filtering
-    allocation: Allocation = field(default_factory=Preserving)
-    overloading: bool = True
-    unreplied_lifetime_s: float = 30.0
-    replied_lifetime_s: float = 120.0
-    refreshed_by_inbound: bool = True
-    absolute_lifetime_s: tuple[float, float] | None = None
-    max_mappings: int | None = None
-    hairpinning: bool = False
-    tftp_helper: bool = False
-    accepts_strangers: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.unreplied_lifetime_s <= self.replied_lifetime_s:
-            raise ValueError("lifetimes must be positive, and a reply must not shorten them")
-        if self.absolute_lifetime_s is not None:
-            low, high = self.absolute_lifetime_s
-            if not 0 < low <= high:
-                raise ValueError(f"not bounds of a lifetime: {self.absolute_lifetime_s}")
-        if self.max_mappings is not None and self.max_mappings < 1:
-            raise ValueError("a subscriber needs at least one mapping")
-        if self.accepts_strangers and not (self.overloading and self.filtering is Filtering.APDF):
-            raise ValueError("only a NAT that tells remotes apart by endpoint accepts strangers")
-
-    @property
-    def exclusive_ports(self) -> bool:
-        """Whether an external port serves one mapping at a time.
-
-        With EIF it always does: there is nothing to tell two mappings of one port apart by.
-        """
-        return not self.overloading or self.filtering is Filtering.EIF
-
-
-@dataclass(slots=True)
-class NatCounters:
-    """What became of the packets; counters only grow."""
-
-    outbound_count: int = 0
-    """Translated on the way out."""
-    inbound_count: int = 0
-    """Translated on the way in."""
-    mapping_count: int = 0
-    """Mappings made."""
-    moved_count: int = 0
-    """Endpoints that got another port because theirs was taken towards a remote."""
-    dropped_no_port: int = 0
-    """Outbound: no free port, or the subscriber owns no more blocks."""
-    dropped_cap: int = 0
-    """Outbound: the subscriber has `max_mappings`."""
-    dropped_unmapped: int = 0
-    """Inbound: to a port without a mapping."""
-    dropped_filtered: int = 0
-    """Inbound: there is a mapping, but not for this remote."""
-    dropped_hairpin: int = 0
-    """From inside to our own external address, without hairpinning."""
-
-
 class _Mapping:
-    __slots__ = ("claims", "dies_at", "expires", "external", "internal", "key", "permitted")
+    __slots__ = ("claims", "dies_at", "expires", "external", "internal", "key", "permitted", "slot")
 
     def __init__(
-        self, key: _Key | None, internal: Endpoint, external: Endpoint, dies_at: float
+        self, key: _Key | None, internal: Endpoint, external: Endpoint, slot: int, dies_at: float
     ) -> None:
         self.key = key
         self.internal = internal
         self.external = external
+        self.slot = slot
         self.dies_at = dies_at
         self.expires = 0.0  # the latest of its sessions
         self.claims: dict[_Key, int] = {}  # claim -> sessions that need it
@@ -143,7 +68,16 @@ class _Mapping:
 
 
 class _Session:
-    __slots__ = ("expires", "external", "internal", "is_open", "is_replied", "mapping", "remote")
+    __slots__ = (
+        "expires",
+        "external",
+        "internal",
+        "is_burned",
+        "is_open",
+        "is_replied",
+        "mapping",
+        "remote",
+    )
 
     def __init__(self, mapping: _Mapping, remote: Endpoint, expires: float) -> None:
         self.mapping = mapping
@@ -153,25 +87,51 @@ class _Session:
         self.expires = expires
         self.is_open = False  # lets its filter key in; else it only pins the port of replies
         self.is_replied = False  # the remote has sent in
+        self.is_burned = False  # removed before it was due
 
 
 class Nat:
-    """One NAT with one external address.
+    """One NAT.
 
     Feed it packets with times that never go back. It owns `rng`.
 
+    Args:
+        external_ip: Its address, or as many as its behaviour has.
+
     Attributes:
         behaviour: What it does; fixed.
-        external_ip: The address the outside sees.
+        external_ip: The address the outside sees; of several, the first.
+        external_ips: All of them.
         counters: What became of the packets.
+        load_counters: The same for the flows of the background load.
     """
 
-    def __init__(self, behaviour: NatBehaviour, external_ip: str, rng: random.Random) -> None:
+    def __init__(
+        self, behaviour: NatBehaviour, external_ip: str | Sequence[str], rng: random.Random
+    ) -> None:
+        ips = (external_ip,) if isinstance(external_ip, str) else tuple(external_ip)
+        if len(set(ips)) != behaviour.address_count:
+            raise ValueError(f"a NAT of {behaviour.address_count} addresses cannot have {ips}")
         self.behaviour = behaviour
-        self.external_ip = external_ip
+        self.external_ip = ips[0]
+        self.external_ips = ips
         self.counters = NatCounters()
+        self.load_counters = NatCounters()
+        self._slot_bases = {ip: index * PORT_COUNT for index, ip in enumerate(ips)}
         self._rng = rng
-        self._allocator = make_allocator(behaviour.allocation, rng)
+        self._allocator = make_pool(
+            behaviour.allocation, behaviour.address_count, behaviour.pooling, rng
+        )
+        self._rates = (
+            None
+            if behaviour.subscriber_rate is None and behaviour.nat_rate is None
+            else TokenBuckets(behaviour.subscriber_rate, behaviour.nat_rate)
+        )
+        self._flows = (
+            None
+            if behaviour.load is None
+            else BackgroundFlows(behaviour.load, random.Random(rng.getrandbits(64)))
+        )
         self._exclusive = behaviour.exclusive_ports
         self._unreplied_s = behaviour.unreplied_lifetime_s
         self._replied_s = behaviour.replied_lifetime_s
@@ -184,10 +144,14 @@ class Nat:
         self._outgoing: dict[tuple[str, int, str, int], _Session] = {}
         self._incoming: dict[tuple[int, str, int], _Session] = {}
         self._claims: dict[_Key, _Mapping] = {}
-        # The requests whose answers are awaited, by our port and the remote address. An expectation
+        # The requests whose answers are awaited, by our slot and the remote address. An expectation
         # ends with the session of its request, as in Linux, where its own 5 minutes never matter.
         self._expectations: dict[tuple[int, str], _Session] = {}
-        self._port_users: dict[int, int] = {}  # external port -> mappings
+        self._slot_users: dict[int, int] = {}  # slot -> mappings
+        # slot -> mappings and mapping -> sessions, kept only where poison has to find them.
+        self._finds_mappings = behaviour.poison in (Poison.RETIRES_MAPPING, Poison.BURNS_MAPPING)
+        self._mappings_of: dict[int, list[_Mapping]] = {}
+        self._sessions_of: dict[_Mapping, dict[_Session, None]] = {}
         self._subscribers: dict[str, int] = {}  # internal address -> mappings
         # Every session once, at a time not after its expiry: looked at again when it is due.
         self._due: list[tuple[float, int, _Session]] = []
@@ -204,7 +168,7 @@ class Nat:
             session = opened
         self._refresh(session, now)
         if self._has_helper and remote.port == TFTP_PORT and data[:2] in TFTP_REQUESTS:
-            self._expectations[session.external.port, remote.ip] = session
+            self._expectations[session.mapping.slot, remote.ip] = session
         self.counters.outbound_count += 1
         return Packet(session.external, remote, data)
 
@@ -212,14 +176,17 @@ class Nat:
         """Translate a packet from the outside; None when it is dropped.
 
         Raises:
-            ValueError: It is not for our external address.
+            ValueError: It is not for an external address of ours.
         """
         remote, external, data = packet
+        slot = external.port
         if external.ip != self.external_ip:
-            raise ValueError(f"a packet for {external} came to the NAT at {self.external_ip}")
-        session = self._incoming.get((external.port, remote.ip, remote.port))
+            if external.ip not in self._slot_bases:
+                raise ValueError(f"a packet for {external} came to the NAT at {self.external_ip}")
+            slot += self._slot_bases[external.ip]
+        session = self._incoming.get((slot, remote.ip, remote.port))
         if session is None or not session.is_open or session.expires <= now:
-            admitted = self._admit(external.port, remote, now)
+            admitted = self._admit(slot, remote, now)
             if admitted is None:
                 return None
             session = admitted
@@ -240,14 +207,14 @@ class Nat:
         return session.external if session is not None and session.expires > now else None
 
     def mapping_count(self, now: float) -> int:
-        """Return how many mappings are alive."""
-        self._expire(now)
+        """Return how many mappings are alive, those of the background load included."""
+        self._catch_up(now)
         return sum(self._subscribers.values())
 
     def ports_in_use(self, now: float) -> list[int]:
-        """Return the external ports that have a mapping, ascending."""
-        self._expire(now)
-        return sorted(self._port_users)
+        """Return the external ports that have a mapping, ascending; of all addresses."""
+        self._catch_up(now)
+        return sorted(slot % PORT_COUNT for slot in self._slot_users)
 
     def _refresh(self, session: _Session, now: float) -> None:
         mapping = session.mapping
@@ -260,7 +227,7 @@ class Nat:
 
     def _open(self, internal: Endpoint, remote: Endpoint, now: float) -> _Session | None:
         """Return the session for the first packet the inside sends to `remote`."""
-        self._expire(now)
+        self._catch_up(now)
         session = self._outgoing.get((internal.ip, internal.port, remote.ip, remote.port))
         if session is None:
             mapping = self._mapping_for(internal, remote, now)
@@ -280,7 +247,7 @@ class Nat:
         key = self._mapping_key(internal, remote)
         mapping = self._mappings.get(key)
         if mapping is not None:
-            owner = self._claims.get(self._claim(mapping.external.port, remote))
+            owner = self._claims.get(self._claim(mapping.slot, remote))
             if owner is None or owner is mapping:
                 return mapping
         behaviour = self.behaviour
@@ -289,14 +256,18 @@ class Nat:
         if behaviour.max_mappings is not None and count >= behaviour.max_mappings:
             self.counters.dropped_cap += 1
             return None
-        claims = self._claims
-        suffix = () if self._exclusive else self._filter_key(remote)
-        port = self._allocator.allocate(
-            subscriber, internal.port, lambda port: (port, *suffix) not in claims, now
+        rates = self._rates
+        if rates is not None and not rates.allow(subscriber, now):
+            self.counters.dropped_rate += 1
+            return None
+        slot = self._allocator.allocate(
+            subscriber, internal.port, self._is_free(internal, remote), now
         )
-        if port is None:
+        if slot is None:
             self.counters.dropped_no_port += 1
             return None
+        if rates is not None:
+            rates.take(subscriber, now)
         self.counters.mapping_count += 1
         self.counters.moved_count += mapping is not None
         dies_at = math.inf
@@ -304,19 +275,34 @@ class Nat:
             dies_at = now + self._rng.uniform(*behaviour.absolute_lifetime_s)
         # The endpoint's next remotes use the new port too. Linux prefers the port that the internal
         # endpoint has already; a mapping that had to move stays for its old sessions alone.
-        mapping = _Mapping(key, internal, Endpoint(self.external_ip, port), dies_at)
+        mapping = _Mapping(key, internal, self._external(slot), slot, dies_at)
         self._mappings[key] = mapping
         self._subscribers[subscriber] = count + 1
-        self._port_users[port] = self._port_users.get(port, 0) + 1
+        self._slot_users[slot] = self._slot_users.get(slot, 0) + 1
+        if self._finds_mappings:
+            self._mappings_of.setdefault(slot, []).append(mapping)
+            self._sessions_of[mapping] = {}
         return mapping
 
-    def _admit(self, port: int, remote: Endpoint, now: float) -> _Session | None:
+    def _is_free(self, internal: Endpoint, remote: Endpoint) -> IsFree:
+        """Return the test of slots for a new mapping."""
+        claims = self._claims
+        suffix = () if self._exclusive else self._filter_key(remote)
+        if not self.behaviour.preserves_parity:
+            return lambda slot: (slot, *suffix) not in claims
+        parity = internal.port % 2
+        return lambda slot: slot % 2 == parity and (slot, *suffix) not in claims
+
+    def _external(self, slot: int) -> Endpoint:
+        return Endpoint(self.external_ips[slot // PORT_COUNT], slot % PORT_COUNT)
+
+    def _admit(self, slot: int, remote: Endpoint, now: float) -> _Session | None:
         """Return the session for a packet from outside that meets none we opened."""
-        self._expire(now)
-        session = self._incoming.get((port, remote.ip, remote.port))
+        self._catch_up(now)
+        session = self._incoming.get((slot, remote.ip, remote.port))
         if session is not None and session.is_open:
             return session
-        mapping = self._claims.get(self._claim(port, remote))
+        mapping = self._claims.get(self._claim(slot, remote))
         if mapping is not None and self._filter_key(remote) in mapping.permitted:
             session = session or self._session_of_admitted(mapping, remote)
             if self._inbound_refreshes:
@@ -324,21 +310,38 @@ class Nat:
             return session
         if self._has_helper and session is None:
             # One answer for each request: in Linux a packet uses its expectation up.
-            request = self._expectations.pop((port, remote.ip), None)
+            request = self._expectations.pop((slot, remote.ip), None)
             if request is not None:
                 session = self._session_of_admitted(request.mapping, remote)
                 self._permit(session)
                 return session
-        if self.behaviour.accepts_strangers:
-            if session is None:
-                own = Endpoint(self.external_ip, port)
-                session = self._add_session(_Mapping(None, own, own, math.inf), remote, 0.0)
-            self._refresh(session, now)
-        if port in self._port_users:
+        if slot in self._slot_users:
             self.counters.dropped_filtered += 1
         else:
             self.counters.dropped_unmapped += 1
+        if self.behaviour.poison is not Poison.NONE:
+            self._poison(slot, remote, session, now)
         return None
+
+    def _poison(self, slot: int, remote: Endpoint, session: _Session | None, now: float) -> None:
+        """Do what a refused packet does here to the mappings of the slot it came to."""
+        if self.behaviour.poison is Poison.TAKES_PORT:
+            if session is None:
+                own = self._external(slot)
+                session = self._add_session(_Mapping(None, own, own, slot, math.inf), remote, 0.0)
+            self._refresh(session, now)
+            self.counters.poisoned_count += 1
+            return
+        for mapping in list(self._mappings_of.get(slot, ())):
+            if self.behaviour.poison is Poison.BURNS_MAPPING:
+                for session in list(self._sessions_of[mapping]):
+                    self._remove(session)
+                    session.is_burned = True
+            elif mapping.key is not None and self._mappings.get(mapping.key) is mapping:
+                del self._mappings[mapping.key]
+            else:
+                continue
+            self.counters.poisoned_count += 1
 
     def _session_of_admitted(self, mapping: _Mapping, remote: Endpoint) -> _Session:
         internal = mapping.internal
@@ -348,29 +351,49 @@ class Nat:
         # Unless it is refreshed, a stranger must not keep the mapping alive a moment longer.
         return self._add_session(mapping, remote, mapping.expires)
 
-    def _claim(self, port: int, remote: Endpoint) -> _Key:
-        return (port,) if self._exclusive else (port, *self._filter_key(remote))
+    def _claim(self, slot: int, remote: Endpoint) -> _Key:
+        return (slot,) if self._exclusive else (slot, *self._filter_key(remote))
 
     def _add_session(self, mapping: _Mapping, remote: Endpoint, expires: float) -> _Session:
         session = _Session(mapping, remote, min(expires, mapping.dies_at))
-        internal, port = mapping.internal, mapping.external.port
-        claim = self._claim(port, remote)
+        internal, slot = mapping.internal, mapping.slot
+        claim = self._claim(slot, remote)
         assert self._claims.get(claim, mapping) is mapping, "two mappings for one inbound packet"
         self._claims[claim] = mapping
         mapping.claims[claim] = mapping.claims.get(claim, 0) + 1
         self._outgoing[internal.ip, internal.port, remote.ip, remote.port] = session
-        incoming_key = (port, remote.ip, remote.port)
+        incoming_key = (slot, remote.ip, remote.port)
         assert incoming_key not in self._incoming, "two sessions for one inbound packet"
         self._incoming[incoming_key] = session
         self._sequence += 1
         heappush(self._due, (session.expires, self._sequence, session))
+        if self._finds_mappings:
+            self._sessions_of[mapping][session] = None
         return session
+
+    def _catch_up(self, now: float) -> None:
+        """Bring the table up to the present: flows of others, and what is over."""
+        flows = self._flows
+        if flows is not None:
+            mine, self.counters = self.counters, self.load_counters
+            self._allocator.skip(flows.skipped(now))
+            for time, internal, remote in flows.until(now):
+                self._expire(time)
+                mapping = self._mapping_for(internal, remote, time)
+                if mapping is not None:
+                    session = self._add_session(mapping, remote, time + flows.hold_s)
+                    mapping.expires = max(mapping.expires, session.expires)
+                    self._permit(session)
+            self.counters = mine
+        self._expire(now)
 
     def _expire(self, now: float) -> None:
         """Remove every session that is over, and what lived by it alone."""
         due = self._due
         while due and due[0][0] <= now:
             _, sequence, session = heappop(due)
+            if session.is_burned:
+                continue
             if session.expires > now:
                 heappush(due, (session.expires, sequence, session))
             else:
@@ -378,14 +401,16 @@ class Nat:
 
     def _remove(self, session: _Session) -> None:
         mapping, remote = session.mapping, session.remote
-        internal, port = mapping.internal, mapping.external.port
+        internal, slot = mapping.internal, mapping.slot
         del self._outgoing[internal.ip, internal.port, remote.ip, remote.port]
-        del self._incoming[port, remote.ip, remote.port]
+        del self._incoming[slot, remote.ip, remote.port]
+        if self._finds_mappings:
+            del self._sessions_of[mapping][session]
         if remote.port == TFTP_PORT:
-            self._expectations.pop((port, remote.ip), None)
+            self._expectations.pop((slot, remote.ip), None)
         if session.is_open:
             _count_down(mapping.permitted, self._filter_key(remote))
-        claim = self._claim(port, remote)
+        claim = self._claim(slot, remote)
         _count_down(mapping.claims, claim)
         if claim not in mapping.claims:
             del self._claims[claim]
@@ -393,49 +418,23 @@ class Nat:
             return
         if self._mappings.get(mapping.key) is mapping:
             del self._mappings[mapping.key]
-        _count_down(self._port_users, port)
+        if self._finds_mappings:
+            del self._sessions_of[mapping]
+            found = self._mappings_of[slot]
+            found.remove(mapping)
+            if not found:
+                del self._mappings_of[slot]
+        _count_down(self._slot_users, slot)
         _count_down(self._subscribers, internal.ip)
-        self._allocator.release(internal.ip, port)
+        self._allocator.release(internal.ip, slot)
 
     def check(self) -> None:
-        """Assert what must hold between packets, whatever came before."""
-        mappings: dict[int, _Mapping] = {}
-        claims: dict[_Key, int] = {}
-        permitted: dict[tuple[int, _Key], int] = {}
-        for session in self._outgoing.values():
-            mapping, remote = session.mapping, session.remote
-            port = mapping.external.port
-            assert self._incoming[port, remote.ip, remote.port] is session
-            assert session.expires <= min(mapping.expires, mapping.dies_at), "outlives its mapping"
-            claim = self._claim(port, remote)
-            assert self._claims[claim] is mapping, "a port without a claim to it"
-            claims[claim] = claims.get(claim, 0) + 1
-            assert mapping.claims[claim] > 0
-            if session.is_open:
-                key = (id(mapping), self._filter_key(remote))
-                permitted[key] = permitted.get(key, 0) + 1
-            mappings[id(mapping)] = mapping
-        assert len(self._incoming) == len(self._outgoing) == len(self._due)
-        assert claims.keys() == self._claims.keys()
-        assert sum(claims.values()) == sum(sum(m.claims.values()) for m in mappings.values())
-        assert permitted == {
-            (id(mapping), key): count
-            for mapping in mappings.values()
-            for key, count in mapping.permitted.items()
-        }, "the filter forgot somebody, or remembers too long"
-        ports: dict[int, int] = {}
-        for mapping in mappings.values():
-            if mapping.key is not None:
-                ports[mapping.external.port] = ports.get(mapping.external.port, 0) + 1
-        assert ports == self._port_users, "the count of mappings of each port is wrong"
-        assert sum(ports.values()) == sum(self._subscribers.values())
-        if self._exclusive:
-            assert all(count == 1 for count in ports.values()), "an exclusive port is shared"
-        for mapping_key, mapping in self._mappings.items():
-            assert mapping.key == mapping_key
-            assert mappings[id(mapping)] is mapping, "a mapping without a session"
-        for (port, ip), session in self._expectations.items():
-            assert self._incoming[port, ip, TFTP_PORT] is session, "an answer to no request"
+        """Assert what must hold between packets, whatever came before.
+
+        Raises:
+            AssertionError: The table is wrong.
+        """
+        check_nat(self)
 
 
 def _count_down(counts: dict[_K, int], key: _K) -> None:

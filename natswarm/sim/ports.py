@@ -22,11 +22,13 @@ __all__ = [
     "Allocation",
     "Allocator",
     "Blocks",
+    "IsFree",
     "Preserving",
     "ScaledBeta",
     "Sequential",
     "Uniform",
     "make_allocator",
+    "poisson",
 ]
 
 FIRST_USUAL_PORT = 1024  # RFC 6335: below are the well-known ports
@@ -179,6 +181,10 @@ class Allocator(Protocol):
         """Take back one holding of `port`."""
         ...
 
+    def skip(self, count: int) -> None:
+        """Go on as if `count` mappings had been made and had died since."""
+        ...
+
 
 def make_allocator(allocation: Allocation, rng: random.Random) -> Allocator:
     """Return the machine that carries out a law."""
@@ -228,6 +234,9 @@ class _DrawingAllocator:
     def release(self, subscriber: str, port: int) -> None:
         pass
 
+    def skip(self, count: int) -> None:
+        pass
+
 
 class _PreservingAllocator(_DrawingAllocator):
     def __init__(self, law: Preserving, rng: random.Random) -> None:
@@ -252,7 +261,7 @@ class _SequentialAllocator:
     def allocate(self, subscriber: str, port: int, is_free: IsFree, now: float) -> int | None:
         law = self._law
         passed_s, self._last_time = now - self._last_time, now
-        steps_of_others = _poisson(law.cross_traffic_per_s * passed_s, self._rng)
+        steps_of_others = poisson(law.cross_traffic_per_s * passed_s, self._rng)
         position = self._last - law.low + law.step * steps_of_others
         for _ in range(self._width):
             position += law.step
@@ -264,6 +273,10 @@ class _SequentialAllocator:
 
     def release(self, subscriber: str, port: int) -> None:
         pass
+
+    def skip(self, count: int) -> None:
+        law = self._law
+        self._last = law.low + (self._last - law.low + law.step * count) % self._width
 
 
 class _Block:
@@ -317,6 +330,9 @@ class _BlockAllocator:
             if not blocks:
                 del self._owned[subscriber]
 
+    def skip(self, count: int) -> None:
+        pass
+
     def _find(self, block: _Block, is_free: IsFree) -> int | None:
         base, size = block.base, self._law.size
         if not self._law.is_sequential:
@@ -332,7 +348,7 @@ class _BlockAllocator:
         return None
 
 
-def _poisson(mean: float, rng: random.Random) -> int:
+def poisson(mean: float, rng: random.Random) -> int:
     """Draw a Poisson number by Knuth's product of uniforms; above 500 from the normal law."""
     if mean == 0:
         return 0

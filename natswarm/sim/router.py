@@ -33,7 +33,9 @@ class NatRouter:
         assert preset.behaviour is not None
         self.name = name
         self.preset = preset
-        self.nat = Nat(preset.behaviour, uplink.ip, internet.world.stream(f"nat/{name}"))
+        more = preset.behaviour.address_count - 1
+        ips = (uplink.ip, *(internet.next_address(uplink.parent) for _ in range(more)))
+        self.nat = Nat(preset.behaviour, ips, internet.world.stream(f"nat/{name}"))
         self.uplink = uplink
         self.realm: dict[str, Attachment] = {}
         self._internet = internet
@@ -41,10 +43,12 @@ class NatRouter:
         self._inside_addresses = addresses(inside)
         next(self._inside_addresses)  # the router's own
         uplink.connect(self.receive_from_outside)
+        for ip in ips[1:]:
+            uplink.announce(ip)
 
     @property
     def external_ip(self) -> str:
-        """The address the outside sees."""
+        """The address the outside sees; of several, the first."""
         return self.uplink.ip
 
     def next_address(self) -> str:
@@ -62,7 +66,7 @@ class NatRouter:
             self._internet.drop_expired(packet, self.name)
             return
         nat = self.nat
-        if packet.destination.ip == nat.external_ip:
+        if packet.destination.ip in nat.external_ips:
             self._turn_round(packet, ttl)
             return
         translated = nat.outbound(packet, self._world.now)

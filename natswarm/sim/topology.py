@@ -186,14 +186,17 @@ class Internet:
         if self.world.trace is not None:
             self.world.trace(self.world.now, "doubled", where, packet)
 
+    def next_address(self, behind: NatRouter | None) -> str:
+        """Hand out the next address in the core, or inside a NAT."""
+        return next(self._addresses) if behind is None else behind.next_address()
+
     def _place(self, name: str, preset: Preset, behind: NatRouter | None) -> Attachment:
         """Make the way up of a new device: address, link, router above."""
+        ip = self.next_address(behind)
         if behind is None:
-            ip = next(self._addresses)
             # What is behind a carrier's NAT has the slow link, not the NAT itself.
             has_access = preset.site is Site.HOME
         else:
-            ip = behind.next_address()
             preset = behind.preset
             has_access = preset.site is Site.CARRIER
         if not has_access:

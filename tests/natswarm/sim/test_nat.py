@@ -10,8 +10,10 @@ import pytest
 
 from natswarm.address import Endpoint
 from natswarm.nat.behaviour import Filtering, Mapping
-from natswarm.sim.nat import Nat, NatBehaviour
+from natswarm.sim.load import BackgroundLoad
+from natswarm.sim.nat import Nat, NatBehaviour, Poison
 from natswarm.sim.packet import Packet
+from natswarm.sim.pool import Pooling
 from natswarm.sim.ports import (
     Allocation,
     Blocks,
@@ -20,6 +22,7 @@ from natswarm.sim.ports import (
     Sequential,
     Uniform,
 )
+from natswarm.sim.rate import RateLimit
 
 EXTERNAL_IP = "198.51.100.1"
 A = Endpoint("10.0.0.1", 5000)
@@ -28,6 +31,7 @@ B = Endpoint("10.0.0.2", 5000)  # another subscriber with A's port
 R1X, R1Y = Endpoint("203.0.113.1", 1000), Endpoint("203.0.113.1", 1001)
 R2X, R2Y = Endpoint("203.0.113.2", 1000), Endpoint("203.0.113.2", 1001)
 
+LOAD = BackgroundLoad(subscriber_count=20, flows_per_s=10.0, hold_s=30.0)
 LAWS: dict[str, Allocation] = {
     "preserving": Preserving(),
     "uniform": Uniform(),
@@ -317,8 +321,9 @@ def test_an_expectation_ends_with_its_request():
 def test_an_early_stranger_moves_our_mapping_on_a_box_that_accepts_it():
     """A Linux router that accepts INPUT: the port is the router's own towards that remote."""
     behaviour = NatBehaviour(mapping=Mapping.EIM, filtering=Filtering.APDF)
-    for accepts in (False, True):
-        nat = Script(replace(behaviour, accepts_strangers=accepts))
+    for poison in (Poison.NONE, Poison.TAKES_PORT):
+        accepts = poison is Poison.TAKES_PORT
+        nat = Script(replace(behaviour, poison=poison))
         assert nat.out(A, R1X) == 5000
         assert nat.into(R2X, 5000) is None
         moved = nat.out(A, R2X)
@@ -330,6 +335,75 @@ def test_an_early_stranger_moves_our_mapping_on_a_box_that_accepts_it():
         nat.now = 500.0
         assert nat.nat.mapping_count(nat.now) == 0
         assert nat.out(A, R2X) == 5000
+
+
+def test_a_stranger_retires_a_mapping_for_remotes_to_come():
+    nat = script(Mapping.EIM, Filtering.ADF, allocation=Uniform(), poison=Poison.RETIRES_MAPPING)
+    port = nat.out(A, R1X)
+    assert nat.into(R1Y, port) == A  # let in: no stranger
+    assert nat.out(A, R1Y) == port
+    assert nat.into(R2X, port) is None
+    next_port = nat.out(A, R2X)
+    assert next_port not in (None, port)
+    assert nat.out(A, R2Y) == next_port
+    assert nat.out(A, R1X) == port  # what there was lives on
+    assert nat.into(R1X, port) == A
+    assert nat.nat.counters.poisoned_count == 1
+    nat.now = 500.0
+    assert nat.nat.mapping_count(nat.now) == 0
+
+
+@pytest.mark.parametrize("overloading", [False, True])
+def test_a_stranger_burns_a_mapping_with_all_it_had(overloading: bool):
+    nat = script(
+        Mapping.EIM,
+        Filtering.APDF,
+        overloading=overloading,
+        allocation=Uniform(),
+        poison=Poison.BURNS_MAPPING,
+    )
+    burned, other = nat.out(A, R1X), nat.out(A2, R1X)
+    assert nat.out(A, R2X) == burned
+    assert nat.into(R1X, burned) == A
+    assert nat.into(R1Y, burned) is None
+    assert nat.nat.counters.poisoned_count == 1
+    assert nat.into(R1X, burned) is None
+    assert nat.nat.counters.dropped_unmapped == 1
+    assert nat.nat.mapping_count(nat.now) == 1
+    assert nat.out(A, R1X) != burned
+    assert nat.into(R1X, other) == A2
+    nat.now = 500.0
+    assert nat.nat.mapping_count(nat.now) == 0
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_parity_is_preserved_whatever_the_law(law: str):
+    """RFC 4787 section 4.2.2."""
+    nat = script(Mapping.APDM, Filtering.APDF, allocation=LAWS[law], preserves_parity=True)
+    other_parity = script(Mapping.APDM, Filtering.APDF, allocation=LAWS[law])
+    mixed = set()
+    for index in range(60):
+        internal, remote = Endpoint(A.ip, 5000 + index // 2), Endpoint(R1X.ip, 1000 + index)
+        port, unlike = nat.out(internal, remote), other_parity.out(internal, remote)
+        assert port is not None
+        assert unlike is not None
+        assert port % 2 == index // 2 % 2
+        mixed.add((unlike - index // 2) % 2)
+    assert mixed == ({0} if law == "preserving" else {0, 1})
+
+
+def test_a_parity_without_ports_left_gets_none():
+    nat = script(
+        Mapping.EIM,
+        Filtering.EIF,
+        allocation=Uniform(2000, 2003),
+        preserves_parity=True,
+        overloading=False,
+    )
+    ports = [nat.out(Endpoint(A.ip, 5000 + 2 * index), R1X) for index in range(3)]
+    assert sorted(port for port in ports if port is not None) == [2000, 2002]
+    assert nat.nat.counters.dropped_no_port == 1
+    assert nat.out(A2, R1X) in (2001, 2003)
 
 
 def test_packets_to_nobody_are_counted_by_reason():
@@ -351,15 +425,36 @@ def test_a_packet_for_another_address_is_a_mistake_of_the_caller():
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "message"),
     [
-        {"unreplied_lifetime_s": 0.0},
-        {"unreplied_lifetime_s": 60.0, "replied_lifetime_s": 30.0},
-        {"absolute_lifetime_s": (75.0, 48.0)},
-        {"max_mappings": 0},
-        {"accepts_strangers": True, "overloading": False},
+        ({"unreplied_lifetime_s": 0.0}, "must be positive"),
+        ({"unreplied_lifetime_s": 60.0, "replied_lifetime_s": 30.0}, "must not shorten"),
+        ({"absolute_lifetime_s": (75.0, 48.0)}, "bounds of a lifetime"),
+        ({"max_mappings": 0}, "at least one mapping"),
+        ({"poison": Poison.TAKES_PORT, "overloading": False}, "overloads ports"),
+        ({"poison": Poison.TAKES_PORT, "filtering": Filtering.ADF}, "overloads ports"),
+        ({"poison": Poison.BURNS_MAPPING, "filtering": Filtering.EIF}, "no strangers"),
+        ({"poison": Poison.RETIRES_MAPPING, "mapping": Mapping.APDM}, "one remote"),
+        ({"address_count": 0}, "1 to 1024 addresses"),
+        ({"pooling": Pooling.ARBITRARY}, "takes several addresses"),
+        ({"preserves_parity": True, "allocation": Sequential(step=2)}, "never changes parity"),
+        ({"preserves_parity": True, "allocation": Blocks(size=1)}, "one port"),
+        ({"preserves_parity": True, "allocation": Uniform(5, 5)}, "one port"),
+        (
+            {"load": LOAD, "allocation": Sequential(cross_traffic_per_s=1.0)},
+            "counted twice",
+        ),
+        ({"load": LOAD, "nat_rate": RateLimit(10.0, 100)}, "whole rate"),
     ],
 )
-def test_impossible_behaviour_is_refused(values):
-    with pytest.raises(ValueError, match=r".+"):
-        NatBehaviour(mapping=Mapping.EIM, filtering=Filtering.APDF, **values)
+def test_impossible_behaviour_is_refused(values: dict[str, object], message: str):
+    usual: dict[str, object] = {"mapping": Mapping.EIM, "filtering": Filtering.APDF}
+    with pytest.raises(ValueError, match=message):
+        NatBehaviour(**(usual | values))  # type: ignore[arg-type]
+
+
+def test_a_nat_has_as_many_addresses_as_its_behaviour():
+    behaviour = NatBehaviour(mapping=Mapping.EIM, filtering=Filtering.EIF, address_count=2)
+    for ips in (EXTERNAL_IP, [EXTERNAL_IP, EXTERNAL_IP], [EXTERNAL_IP, R1X.ip, R2X.ip]):
+        with pytest.raises(ValueError, match="2 addresses"):
+            Nat(behaviour, ips, random.Random(1))

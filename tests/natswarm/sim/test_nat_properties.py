@@ -10,11 +10,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from natswarm.address import Endpoint
 from natswarm.nat.behaviour import Filtering, Mapping
-from natswarm.sim.nat import Nat, NatBehaviour
+from natswarm.sim.load import BackgroundLoad
+from natswarm.sim.nat import Nat, NatBehaviour, Poison
 from natswarm.sim.packet import Packet
+from natswarm.sim.pool import Pooling
 from natswarm.sim.ports import Blocks, Preserving, ScaledBeta, Sequential, Uniform
+from natswarm.sim.rate import RateLimit
 
-EXTERNAL_IP = "198.51.100.1"
+EXTERNAL_IPS = ("198.51.100.1", "198.51.100.2")
 # Few of everything, so that keys collide and ports run out.
 INTERNALS = [Endpoint(f"10.0.0.{host}", port) for host in (1, 2) for port in (2000, 2001, 2002)]
 REMOTES = [Endpoint(f"203.0.113.{host}", port) for host in (1, 2) for port in (2000, 69, 70)]
@@ -22,6 +25,7 @@ LAWS = [
     Preserving(2000, 2007),
     Uniform(2000, 2007),
     ScaledBeta(2000, 7, 2, 3),
+    Sequential(2000, 2007, step=3),
     Sequential(2000, 2007, step=3, cross_traffic_per_s=0.5),
     Blocks(2000, 2007, size=4, max_blocks=1),
     Blocks(2000, 2007, size=2, max_blocks=2, is_sequential=True, keeps_newest=True),
@@ -34,19 +38,45 @@ def behaviours(draw: st.DrawFn) -> NatBehaviour:
     overloading = draw(st.booleans())
     filtering = draw(st.sampled_from(Filtering))
     unreplied = draw(st.sampled_from([20.0, LIFETIME_S]))
+    mapping = draw(st.sampled_from(Mapping))
+    poisons = [Poison.NONE]
+    if filtering is not Filtering.EIF:
+        poisons.append(Poison.BURNS_MAPPING)
+        if mapping is not Mapping.APDM:
+            poisons.append(Poison.RETIRES_MAPPING)
+        if overloading and filtering is Filtering.APDF:
+            poisons.append(Poison.TAKES_PORT)
+    address_count = draw(st.sampled_from([1, 2]))
+    allocation = draw(st.sampled_from(LAWS))
+    has_load = draw(st.booleans()) and not getattr(allocation, "cross_traffic_per_s", 0.0)
     return NatBehaviour(
-        mapping=draw(st.sampled_from(Mapping)),
+        mapping=mapping,
         filtering=filtering,
-        allocation=draw(st.sampled_from(LAWS)),
+        allocation=allocation,
         overloading=overloading,
         unreplied_lifetime_s=unreplied,
         replied_lifetime_s=LIFETIME_S,
         refreshed_by_inbound=draw(st.booleans()),
         absolute_lifetime_s=draw(st.sampled_from([None, (30.0, 90.0)])),
+        preserves_parity=draw(st.booleans()),
+        address_count=address_count,
+        pooling=draw(st.sampled_from(Pooling)) if address_count > 1 else Pooling.PAIRED,
         max_mappings=draw(st.sampled_from([None, 3])),
+        subscriber_rate=draw(st.sampled_from([None, RateLimit(0.1, 2)])),
+        nat_rate=draw(st.sampled_from([None, RateLimit(0.5, 3)])),
         tftp_helper=draw(st.booleans()),
-        accepts_strangers=overloading and filtering is Filtering.APDF and draw(st.booleans()),
+        poison=draw(st.sampled_from(poisons)),
+        load=BackgroundLoad(2, 0.1, 20.0) if has_load else None,
     )
+
+
+def assert_rate_holds(limit: RateLimit | None, times: list[float]) -> None:
+    """In no stretch of time more than a burst and what the rate adds to it."""
+    if limit is not None:
+        for first, start in enumerate(times):
+            for last, end in enumerate(times[first:], first):
+                made = last - first + 1
+                assert made <= limit.burst + limit.per_s * (end - start) + 1e-6, times
 
 
 class NatMachine(RuleBasedStateMachine):
@@ -60,11 +90,13 @@ class NatMachine(RuleBasedStateMachine):
     @initialize(behaviour=behaviours(), seed=st.integers(0, 1000))
     def start(self, behaviour: NatBehaviour, seed: int) -> None:
         self.behaviour = behaviour
-        self.nat = Nat(behaviour, EXTERNAL_IP, random.Random(seed))
+        ips = EXTERNAL_IPS[: behaviour.address_count]
+        self.nat = Nat(behaviour, ips, random.Random(seed))
         self.now = 0.0
-        self.sent: dict[tuple[Endpoint, int, Endpoint], float] = {}
-        self.passed_in: dict[tuple[Endpoint, int, Endpoint], float] = {}
-        self.requests: dict[tuple[Endpoint, int, str], float] = {}
+        self.sent: dict[tuple[Endpoint, Endpoint, Endpoint], float] = {}
+        self.passed_in: dict[tuple[Endpoint, Endpoint, Endpoint], float] = {}
+        self.requests: set[tuple[Endpoint, Endpoint, str]] = set()
+        self.made: list[tuple[float, str]] = []
 
     @rule(
         internal=st.sampled_from(INTERNALS),
@@ -73,28 +105,40 @@ class NatMachine(RuleBasedStateMachine):
     )
     def send_out(self, internal: Endpoint, remote: Endpoint, data: bytes) -> None:
         before = self.nat.external_endpoint(internal, remote, self.now)
+        made_count = self.nat.counters.mapping_count
         packet = self.nat.outbound(Packet(internal, remote, data), self.now)
+        if self.nat.counters.mapping_count > made_count:
+            self.made.append((self.now, internal.ip))
         if packet is None:
             assert before is None, "a live session was refused"
             return
         assert packet.destination == remote
-        assert packet.source.ip == EXTERNAL_IP
+        assert packet.source.ip in self.nat.external_ips
         assert 2000 <= packet.source.port <= 2007
         assert before in (None, packet.source), "the port changed in the middle of a session"
         assert self.nat.external_endpoint(internal, remote, self.now) == packet.source
-        key = (internal, packet.source.port, remote)
-        self.sent[key] = self.now
+        self.sent[internal, packet.source, remote] = self.now
         if data:
-            self.requests[internal, packet.source.port, remote.ip] = self.now
+            self.requests.add((internal, packet.source, remote.ip))
 
-    @rule(remote=st.sampled_from(REMOTES), port=st.integers(2000, 2007))
-    def send_in(self, remote: Endpoint, port: int) -> None:
-        packet = self.nat.inbound(Packet(remote, Endpoint(EXTERNAL_IP, port), b""), self.now)
+    @rule(
+        remote=st.sampled_from(REMOTES),
+        index=st.integers(0, 1),
+        port=st.integers(2000, 2007),
+    )
+    def send_in(self, remote: Endpoint, index: int, port: int) -> None:
+        external = Endpoint(EXTERNAL_IPS[index % self.behaviour.address_count], port)
+        packet = self.nat.inbound(Packet(remote, external, b""), self.now)
         if packet is None:
+            if self.behaviour.poison is Poison.BURNS_MAPPING:
+                self._forget(external)
             return
         internal = packet.destination
-        assert internal in INTERNALS
         assert packet.source == remote
+        if internal not in INTERNALS:
+            assert self.behaviour.load is not None
+            assert self.behaviour.filtering is Filtering.EIF, "nobody else knows their remotes"
+            return
         kinds = {
             Filtering.EIF: lambda other: True,
             Filtering.ADF: lambda other: other.ip == remote.ip,
@@ -106,12 +150,19 @@ class NatMachine(RuleBasedStateMachine):
             for key, time in self.passed_in.items():
                 traffic[key] = max(time, traffic.get(key, 0.0))
         was_sent = any(
-            (who, by) == (internal, port) and lets_in(other) and self.now - time < LIFETIME_S
+            (who, by) == (internal, external) and lets_in(other) and self.now - time < LIFETIME_S
             for (who, by, other), time in traffic.items()
         )
-        was_asked = self.behaviour.tftp_helper and (internal, port, remote.ip) in self.requests
+        was_asked = self.behaviour.tftp_helper and (internal, external, remote.ip) in self.requests
         assert was_sent or was_asked, "a packet passed a filter that nobody had opened"
-        self.passed_in[internal, port, remote] = self.now
+        self.passed_in[internal, external, remote] = self.now
+
+    def _forget(self, external: Endpoint) -> None:
+        """A stranger burned whatever was there."""
+        for kept in (self.sent, self.passed_in):
+            for key in [key for key in kept if key[1] == external]:
+                del kept[key]
+        self.requests = {key for key in self.requests if key[1] != external}
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 10.0, 25.0, 59.0, 61.0]))
     def wait(self, seconds: float) -> None:
@@ -125,6 +176,15 @@ class NatMachine(RuleBasedStateMachine):
         if self.behaviour.exclusive_ports:
             assert len(ports) == count
 
+    @rule()
+    def count_new_mappings(self) -> None:
+        behaviour = self.behaviour
+        assert_rate_holds(behaviour.nat_rate, [time for time, _ in self.made])
+        for ip in {internal.ip for internal in INTERNALS}:
+            assert_rate_holds(
+                behaviour.subscriber_rate, [time for time, who in self.made if who == ip]
+            )
+
     @invariant()
     def table_is_sound(self) -> None:
         if hasattr(self, "nat"):
@@ -133,9 +193,14 @@ class NatMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "nat"):
             later = self.now + 10 * LIFETIME_S
-            assert self.nat.mapping_count(later) == 0, "something is never forgotten"
-            assert self.nat.ports_in_use(later) == []
+            count = self.nat.mapping_count(later)
+            if self.behaviour.load is None:
+                assert count == 0, "something is never forgotten"
+                assert self.nat.ports_in_use(later) == []
+            for session in self.nat._outgoing.values():
+                assert session.internal not in INTERNALS, "a session is never forgotten"
             self.nat.check()
+            self.count_new_mappings()
 
 
 TestNat = NatMachine.TestCase

@@ -15,7 +15,7 @@ from natswarm.address import AddressKind, Endpoint
 from natswarm.errors import ConfigurationError
 from natswarm.nat.behaviour import Filtering, Mapping
 from natswarm.sim.link import BurstLoss, LinkConditions
-from natswarm.sim.nat import NatBehaviour
+from natswarm.sim.nat import NatBehaviour, Poison
 from natswarm.sim.ports import Uniform
 from natswarm.sim.presets import PRESETS, Preset, Site
 from natswarm.sim.topology import Host, Internet, SimPort
@@ -161,7 +161,7 @@ def test_a_ttl_dies_where_its_hops_end():
 
 def test_a_low_ttl_opens_our_nat_without_touching_theirs():
     internet = Internet(World(1))
-    strict = NatBehaviour(mapping=Mapping.EIM, filtering=Filtering.APDF, accepts_strangers=True)
+    strict = NatBehaviour(mapping=Mapping.EIM, filtering=Filtering.APDF, poison=Poison.TAKES_PORT)
     a, b = Probe(internet.add_host("a", strict), 4001), Probe(internet.add_host("b", strict), 4002)
     left, right = (Endpoint(nat.external_ip, 0) for nat in internet.nats.values())
     left, right = replace(left, port=4001), replace(right, port=4002)
