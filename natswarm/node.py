@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from natswarm.address import Endpoint
+from natswarm.address import Endpoint, address_kind
 from natswarm.discovery.introduction import (
     NodeRecord,
     complaint_about,
@@ -29,6 +29,7 @@ from natswarm.discovery.introduction import (
 )
 from natswarm.discovery.invite import Invite
 from natswarm.errors import (
+    AddressError,
     ConfigurationError,
     ConnectFailed,
     DecodeError,
@@ -136,6 +137,10 @@ async def open_node(config: NodeConfig) -> AsyncIterator[Node]:
         ConfigurationError: The address or port cannot be bound, or peers would refuse our record.
     """
     _check_presentable(config.name, config.services)
+    try:
+        address_kind(config.bind_ip)
+    except AddressError as error:
+        raise ConfigurationError(str(error)) from error
     main_port = config.network.bind(Endpoint(config.bind_ip, config.port))
     try:
         alternate_port = config.network.bind(Endpoint(config.bind_ip, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import entry_points
 
@@ -21,7 +22,13 @@ PLUGIN_GROUP = "natswarm.commands"
 def main() -> None:
     """Run the command line; exits with 0, 1 (it failed) or 2 (it was called wrongly)."""
     for entry in entry_points(group=PLUGIN_GROUP):
-        app.command(entry.name)(entry.load())
+        try:
+            command = entry.load()
+        except ImportError as error:
+            # Whatever is wrong with the other package, one's NAT can still be inspected.
+            _console().print(f"[yellow]natswarm {entry.name} is not there:[/] {escape(str(error))}")
+        else:
+            app.command(entry.name)(command)
     run_command(app)
 
 
@@ -31,11 +38,23 @@ def run_command(command: object) -> None:
     Args:
         command: The app; called without arguments.
     """
-    console = Console(stderr=True, soft_wrap=True)
     try:
         command()  # type: ignore[operator]  # typer's __call__ is not typed
     except KeyboardInterrupt:
         sys.exit(130)
-    except (NatswarmError, trio.BrokenResourceError) as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}")
+    except BaseExceptionGroup as group:
+        # Ctrl-C reached a task while another failed.
+        if group.subgroup(KeyboardInterrupt) is None:
+            raise
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has had enough; Python must not complain when it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (NatswarmError, trio.BrokenResourceError) as error:
+        _console().print(f"[bold red]Error:[/] {escape(str(error))}")
+        sys.exit(1)
+
+
+def _console() -> Console:
+    return Console(stderr=True, soft_wrap=True)

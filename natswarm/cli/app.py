@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -143,9 +144,15 @@ def _config(
 
 
 def _event_printer(as_json: bool) -> Callable[[NodeEvent], None]:
-    if as_json:
-        return lambda event: print_json(event_as_json(event))
-    return lambda event: console.print(event_as_text(event))
+    def print_event(event: NodeEvent) -> None:
+        # A reader that has gone is noticed by the command itself; the node goes on till then.
+        with contextlib.suppress(BrokenPipeError):
+            if as_json:
+                print_json(event_as_json(event))
+            else:
+                console.print(event_as_text(event))
+
+    return print_event
 
 
 async def _with_node(

@@ -25,9 +25,9 @@ def event_as_text(event: NodeEvent) -> str:
     """Return one line of rich markup."""
     match event:
         case ProfileLearned(profile):
-            return f"[cyan]NAT[/]        {profile}"
+            return f"[cyan]NAT[/]        {escape(str(profile))}"
         case PunctureStarted(peer_id, plan):
-            return f"[yellow]puncture[/]   {peer_id.short}: {plan}"
+            return f"[yellow]puncture[/]   {peer_id.short}: {escape(str(plan))}"
         case PunctureEnded(peer_id, report) if report.is_ok:
             return (
                 f"[green]open[/]       {peer_id.short}: {report.strategy}, "
@@ -47,7 +47,7 @@ def event_as_json(event: NodeEvent) -> dict[str, Any]:
         case ProfileLearned(profile):
             return {"event": "profile", **profile_as_json(profile)}
         case PunctureStarted(peer_id, plan):
-            return {"event": "puncture", "peer_id": str(peer_id), "strategy": plan.strategy}
+            return {"event": "puncture", "peer_id": str(peer_id), "strategy": plan.strategy.value}
         case PunctureEnded(peer_id, report):
             return {
                 "event": "punctured",

@@ -1,0 +1,206 @@
+"""The command line: help, results, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import trio
+
+from natswarm import (
+    Identity,
+    Invite,
+    NodeConfig,
+    NodeRecord,
+    PeerNotFound,
+    VirtualNetwork,
+)
+from natswarm import cli as command_line
+from natswarm.cli.show import event_as_text, profile_table
+from natswarm.nat.profile import NatProfile
+
+# `natswarm.cli.app` is the module's name and, inside the package, that of the app in it.
+app_module = importlib.import_module("natswarm.cli.app")
+COMMANDS = ["id", "up", "inspect", "connect"]
+MAIN = [sys.executable, "-c", "from natswarm.cli import main; main()"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """`status, out, err = run("id", ...)`; {state} stands for a folder of the test's own."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        arguments = tuple(each.format(state=tmp_path / "state") for each in arguments)
+        monkeypatch.setattr(sys, "argv", ["natswarm", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            command_line.run_command(app_module.app)
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=str)
+def test_help(run, command):
+    status, out, err = run(*command, "--help")
+    assert (status, err) == (0, "")
+    assert "Usage:" in out
+    assert all(word in out for word in (command or COMMANDS))
+
+
+def test_the_identity_stays(run):
+    status, first, _ = run("id", "--state", "{state}")
+    assert status == 0
+    assert run("id", "--state", "{state}") == (0, first, "")
+
+
+def test_inspect_alone(run):
+    status, out, _ = run("inspect", "--state", "{state}", "--bind", "127.0.0.1", "--json")
+    assert status == 0
+    assert json.loads(out)["observers"] == 0
+    status, out, _ = run("inspect", "--state", "{state}", "--bind", "127.0.0.1")
+    assert status == 0
+    assert "unknown" in out
+
+
+FORGED = NodeRecord(Identity(b"a" * 32).peer_id, 0.0, "", NatProfile()).seal(Identity(b"m" * 32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["connect", "abc"], "is not a PeerId"),
+        (["connect", "a" * 52], "none of our 0 neighbours"),
+        (["connect", "natswarm:abc"], "the invite is damaged"),
+        (["connect", "natswarm:abc\x1b[31m\nand more"], "the invite is damaged"),
+        (["up", "--join", "http://example"], "an invite starts with"),
+        (["inspect", "--join", str(Invite.of(
+            NodeRecord(Identity(b"a" * 32).peer_id, 0.0, "", NatProfile()), Identity(b"m" * 32)
+        ))], "no way|not known|peer"),
+        (["up", "--name", "x" * 65], "at most 64"),
+        (["up", "--name", "bell\a"], "printable"),
+        (["inspect", "--bind", "localhost"], "names are not looked up"),
+        (["inspect", "--bind", "203.0.113.77"], "no interface of this machine"),
+    ],
+)  # fmt: skip
+def test_what_fails_is_one_line_and_status_1(run, arguments, text):
+    status, _, err = run(*arguments, "--state", "{state}")
+    assert status == 1
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert err.rstrip("\n").isprintable()
+    assert any(each in err for each in text.split("|"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["bogus"], ["connect"], ["up", "--port", "65536"], ["up", "--port", "x"], ["id", "--nope"]],
+    ids=str,
+)
+def test_a_wrong_call_is_status_2(run, arguments):
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("content", ["", "garbage", "natswarm-identity-1 00", "\xff\xfe", None])
+def test_a_damaged_identity_is_said(run, tmp_path, content):
+    path = tmp_path / "state" / "identity"
+    path.parent.mkdir()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content.encode("latin-1"))
+        path.chmod(0o600)
+    status, out, err = run("id", "--state", "{state}")
+    assert (status, out) == (1, "")
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_plugin_that_cannot_be_loaded_is_left_out(run, monkeypatch, capsys):
+    def load():
+        raise ImportError("no module named [onnx]")
+
+    broken = types.SimpleNamespace(name="demo", load=load)
+    monkeypatch.setattr(command_line, "entry_points", lambda group: [broken])
+    monkeypatch.setattr(sys, "argv", ["natswarm", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    out, err = capsys.readouterr()
+    assert not caught.value.code
+    assert "inspect" in out
+    assert err == "natswarm demo is not there: no module named [onnx]\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_up_prints_its_invite_and_ends_with_ctrl_c(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*MAIN, "up", "--json", "--bind", "127.0.0.1", "--state", str(tmp_path / "state")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        lines = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert [line["event"] for line in lines] == ["profile", "up"]
+    assert str(Invite.parse(lines[1]["invite"]).record.peer_id) == lines[1]["peer_id"]
+    assert (process.returncode, err) == (130, "")
+
+
+def config_on(swarm, name: str, kind: str, *, as_json: bool) -> NodeConfig:
+    swarm.hosts[name] = swarm.internet.add_host(name, kind)
+    return NodeConfig(
+        identity=swarm.identity(name),
+        network=VirtualNetwork(swarm.hosts[name]),
+        name="[bold]not markup[/]",
+        on_event=app_module._event_printer(as_json),
+        seed=1,
+    )
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+async def test_what_a_command_prints_of_a_puncture(
+    open_swarm, autojump_clock, capsys, caplog, as_json
+):
+    async with open_swarm() as swarm:
+        await swarm.add_observers()
+        await swarm.add_inspected("b", "kpn-nl")
+        invites = [str(await node.invite()) for node in swarm.observers()]
+
+        async def body(node):
+            peer = await node.connect(swarm.nodes["b"].peer_id)
+            await peer.aclose()
+            await trio.sleep(1)
+            with pytest.raises(PeerNotFound):
+                await node.connect(swarm.identity("nobody").peer_id)
+
+        capsys.readouterr()
+        config = config_on(swarm, "phone", "linux-home", as_json=as_json)
+        await app_module._with_node(config, invites, body)
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert [record for record in caplog.records if record.name.startswith("natswarm")] == []
+        if as_json:
+            events = [json.loads(line) for line in out.splitlines()]
+            kinds = [event["event"] for event in events]
+            assert kinds.count("puncture") == kinds.count("punctured") == 3
+            assert kinds.count("connected") == kinds.count("lost") == 3
+            assert all(event["ok"] for event in events if event["event"] == "punctured")
+            assert events[kinds.index("profile")]["mapping"] == "EIM"
+        else:
+            for word in ("NAT", "puncture", "open", "connected", "lost", "one-sided-birthday"):
+                assert word in out
+        # Names of strangers are not markup.
+        peer = swarm.peer("obs0", "b")
+        peer.record = swarm.nodes["b"].record()
+        table = profile_table(swarm.nodes["b"].profile)
+        assert table.row_count == 8
+        for event in swarm.events["b"]:
+            assert event_as_text(event)
