@@ -167,7 +167,7 @@ SOURCES = (
         read_sherlock_holmes,
     ),
 )
-# Left out on purpose: huckfinn.txt of liblingua-stem-perl (racial slurs on most pages, dialect),
+# Left out on purpose: huckfinn.txt of liblingua-stem-perl (a racial slur over 200 times, dialect),
 # the King James Bible and Shakespeare (too archaic for a model that is to write plain prose).
 
 
