@@ -1,6 +1,8 @@
 """Connect to a peer: find out how, agree with it on whose wish is carried out, dial.
 
     Invite of a node that takes strangers    HELLO, then probes, to the endpoint it names
+    Invite of a node that has met nobody     HELLO, then probes, to its own addresses: whoever is
+                                             given that invite is on its network
     Invite of any other                      both sides dial, with a name of the attempt that both
                                              can derive: needs the other's invite on both sides
     PeerId                                   a neighbour introduces: introduction.py
@@ -157,7 +159,7 @@ class Connector:
                 break
             await other.is_over.wait()
         wish = self._wishes[peer_id] = _Wish(
-            asks_peer=isinstance(target, PeerId) or _takes_strangers(target)
+            asks_peer=isinstance(target, PeerId) or bool(_dialled_endpoints(target))
         )
         try:
             if isinstance(target, Invite):
@@ -169,10 +171,10 @@ class Connector:
 
     async def _connect_by_invite(self, invite: Invite) -> Peer:
         peer_id, profile = invite.record.peer_id, invite.record.profile
-        if _takes_strangers(invite) and profile.main_endpoint is not None:
+        if endpoints := _dialled_endpoints(invite):
             attempt = self._new_attempt_id()
             hello = Hello(attempt, self._peer_id, peer_id).encode(self._identity)
-            plan = plan_direct([profile.main_endpoint], limits=self._limits)
+            plan = plan_direct(endpoints, limits=self._limits)
             return await self._dial(peer_id, plan, attempt, hello=hello)
         # Both hold the other's invite: the attempt has the one name that both can derive.
         try:
@@ -348,5 +350,9 @@ class Connector:
         return self._rng.randbytes(ATTEMPT_BYTES)
 
 
-def _takes_strangers(invite: Invite) -> bool:
-    return invite.record.profile.accepts_strangers
+def _dialled_endpoints(invite: Invite) -> tuple[Endpoint, ...]:
+    """Return where the inviting node takes a HELLO from anybody; empty if it does nowhere."""
+    profile = invite.record.profile
+    if profile.accepts_strangers and profile.main_endpoint is not None:
+        return (profile.main_endpoint,)
+    return profile.local_endpoints if profile.is_translated is None else ()
