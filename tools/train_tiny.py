@@ -533,11 +533,16 @@ def command_train(arguments: argparse.Namespace) -> None:
     shape = ModelShape()
 
     documents = load_documents(arguments.data, "train")
-    tokenizer = train_tokenizer([document.text for document in documents], shape.vocab_size)
+    if arguments.start_from is None:
+        tokenizer = train_tokenizer([document.text for document in documents], shape.vocab_size)
+        model = build_model(shape)
+    else:
+        # A second leg: the weights and the tokeniser go on, the optimiser starts anew.
+        model, tokenizer, shape = load_model(arguments.start_from)
+        model.train()
     random.Random(arguments.seed).shuffle(documents)
     tokens = encode_documents(tokenizer, documents)
     validation = load_documents(arguments.data, "validation")
-    model = build_model(shape)
     parameter_count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameter_count:,} parameters, {len(tokens):,} tokens an epoch", flush=True)
     export_model(model, shape, tokenizer, arguments.out)
@@ -725,6 +730,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=1)
     train.add_argument("--minutes", type=float, default=75.0, help="wall-clock budget")
     train.add_argument("--export-minutes", type=float, default=5.0, help="time between exports")
+    train.add_argument("--start-from", type=Path, help="exported model to go on from")
     train.add_argument("--batch-size", type=int, default=16, help="windows of n_ctx a step")
     train.add_argument("--learning-rate", type=float, default=2e-3, help="peak rate")
     train.add_argument("--no-compile", dest="compile", action="store_false")
