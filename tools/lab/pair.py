@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tools.lab.nat import KernelNat
 from tools.lab.process import LabProcess
 from tools.lab.topology import Host, Lab
 
-__all__ = ["PROMPT", "TOKEN_COUNT", "PairReport", "run_pair"]
+__all__ = ["NATSWARM", "PROMPT", "TOKEN_COUNT", "PairReport", "run_pair"]
 
 PROMPT = "It was a cold morning, and"
 TOKEN_COUNT = 24
@@ -62,6 +62,7 @@ class PairReport:
         seconds: From the start of a's first try to its path, tries only.
         answer: What the model wrote; empty if it came to nothing.
         reason: What went wrong; empty if nothing did.
+        complaints: What the nodes wrote to standard error; empty unless there is a bug.
     """
 
     a: str
@@ -75,6 +76,7 @@ class PairReport:
     seconds: float = 0.0
     answer: str = ""
     reason: str = ""
+    complaints: str = ""
 
     @property
     def is_ok(self) -> bool:
@@ -104,10 +106,10 @@ class _Run:
         self._lab = lab
         self._state = state
         self._seed = seed
+        self._nodes: dict[str, LabProcess] = {}
 
     def report(self, a: KernelNat, b: KernelNat) -> PairReport:
         kinds = {"a": a.kind.value, "b": b.kind.value}
-        devices: list[LabProcess] = []
         answer = reason = ""
         try:
             invite = self._start_public("hub", "--port", str(HUB_PORT))
@@ -115,25 +117,30 @@ class _Run:
             # One after the other, as people do; and it keeps two cores from doing all at once.
             for name, nat, blocks in (("a", a, "0-2"), ("b", b, "3-5")):
                 host = self._lab.add_client(name, nat)
-                devices.append(self._start_device(host, name, blocks, invite))
-                _wait_event(devices[-1], "serving")
+                self._start_device(host, name, blocks, invite)
             answer = self._ask(self._lab.add_public("asker"), invite)
         except LabError as error:
             reason = str(error)
-        return _summary(devices, answer=answer, reason=reason, **kinds)
+        devices = [self._nodes[name] for name in kinds if name in self._nodes]
+        report = _summary(devices, answer=answer, reason=reason, **kinds)
+        errors = {name: node.error_text() for name, node in self._nodes.items()}
+        return replace(
+            report, complaints="\n".join(f"{name}: {text}" for name, text in errors.items() if text)
+        )
 
     def _start_public(self, name: str, *options: str) -> str:
         """Start an ordinary node with a public address; return its invite."""
         host = self._lab.add_public(name)
         state = ["--state", str(self._state / name)]
-        node = host.namespace.spawn(
+        self._nodes[name] = node = host.namespace.spawn(
             [*NATSWARM, "up", "--json", "--name", name, "--bind", host.ip, *state, *options]
         )
         return str(_wait_event(node, "up")["invite"])
 
-    def _start_device(self, host: Host, name: str, blocks: str, invite: str) -> LabProcess:
+    def _start_device(self, host: Host, name: str, blocks: str, invite: str) -> None:
         options = ["--name", name, "--blocks", blocks, "--join", invite, "--seed", str(self._seed)]
-        return host.namespace.spawn([*DEVICE, *options])
+        self._nodes[name] = device = host.namespace.spawn([*DEVICE, *options])
+        _wait_event(device, "serving")
 
     def _ask(self, host: Host, invite: str) -> str:
         options = ["--join", invite, "--json", "--temperature", "0", "-n", str(TOKEN_COUNT)]
