@@ -1,0 +1,306 @@
+"""A real gateway grants, hands on, takes back and forgets mappings: Debian's miniupnpd.
+
+It runs in the NAT router's namespace; its nftables chains are its own, the lab's rules let through
+what they translated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from natswarm.address import Endpoint
+from natswarm.net.gateway import (
+    Gateway,
+    MappingProtocol,
+    PortMapping,
+    PortMappingFailed,
+    Reach,
+    inspect_gateway,
+    open_port_mapping,
+)
+from natswarm.net.gateway.datagram import NatPmpService, PcpService
+from natswarm.net.gateway.upnp import UpnpService
+from natswarm.net.interfaces import InterfaceKind
+from natswarm.net.udp import UdpNetwork, UdpPort
+from tools.lab.namespace import Namespace
+from tools.lab.nat import KernelNat, NatKind
+from tools.lab.process import LabProcess
+from tools.lab.topology import Host, Lab
+
+pytestmark = pytest.mark.lab
+
+OpenSocket = Callable[[Host], socket.socket]
+StartGateway = Callable[..., Gateway]
+
+SERVICES = {
+    MappingProtocol.PCP: PcpService,
+    MappingProtocol.NAT_PMP: NatPmpService,
+    MappingProtocol.UPNP_IGD: UpnpService,
+}
+# miniupnpd refuses to work with the documentation networks that the lab lives in. This one was a
+# test bed of amateur radio; no link leads out of the lab.
+EXTERNAL_IP = "44.128.0.1"
+START_TIMEOUT_S = 10.0
+# miniupnpd looks for expired leases when its next second begins.
+EXPIRY_TIMEOUT_S = 15.0
+
+CHAINS = """
+table inet upnp {
+    chain prerouting {
+        type nat hook prerouting priority dstnat; policy accept;
+        jump prerouting_miniupnpd
+    }
+    chain postrouting {
+        type nat hook postrouting priority srcnat; policy accept;
+        jump postrouting_miniupnpd
+    }
+    chain miniupnpd {
+    }
+    chain prerouting_miniupnpd {
+    }
+    chain postrouting_miniupnpd {
+    }
+}
+add rule ip lab through_router iifname "wan" ct status dnat accept
+"""
+CONFIGURATION = """\
+ext_ifname=wan
+listening_ip=lan
+enable_natpmp=yes
+enable_upnp=yes
+secure_mode=yes
+system_uptime=no
+min_lifetime=2
+max_lifetime=3600
+upnp_table_name=upnp
+upnp_nat_table_name=upnp
+uuid=00000000-0000-4000-8000-000000000001
+"""
+
+
+@pytest.fixture
+def start_gateway(_capable_machine: None, lab: Lab, tmp_path: Path) -> Iterator[StartGateway]:
+    """Run miniupnpd on the router of a client; what it printed shows where a test fails."""
+    if shutil.which("miniupnpd") is None:
+        reason = "miniupnpd is not installed: apt-get install miniupnpd"
+        if os.environ.get("NATSWARM_LAB") == "require":
+            pytest.fail(f"NATSWARM_LAB=require, but {reason}")
+        pytest.skip(reason)
+    processes: list[LabProcess] = []
+
+    def start(host: Host, *options: str, settings: str = f"ext_ip={EXTERNAL_IP}\n") -> Gateway:
+        assert host.router is not None
+        network = host.ip.rpartition(".")[0]
+        host.router.nft(CHAINS)
+        host.router.ip(f"address add {EXTERNAL_IP}/32 dev wan")
+        lab.core.ip(f"route add {EXTERNAL_IP} via {host.public_ip}")
+        configuration = tmp_path / "miniupnpd.conf"
+        configuration.write_text(
+            f"{CONFIGURATION}{settings}"
+            f"allow 1024-65535 {network}.0/24 1024-65535\n"
+            "deny 0-65535 0.0.0.0/0 0-65535\n"
+        )
+        files = ["-f", str(configuration), "-P", str(tmp_path / "pid")]
+        process = host.router.spawn(["miniupnpd", "-d", *files, *options])
+        processes.append(process)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while "Listening for NAT-PMP/PCP" not in process.error_text():
+            assert time.monotonic() < deadline, process.error_text()
+            time.sleep(0.02)
+        return Gateway(f"{network}.1", host.ip)
+
+    yield start
+    for process in processes:
+        print(process.error_text())
+
+
+class NamespaceNetwork(UdpNetwork):
+    """The network of one namespace of the lab."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+
+    def bind(self, local: Endpoint) -> UdpPort:
+        with self._namespace.entered():
+            return super().bind(local)
+
+
+def reach_of(host: Host) -> Reach:
+    async def connect(local_ip: str, remote: Endpoint) -> trio.SocketStream:
+        with host.namespace.entered():
+            sock = trio.socket.socket()
+        try:
+            await sock.bind((local_ip, 0))
+            await sock.connect((remote.ip, remote.port))
+            return trio.SocketStream(sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    return Reach(NamespaceNetwork(host.namespace), connect)
+
+
+def strangers_get_in(
+    open_socket: OpenSocket, stranger: Host, udp: socket.socket, mapping: PortMapping
+) -> bool:
+    """Whether a datagram of somebody new reaches our socket through the external endpoint.
+
+    Nothing else comes in: should it not get through, one from ourselves comes first.
+    """
+    new = open_socket(stranger)
+    new.sendto(b"from a stranger", (mapping.external.ip, mapping.external.port))
+    udp.sendto(b"from ourselves", udp.getsockname())
+    data, source = udp.recvfrom(100)
+    if data == b"from ourselves":
+        return False
+    assert (data, source) == (b"from a stranger", new.getsockname())
+    assert udp.recv(100) == b"from ourselves"
+    return True
+
+
+def wait_until_closed(
+    open_socket: OpenSocket, stranger: Host, udp: socket.socket, mapping: PortMapping
+) -> None:
+    deadline = time.monotonic() + EXPIRY_TIMEOUT_S
+    while strangers_get_in(open_socket, stranger, udp, mapping):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def home(lab: Lab) -> Host:
+    return lab.add_client("home", KernelNat(NatKind.PRESERVING))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [
+        (MappingProtocol.PCP, ()),
+        (MappingProtocol.NAT_PMP, ()),
+        (MappingProtocol.UPNP_IGD, ()),
+        (MappingProtocol.UPNP_IGD, ("-1",)),  # IGD version 1
+    ],
+)
+async def test_strangers_get_in_while_the_mapping_is_held(
+    lab: Lab,
+    home: Host,
+    start_gateway: StartGateway,
+    open_socket: OpenSocket,
+    protocol: MappingProtocol,
+    options: tuple[str, ...],
+):
+    gateway = start_gateway(home, *options)
+    udp, stranger = open_socket(home), lab.add_public("stranger")
+    port = udp.getsockname()[1]
+    async with open_port_mapping(
+        gateway, port, external_port=40_123, lease_s=600, protocols=[protocol], reach=reach_of(home)
+    ) as held:
+        mapping = held.mapping
+        assert mapping == PortMapping(
+            protocol, Endpoint(home.ip, port), Endpoint(EXTERNAL_IP, 40_123), 600
+        )
+        assert mapping.is_public
+        assert strangers_get_in(open_socket, stranger, udp, mapping)
+    assert not strangers_get_in(open_socket, stranger, udp, mapping)
+
+
+async def test_all_protocols_answer_and_the_best_is_taken(
+    lab: Lab, home: Host, start_gateway: StartGateway, open_socket: OpenSocket
+):
+    gateway, reach = start_gateway(home), reach_of(home)
+    report = await inspect_gateway(gateway, reach=reach)
+    assert [service.is_available for service in report.services] == [True] * 3
+    pcp, nat_pmp, upnp = report.services
+    assert pcp.detail.startswith("version 2")
+    assert nat_pmp.external_ip == upnp.external_ip == EXTERNAL_IP
+    assert upnp.detail == "WANIPConnection:2"
+
+    async with open_port_mapping(gateway, 5000, reach=reach) as held:
+        assert held.mapping is not None
+        assert held.mapping.protocol is MappingProtocol.PCP
+        assert held.mapping.lease_s == 1200
+
+
+@pytest.mark.parametrize("protocol", MappingProtocol)
+async def test_what_a_killed_program_leaves_ends_with_its_lease(
+    lab: Lab,
+    home: Host,
+    start_gateway: StartGateway,
+    open_socket: OpenSocket,
+    protocol: MappingProtocol,
+):
+    gateway = start_gateway(home)
+    udp, stranger = open_socket(home), lab.add_public("stranger")
+    service = SERVICES[protocol](gateway, udp.getsockname()[1], reach_of(home))
+    with contextlib.closing(service):
+        await service.probe()
+        mapping = await service.map(0, 2)
+        assert mapping.lease_s == 2
+        assert strangers_get_in(open_socket, stranger, udp, mapping)
+    wait_until_closed(open_socket, stranger, udp, mapping)
+
+
+@pytest.mark.parametrize("protocol", MappingProtocol)
+async def test_a_renewed_mapping_is_the_same(
+    home: Host, start_gateway: StartGateway, protocol: MappingProtocol
+):
+    gateway = start_gateway(home)
+    service = SERVICES[protocol](gateway, 5000, reach_of(home))
+    with contextlib.closing(service):
+        await service.probe()
+        mapping = await service.map(0, 100)
+        assert await service.still_holds(mapping)
+        renewed = await service.map(mapping.external.port, 200)
+        assert renewed.external == mapping.external
+        assert renewed.lease_s == 200
+        await service.unmap(renewed)
+
+
+@pytest.mark.parametrize("protocol", MappingProtocol)
+async def test_a_port_that_another_device_holds_is_not_taken(
+    lab: Lab, home: Host, start_gateway: StartGateway, protocol: MappingProtocol
+):
+    gateway = start_gateway(home)
+    other_ip = f"{home.ip.rpartition('.')[0]}.77"
+    home.namespace.ip(f"address add {other_ip}/24 dev lan")
+    other = Gateway(gateway.ip, other_ip)
+    reach = reach_of(home)
+    async with open_port_mapping(other, 5000, external_port=40_123, reach=reach) as theirs:
+        assert theirs.mapping is not None
+        assert theirs.mapping.external.port == 40_123
+        async with open_port_mapping(
+            gateway, 5000, external_port=40_123, protocols=[protocol], reach=reach
+        ) as ours:
+            assert ours.mapping is not None
+            assert ours.mapping.external.port != 40_123
+
+
+async def test_a_gateway_behind_another_nat_makes_none(home: Host, start_gateway: StartGateway):
+    # Without the address it is told, it sees that its own is not of the internet.
+    gateway = start_gateway(home, settings="")
+    with pytest.raises(PortMappingFailed) as caught:
+        async with open_port_mapping(gateway, 5000, reach=reach_of(home)):
+            pytest.fail("it made one")
+    assert set(caught.value.reasons) == set(MappingProtocol)
+
+
+async def test_interfaces_of_the_lab_name_the_gateway(home: Host):
+    script = (
+        "from natswarm.net.interfaces import inspect_interfaces\n"
+        "from natswarm.net.gateway import Gateway\n"
+        "lan = inspect_interfaces().default_ipv4\n"
+        "print(lan.kind.value, Gateway.of(lan).ip, Gateway.of(lan).local_ip)"
+    )
+    printed = home.namespace.run([sys.executable, "-c", script], timeout_s=30)
+    gateway_ip = f"{home.ip.rpartition('.')[0]}.1"
+    assert printed == f"{InterfaceKind.LAN.value} {gateway_ip} {home.ip}"
