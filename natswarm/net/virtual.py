@@ -41,7 +41,8 @@ QUEUE_DATAGRAMS = 3000
 BATCH_DATAGRAMS = 64
 
 MAX_DATAGRAM_BYTES = 65_507  # 65,535 - 20 (IPv4 header) - 8 (UDP header)
-ANY_ADDRESS = "0.0.0.0"
+MAX_DATAGRAM_BYTES_6 = 65_527  # 65,535 - 8 (UDP header): IPv6 does not count its own header
+ANY_ADDRESS, ANY_ADDRESS_6 = "0.0.0.0", "::"
 
 
 @asynccontextmanager
@@ -104,17 +105,20 @@ class VirtualNetwork:
         self._host = host
 
     def bind(self, local: Endpoint) -> VirtualPort:
-        """Bind one UDP port; see `Network.bind`."""
-        self._check_address(local.ip)
-        return VirtualPort(self._host, self._host.open_port(local.port), local.ip)
+        """Bind one UDP port; see `Network.bind`.
+
+        A port of `::` or an IPv6 address speaks IPv6 alone, as `UdpNetwork`'s do.
+        """
+        own = self._own_address(local.ip)
+        return VirtualPort(self._host, self._host.open_port(local.port, own), local.ip)
 
     def bind_group(self, ip: str, count: int) -> VirtualPortGroup:
         """Bind `count` ports that the host draws; see `Network.bind_group`."""
-        self._check_address(ip)
+        own = self._own_address(ip)
         ports: list[VirtualPort] = []
         try:
             for _ in range(count):
-                ports.append(VirtualPort(self._host, self._host.open_port(), ip))
+                ports.append(VirtualPort(self._host, self._host.open_port(0, own), ip))
         except ConfigurationError as error:
             for port in ports:
                 port.close()
@@ -124,15 +128,24 @@ class VirtualNetwork:
         return VirtualPortGroup(ports)
 
     def local_addresses(self) -> list[str]:
-        """Our own address."""
-        return [self._host.ip]
+        """Our own addresses, IPv4 first."""
+        return self._host.addresses
 
-    def _check_address(self, ip: str) -> None:
-        if ip not in (ANY_ADDRESS, self._host.ip):
-            raise ConfigurationError(
-                f"{ip} is not an address of {self._host.name}; bind {self._host.ip}, or "
-                f"{ANY_ADDRESS} for any"
-            )
+    def _own_address(self, ip: str) -> str:
+        """Return the host's address that `ip` means."""
+        addresses = self._host.addresses
+        if ip in (ANY_ADDRESS, ANY_ADDRESS_6):
+            is_ipv6 = ip == ANY_ADDRESS_6
+            addresses = [address for address in addresses if (":" in address) == is_ipv6]
+            if addresses:
+                return addresses[0]
+        elif ip in addresses:
+            return ip
+        raise ConfigurationError(
+            f"{ip} is not an address of {self._host.name}; bind "
+            f"{' or '.join(self._host.addresses)}, or {ANY_ADDRESS} for any IPv4 and "
+            f"{ANY_ADDRESS_6} for any IPv6 it has"
+        )
 
 
 _Item = TypeVar("_Item")
@@ -208,6 +221,7 @@ class VirtualPort:
         self._statistics = PortStatistics()
         self._inbox: _Inbox[Arrival] = _Inbox()
         self._is_closed = False
+        self._can_send = _can_send_6 if ":" in ip else _can_send
         self.deliver_to(self._inbox.put_nowait)
 
     @property
@@ -229,7 +243,7 @@ class VirtualPort:
         """Send one datagram; see `DatagramPort.send`."""
         if self._is_closed:
             raise trio.ClosedResourceError
-        if not _can_send(data, destination):
+        if not self._can_send(data, destination):
             self._statistics.send_failed_count += 1
             return
         self._world.catch_up()
@@ -241,9 +255,9 @@ class VirtualPort:
         if self._is_closed:
             raise trio.ClosedResourceError
         self._world.catch_up()
-        statistics, send = self._statistics, self._sim_port.send
+        statistics, send, can_send = self._statistics, self._sim_port.send, self._can_send
         for data in datagrams:
-            if _can_send(data, destination):
+            if can_send(data, destination):
                 statistics.sent_count += 1
                 send(data, destination)
             else:
@@ -339,3 +353,8 @@ class VirtualPortGroup:
 def _can_send(data: bytes, destination: Endpoint) -> bool:
     """Whether Linux would take the datagram from an IPv4 socket."""
     return len(data) <= MAX_DATAGRAM_BYTES and destination.port != 0 and ":" not in destination.ip
+
+
+def _can_send_6(data: bytes, destination: Endpoint) -> bool:
+    """Whether Linux would take the datagram from an IPv6 socket bound with `IPV6_V6ONLY`."""
+    return len(data) <= MAX_DATAGRAM_BYTES_6 and destination.port != 0 and ":" in destination.ip

@@ -5,10 +5,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 
-__all__ = ["CARRIER_NETWORK", "GLOBAL_NETWORKS", "addresses"]
+__all__ = ["CARRIER_NETWORK", "GLOBAL_NETWORKS", "address6", "addresses"]
 
 GLOBAL_NETWORKS = ("198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15")
 CARRIER_NETWORK = "100.64.0.0/10"  # RFC 6598
+
+# The block for documentation that is large enough for topologies (RFC 9637); a /64 of it for every
+# home, and for every device on a mobile network (3GPP TS 23.401, section 5.3.1).
+GLOBAL_PREFIX6 = int(ipaddress.IPv6Address("3fff::"))
 
 
 def addresses(*networks: str) -> Iterator[str]:
@@ -16,3 +20,8 @@ def addresses(*networks: str) -> Iterator[str]:
     for network in networks:
         for address in ipaddress.ip_network(network).hosts():
             yield str(address)
+
+
+def address6(prefix_index: int, host_index: int) -> str:
+    """Return the global IPv6 address of a host in the /64 with an index, both from 1 up."""
+    return str(ipaddress.IPv6Address(GLOBAL_PREFIX6 + (prefix_index << 64) + host_index))

@@ -10,20 +10,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from natswarm.sim.link import IDEAL, Link, LinkConditions
+from natswarm.sim.nat64 import CLAT_IP, Clat, is_embedded
 from natswarm.sim.packet import Packet
 
 if TYPE_CHECKING:
     from natswarm.sim.router import NatRouter
     from natswarm.sim.topology import Internet
 
-__all__ = ["Attachment"]
+__all__ = ["Attachment", "ClatAttachment"]
 
 
 class Attachment:
     """A device's place: its address in the realm above, and the link up to it.
 
     Attributes:
-        ip: The device's address there.
+        ip: The device's address there: IPv4 where it has one, else IPv6.
+        ip6: Its IPv6 address; None without.
         parent: The NAT above; None is the core.
         upload: The link's direction up.
         download: The link's direction down.
@@ -39,8 +41,10 @@ class Attachment:
         upload: LinkConditions,
         download: LinkConditions,
         hops: int,
+        ip6: str | None = None,
     ) -> None:
         self.ip = ip
+        self.ip6 = ip6
         self.parent = parent
         self.hops = hops
         self.upload = Link(upload, internet.world.stream(f"upload/{name}"))
@@ -54,11 +58,15 @@ class Attachment:
         """Put the device there, which takes packets from above by `receive(packet, ttl)`."""
         self._receive = receive
         self.announce(self.ip)
+        if self.ip6 is not None:
+            self.announce(self.ip6)
 
     def announce(self, ip: str) -> None:
-        """Have the realm above send packets for `ip` this way, too."""
+        """Have the realm above send packets for `ip` this way, and all realms for IPv6."""
         realm = self._internet.realm if self.parent is None else self.parent.realm
         realm[ip] = self
+        if ":" in ip and self.parent is not None:
+            self.parent.uplink.announce(ip)
 
     def send_up(self, packet: Packet, ttl: int) -> None:
         """Send a packet of the device to the realm above."""
@@ -116,6 +124,53 @@ class Attachment:
             self._internet.route(packet, ttl, self._world.now)
         else:
             self.parent.receive_from_inside(packet, ttl)
+
+
+class ClatAttachment(Attachment):
+    """The place of a device that has IPv4 through a CLAT only, in a realm of IPv6."""
+
+    def __init__(
+        self,
+        internet: Internet,
+        name: str,
+        parent: NatRouter,
+        upload: LinkConditions,
+        download: LinkConditions,
+        hops: int,
+        ip6: str | None,
+        clat: Clat,
+    ) -> None:
+        super().__init__(internet, name, CLAT_IP, parent, upload, download, hops, ip6)
+        self._clat = clat
+        self._receive_inside: Callable[[Packet, int], None] = _nobody_there
+
+    def connect(self, receive: Callable[[Packet, int], None]) -> None:
+        """As of any place; the realm above knows nothing of the device's IPv4 address."""
+        self._receive_inside = receive
+        self._receive = self._translate_in
+        for ip in (self.ip6, self._clat.ip6):
+            if ip is not None:
+                self.announce(ip)
+
+    def send_up(self, packet: Packet, ttl: int) -> None:
+        """Send a packet of the device, translated if it is IPv4."""
+        if ":" not in packet.destination.ip:
+            if ttl <= 1:
+                self._internet.drop_expired(packet, self._name)
+                return
+            packet, ttl = self._clat.outbound(packet), ttl - 1
+        super().send_up(packet, ttl)
+
+    def _translate_in(self, packet: Packet, ttl: int) -> None:
+        if packet.destination.ip == self._clat.ip6:
+            if not is_embedded(packet.source.ip):
+                self._internet.drop_unroutable(packet, self._name)
+                return
+            if ttl <= 1:
+                self._internet.drop_expired(packet, self._name)
+                return
+            packet, ttl = self._clat.inbound(packet), ttl - 1
+        self._receive_inside(packet, ttl)
 
 
 def _nobody_there(packet: Packet, ttl: int) -> None:

@@ -29,7 +29,8 @@ class Host:
         internet: Where it is.
         nat: The NAT it is behind; None on the core.
         uplink: Its place: address and link.
-        ports: Open ports by number.
+        ports: Open ports of its IPv4 address by number.
+        ports6: The same of its IPv6 address: one number may be open on both.
     """
 
     def __init__(
@@ -40,43 +41,71 @@ class Host:
         self.nat = nat
         self.uplink = uplink
         self.ports: dict[int, SimPort] = {}
+        self.ports6: dict[int, SimPort] = {}
+        self._has_ipv6 = uplink.ip6 is not None
         self._rng = internet.world.stream(f"host/{name}")
         uplink.connect(self._receive)
 
     @property
     def ip(self) -> str:
-        """Its own address; private behind a NAT."""
+        """Its own address; private behind a NAT. IPv6 where it has no other."""
         return self.uplink.ip
 
-    def open_port(self, port: int = 0) -> SimPort:
-        """Open a UDP port; 0 draws a free ephemeral one.
+    @property
+    def ip6(self) -> str | None:
+        """Its IPv6 address; None without."""
+        return self.uplink.ip6
+
+    @property
+    def addresses(self) -> list[str]:
+        """Its addresses, IPv4 first."""
+        ip, ip6 = self.uplink.ip, self.uplink.ip6
+        return [ip] if ip6 is None or ip6 == ip else [ip, ip6]
+
+    def open_port(self, port: int = 0, ip: str | None = None) -> SimPort:
+        """Open a UDP port.
+
+        Args:
+            port: 0 draws a free ephemeral one.
+            ip: Which of its addresses; by default `self.ip`.
 
         Raises:
-            ConfigurationError: The port is taken, or all ephemeral ones are.
+            ConfigurationError: The port is taken, or all ephemeral ones are; or the address is not
+                the host's.
         """
+        if ip is None:
+            ip = self.ip
+        elif ip not in self.addresses:
+            raise ConfigurationError(f"{ip} is not an address of {self.name}")
+        ports = self.ports6 if ":" in ip else self.ports
         if port == 0:
-            port = self._free_port()
-        elif port in self.ports:
-            raise ConfigurationError(f"port {port} of {self.ip} is taken")
+            port = self._free_port(ports)
+        elif port in ports:
+            raise ConfigurationError(f"port {port} of {ip} is taken")
         elif not 1 <= port <= 65_535:
             raise ConfigurationError(f"{port} is not a UDP port")
-        self.ports[port] = opened = SimPort(self, port)
+        ports[port] = opened = (SimPort6 if ":" in ip else SimPort)(self, Endpoint(ip, port), ports)
         return opened
 
-    def _free_port(self) -> int:
+    def _free_port(self, ports: dict[int, SimPort]) -> int:
         # From a random start to the first free one, as Linux searches.
         low, high = EPHEMERAL_PORTS
         count = high - low + 1
         start = self._rng.randrange(count)
         for step in range(count):
             port = low + (start + step) % count
-            if port not in self.ports:
+            if port not in ports:
                 return port
         raise ConfigurationError(f"all ephemeral ports of {self.ip} are taken")
 
     def _receive(self, packet: Packet, ttl: int) -> None:
         internet = self.internet
         port = self.ports.get(packet.destination.port)
+        if self._has_ipv6 and ":" in packet.destination.ip:
+            if ":" not in packet.source.ip:
+                internet.drop_unroutable(packet, self.name)
+                return
+            port = self.ports6.get(packet.destination.port)
         if port is None:
             internet.counters.dropped_closed += 1
         else:
@@ -97,10 +126,11 @@ class SimPort:
             schedule, not run the world.
     """
 
-    def __init__(self, host: Host, port: int) -> None:
-        self.endpoint = Endpoint(host.ip, port)
+    def __init__(self, host: Host, endpoint: Endpoint, ports: dict[int, SimPort]) -> None:
+        self.endpoint = endpoint
         self.on_datagram: Callable[[bytes, Endpoint], None] | None = None
         self._host = host
+        self._ports = ports
         self._world = host.internet.world
         self._counters = host.internet.counters
         self._send_up = host.uplink.send_up
@@ -115,5 +145,18 @@ class SimPort:
 
     def close(self) -> None:
         """Stop receiving; idempotent. The number may be opened again at once."""
-        if self._host.ports.get(self.endpoint.port) is self:
-            del self._host.ports[self.endpoint.port]
+        if self._ports.get(self.endpoint.port) is self:
+            del self._ports[self.endpoint.port]
+
+
+class SimPort6(SimPort):
+    """One open UDP port of a host's IPv6 address."""
+
+    def send(self, data: bytes, destination: Endpoint, ttl: int = DEFAULT_TTL) -> None:
+        """As `SimPort.send`; an IPv4 destination has no route from here."""
+        if ":" in destination.ip:
+            super().send(data, destination, ttl)
+            return
+        self._counters.sent_count += 1
+        packet = Packet(self.endpoint, destination, data)
+        self._host.internet.drop_unroutable(packet, self._host.name)

@@ -20,11 +20,22 @@ from dataclasses import dataclass
 from typing import Final
 
 from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.sim.firewall6 import FirewallBehaviour
 from natswarm.sim.link import LinkConditions
 from natswarm.sim.nat import NatBehaviour
 from natswarm.sim.ports import Blocks, Preserving, ScaledBeta, Uniform
 
-__all__ = ["PRESETS", "Preset", "Site"]
+__all__ = [
+    "CELLULAR_LIFETIME_S",
+    "HOME_LINE",
+    "HOPS_4G",
+    "LINK_4G",
+    "PRESETS",
+    "Ipv6",
+    "Preset",
+    "Site",
+    "Transition",
+]
 
 
 class Site(enum.Enum):
@@ -34,6 +45,30 @@ class Site(enum.Enum):
     """In the carrier's network: the access link lies between the subscribers and the NAT."""
     HOME = "home"
     """At the customer's: the access link lies between the NAT and the internet."""
+
+
+class Transition(enum.Enum):
+    """What hosts of a network with IPv6 have of IPv4."""
+
+    DUAL_STACK = "dual stack"
+    """Addresses of both."""
+    NAT64 = "NAT64"
+    """Nothing: they reach IPv4 at 64:ff9b::/96 (RFC 6146), where the network's NAT translates."""
+    XLAT464 = "464XLAT"
+    """The same, and a CLAT on every host for programs that speak IPv4 (RFC 6877)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ipv6:
+    """IPv6 at an attachment: global addresses, never translated.
+
+    Attributes:
+        firewall: What stands before them; None where nothing does.
+        transition: What is left of IPv4.
+    """
+
+    firewall: FirewallBehaviour | None = None
+    transition: Transition = Transition.DUAL_STACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +83,7 @@ class Preset:
         source: Who measured it or says so.
         note: What is not known, and what we assumed.
         access_up: The access link's direction up; None where it is as the other.
+        ipv6: IPv6 besides or instead; None where there is none.
     """
 
     behaviour: NatBehaviour | None
@@ -57,6 +93,14 @@ class Preset:
     source: str
     note: str = ""
     access_up: LinkConditions | None = None
+    ipv6: Ipv6 | None = None
+
+    def __post_init__(self) -> None:
+        has_router = self.behaviour is not None
+        if not has_router and self.ipv6 is not None and self.ipv6 != Ipv6():
+            raise ValueError("a firewall and a NAT64 stand in a router, which takes a behaviour")
+        if self.access_hops < 0:
+            raise ValueError(f"{self.access_hops} routers on a link")
 
     @property
     def upload(self) -> LinkConditions:
@@ -64,12 +108,12 @@ class Preset:
         return self.access if self.access_up is None else self.access_up
 
 
-_4G: Final = LinkConditions(delay_s=0.025, jitter_s=0.020, loss=0.001)
-_4G_HOPS: Final = 2  # assumed: phone - P-GW - one router - CGN
-_HOME_LINE: Final = LinkConditions(delay_s=0.008)
+LINK_4G: Final = LinkConditions(delay_s=0.025, jitter_s=0.020, loss=0.001)
+HOPS_4G: Final = 2  # assumed: phone - P-GW - one router - CGN
+HOME_LINE: Final = LinkConditions(delay_s=0.008)
+CELLULAR_LIFETIME_S: Final = 65.0
 
 _KOTLIN: Final = "OrestisKan/kotlin-birthday-connect"
-_CELLULAR_LIFETIME_S: Final = 65.0
 
 _LIFETIME: Final = "lifetime unknown: median of cellular networks assumed"
 _OVERLOADING: Final = "overloading unknown: assumed"
@@ -77,11 +121,11 @@ _UNKNOWN: Final = f"{_LIFETIME}; {_OVERLOADING}"
 
 
 def _carrier(behaviour: NatBehaviour, source: str, note: str = _UNKNOWN) -> Preset:
-    return Preset(behaviour, Site.CARRIER, _4G, _4G_HOPS, source, note)
+    return Preset(behaviour, Site.CARRIER, LINK_4G, HOPS_4G, source, note)
 
 
 def _home(behaviour: NatBehaviour, source: str, note: str = "") -> Preset:
-    return Preset(behaviour, Site.HOME, _HOME_LINE, 0, source, note)
+    return Preset(behaviour, Site.HOME, HOME_LINE, 0, source, note)
 
 
 def _cellular(
@@ -96,8 +140,8 @@ def _cellular(
         mapping=mapping,
         filtering=filtering,
         allocation=allocation,
-        unreplied_lifetime_s=_CELLULAR_LIFETIME_S,
-        replied_lifetime_s=_CELLULAR_LIFETIME_S,
+        unreplied_lifetime_s=CELLULAR_LIFETIME_S,
+        replied_lifetime_s=CELLULAR_LIFETIME_S,
         tftp_helper=tftp_helper,
         absolute_lifetime_s=absolute_lifetime_s,
     )
@@ -171,8 +215,8 @@ PRESETS: Final[dict[str, Preset]] = {
                 1024, 65_535, size=128, max_blocks=8, is_sequential=True, keeps_newest=True
             ),
             overloading=False,
-            unreplied_lifetime_s=_CELLULAR_LIFETIME_S,
-            replied_lifetime_s=_CELLULAR_LIFETIME_S,
+            unreplied_lifetime_s=CELLULAR_LIFETIME_S,
+            replied_lifetime_s=CELLULAR_LIFETIME_S,
         ),
         "Juniper, `block-allocation` and `port` statements: 128 ports, 8 blocks a host, the last "
         "block stays active, sequential ports",
@@ -203,4 +247,6 @@ PRESETS: Final[dict[str, Preset]] = {
         f"1 ms inside a data centre and the range assumed; {_OVERLOADING}",
     ),
 }
-"""By name. Add one when somebody measured one; never change one without its source."""
+"""By name. Add one when somebody measured one; never change one without its source.
+
+Those with IPv6 are in `presets6.py`."""

@@ -10,9 +10,10 @@ addresses mean something only in their realm, and two homes may use the same one
     cgn = internet.add_nat("cgn", "vodafone-nl")
     home = internet.add_nat("home", "linux-home", behind=cgn)   # double NAT
     laptop = internet.add_host("laptop", behind=home)
+    dual = internet.add_host("dual", "linux-home-dual")         # with IPv6 past a firewall
 
 A datagram costs one event for each link that takes time. Knows no Trio: `natswarm/net/virtual.py`
-puts real nodes on a host; here a port is a callback. IPv4 only; no fragmentation, no ICMP.
+puts real nodes on a host; here a port is a callback. No fragmentation, no ICMP.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from natswarm.errors import ConfigurationError
-from natswarm.sim.addresses import CARRIER_NETWORK, GLOBAL_NETWORKS, addresses
-from natswarm.sim.attachment import Attachment
+from natswarm.sim.addresses import CARRIER_NETWORK, GLOBAL_NETWORKS, address6, addresses
+from natswarm.sim.attachment import Attachment, ClatAttachment
 from natswarm.sim.host import DEFAULT_TTL, Host, SimPort
 from natswarm.sim.link import IDEAL
 from natswarm.sim.nat import NatBehaviour
+from natswarm.sim.nat64 import Clat
 from natswarm.sim.packet import Packet
-from natswarm.sim.presets import PRESETS, Preset, Site
+from natswarm.sim.presets import PRESETS, Preset, Site, Transition
+from natswarm.sim.presets6 import PRESETS6
 from natswarm.sim.router import NatRouter
 from natswarm.sim.world import World
 
@@ -61,6 +64,8 @@ class InternetCounters:
     """The hop limit ran out."""
     dropped_nat: int = 0
     """By a NAT, which counts why."""
+    dropped_firewall: int = 0
+    """By an IPv6 firewall, which counts why."""
     dropped_no_route: int = 0
     """Nobody has the address."""
     dropped_closed: int = 0
@@ -95,6 +100,7 @@ class Internet:
         self.realm: dict[str, Attachment] = {}
         self._addresses = addresses(*GLOBAL_NETWORKS)
         self._home_count = 0
+        self._prefix_count = 0
 
     def add_nat(
         self,
@@ -118,12 +124,15 @@ class Internet:
             raise ValueError(f"{kind} has no NAT: add a host")
         if name in self.nats:
             raise ValueError(f"there is a NAT {name!r} already")
+        if behind is not None:
+            self._check_below(name, preset, behind)
         if inside is None and preset.site is Site.CARRIER:
             inside = CARRIER_NETWORK
         elif inside is None:
             self._home_count += 1
             inside = f"192.168.{self._home_count % 256}.0/24"
-        router = NatRouter(self, name, preset, inside, self._place(name, preset, behind))
+        uplink = self._place(name, preset, behind, has_ipv6=False)
+        router = NatRouter(self, name, preset, inside, uplink)
         self.nats[name] = router
         return router
 
@@ -146,7 +155,8 @@ class Internet:
         preset = _preset(kind)
         if preset.behaviour is not None:
             behind = self.add_nat(f"{name}-nat", preset, behind=behind)
-        host = Host(self, name, behind, self._place(name, preset, behind))
+        has_ipv6 = preset.ipv6 is not None if behind is None else behind.has_ipv6
+        host = Host(self, name, behind, self._place(name, preset, behind, has_ipv6=has_ipv6))
         self.hosts[name] = host
         return host
 
@@ -187,21 +197,58 @@ class Internet:
             self.world.trace(self.world.now, "doubled", where, packet)
 
     def next_address(self, behind: NatRouter | None) -> str:
-        """Hand out the next address in the core, or inside a NAT."""
+        """Hand out the next IPv4 address in the core, or inside a NAT."""
         return next(self._addresses) if behind is None else behind.next_address()
 
-    def _place(self, name: str, preset: Preset, behind: NatRouter | None) -> Attachment:
-        """Make the way up of a new device: address, link, router above."""
-        ip = self.next_address(behind)
+    def next_prefix_index(self) -> int:
+        """Hand out the next /64."""
+        self._prefix_count += 1
+        return self._prefix_count
+
+    def _check_below(self, name: str, preset: Preset, behind: NatRouter) -> None:
+        assert preset.behaviour is not None
+        if preset.ipv6 is not None and not behind.has_ipv6:
+            raise ConfigurationError(
+                f"{name} has IPv6, but {behind.name} above it has none: give that a preset with "
+                "IPv6, or take one without here"
+            )
+        if behind.transition is Transition.NAT64:
+            raise ConfigurationError(
+                f"{name} translates IPv4, but inside {behind.name} there is none: give that 464XLAT"
+            )
+        if behind.transition is Transition.XLAT464 and preset.behaviour.address_count > 1:
+            raise ConfigurationError(
+                f"{name} wants {preset.behaviour.address_count} addresses, but 464XLAT gives one"
+            )
+
+    def _place(
+        self, name: str, preset: Preset, behind: NatRouter | None, *, has_ipv6: bool
+    ) -> Attachment:
+        """Make the way up of a new device: addresses, link, router above."""
         if behind is None:
             # What is behind a carrier's NAT has the slow link, not the NAT itself.
             has_access = preset.site is Site.HOME
         else:
             preset = behind.preset
             has_access = preset.site is Site.CARRIER
-        if not has_access:
-            return Attachment(self, name, ip, behind, IDEAL, IDEAL, 0)
-        return Attachment(self, name, ip, behind, preset.upload, preset.access, preset.access_hops)
+        upload, download, hops = IDEAL, IDEAL, 0
+        if has_access:
+            upload, download, hops = preset.upload, preset.access, preset.access_hops
+        ip6 = self._next_address6(behind) if has_ipv6 else None
+        transition = Transition.DUAL_STACK if behind is None else behind.transition
+        if behind is not None and transition is Transition.XLAT464:
+            clat = Clat(self._next_address6(behind))
+            return ClatAttachment(self, name, behind, upload, download, hops, ip6, clat)
+        if ip6 is not None and transition is Transition.NAT64:
+            ip = ip6
+        else:
+            ip = self.next_address(behind)
+        return Attachment(self, name, ip, behind, upload, download, hops, ip6)
+
+    def _next_address6(self, behind: NatRouter | None) -> str:
+        if behind is None:
+            return address6(self.next_prefix_index(), 1)
+        return behind.next_address6()
 
 
 def _preset(kind: str | Preset | NatBehaviour) -> Preset:
@@ -209,6 +256,8 @@ def _preset(kind: str | Preset | NatBehaviour) -> Preset:
         return Preset(kind, Site.HOME, IDEAL, 0, "given")
     if isinstance(kind, Preset):
         return kind
-    if kind not in PRESETS:
-        raise ConfigurationError(f"no preset {kind!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[kind]
+    preset = PRESETS.get(kind) or PRESETS6.get(kind)
+    if preset is None:
+        names = ", ".join([*PRESETS, *PRESETS6])
+        raise ConfigurationError(f"no preset {kind!r}; there are {names}")
+    return preset

@@ -255,6 +255,45 @@ async def test_binding_checks_addresses_and_ports(internet: Internet, autojump_c
     assert len(host.ports) == before
 
 
+async def test_ports_of_both_families_are_bound_apart(internet: Internet, autojump_clock):
+    host, server = internet.add_host("a", "linux-home-dual"), internet.add_host("b", "public-dual")
+    network = VirtualNetwork(host)
+    assert network.local_addresses() == [host.ip, host.ip6]
+    old, new = network.bind(Endpoint("0.0.0.0", 4000)), network.bind(Endpoint("::", 4000))
+    assert new.local_endpoint == Endpoint("::", 4000)
+    there = [bind(server, 5000), VirtualNetwork(server).bind(Endpoint(str(server.ip6), 5000))]
+    for port, own, other in zip((old, new), there, reversed(there), strict=True):
+        for ip in server.addresses:
+            port.send(b"x", Endpoint(ip, 5000))
+        assert (port.statistics.sent_count, port.statistics.send_failed_count) == (1, 1)
+        [arrival] = await own.receive_batch()
+        assert (":" in arrival.source.ip) == (port is new)
+        own.send_run([b"y"], arrival.source)
+        other.send_run([b"y"], arrival.source)
+        assert [arrival.data for arrival in await port.receive_batch()] == [b"y"]
+    new.send(bytes(65_527), Endpoint(str(server.ip6), 5000))
+    new.send(bytes(65_528), Endpoint(str(server.ip6), 5000))
+    assert (new.statistics.sent_count, new.statistics.send_failed_count) == (2, 2)
+    with pytest.raises(ConfigurationError, match="4000"):
+        network.bind(Endpoint(str(host.ip6), 4000))
+    group = network.bind_group("::", 3)
+    group.send(2, b"from a group", Endpoint(str(server.ip6), 5000))
+    new.close()
+    assert len(host.ports6) == 3
+    group.close()
+    assert (len(host.ports), len(host.ports6)) == (1, 0)
+
+
+async def test_a_phone_of_ipv6_alone_binds_ipv4_by_its_clat(internet: Internet, autojump_clock):
+    phone, server = internet.add_host("phone", "xlat464-4g"), internet.add_host("server")
+    phone.uplink.upload.conditions = phone.uplink.download.conditions = LinkConditions(0.03)
+    port, there = VirtualNetwork(phone).bind(ANY), bind(server, 4000)
+    port.send(b"literal", outside(server, 4000))
+    [arrival] = await there.receive_batch()
+    there.send(b"back", arrival.source)
+    assert (await port.receive_batch())[0].source == outside(server, 4000)
+
+
 async def test_a_group_hears_on_all_its_ports_and_gives_one_away(
     internet: Internet, autojump_clock
 ):

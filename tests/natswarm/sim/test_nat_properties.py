@@ -156,6 +156,10 @@ class NatMachine(RuleBasedStateMachine):
         was_asked = self.behaviour.tftp_helper and (internal, external, remote.ip) in self.requests
         assert was_sent or was_asked, "a packet passed a filter that nobody had opened"
         self.passed_in[internal, external, remote] = self.now
+        # Where the two speak through another port already, that is the session it refreshes.
+        speaking = self.nat.external_endpoint(internal, remote, self.now)
+        if speaking is not None:
+            self.passed_in[internal, speaking, remote] = self.now
 
     def _forget(self, external: Endpoint) -> None:
         """A stranger burned whatever was there."""

@@ -7,6 +7,7 @@ import pytest
 from natswarm.nat.behaviour import Filtering, Mapping
 from natswarm.sim.ports import Blocks, Preserving, ScaledBeta, Uniform
 from natswarm.sim.presets import PRESETS, Site
+from natswarm.sim.presets6 import PRESETS6
 from natswarm.sim.topology import Internet
 from natswarm.sim.world import World
 
@@ -41,7 +42,8 @@ def test_a_preset_is_what_was_measured(name: str):
 
 def test_all_presets_are_covered_and_give_their_source():
     assert set(PRESETS) == {"public", *EXPECTED}
-    for name, preset in PRESETS.items():
+    assert not PRESETS.keys() & PRESETS6.keys()
+    for name, preset in (PRESETS | PRESETS6).items():
         assert preset.source, name
         unknown = preset.behaviour is not None and preset.site is Site.CARRIER
         assert preset.note or not unknown, f"{name} assumes something and does not say so"
@@ -62,7 +64,7 @@ def test_details_that_sources_give():
     assert len(kpn.allocation.bases()) == 252
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PRESETS | PRESETS6)
 def test_every_preset_carries_a_request_and_its_answer(name: str):
     internet = Internet(World(seed=3))
     client, server = internet.add_host("client", name), internet.add_host("server")
