@@ -22,7 +22,6 @@ from natswarm.puncture.odds import (
     expected_probe_count,
     hit_probability,
     live_mapping_count,
-    meeting_probability,
     probe_count_quantile,
 )
 from natswarm.puncture.scan import plan_scan
@@ -108,7 +107,7 @@ def _size_one_sided(
     slowest = PROBES_PER_S_MIN
     if allocation.law is AllocationLaw.SEQUENTIAL:
         slowest = SEQUENTIAL_PROBES_PER_S_MIN
-    probes_per_s = min(max(enough / BURST_DURATION_MIN_S, slowest), limits.probes_per_s)
+    probes_per_s = min(max(_pace(enough, limits), slowest), limits.probes_per_s)
     probe_count = 2 * enough + math.ceil(probes_per_s * START_SKEW_S)
     start_s = head_start_s(opener, prober, candidates)
     time_left_s = max(0.0, limits.duration_s - start_s - ANSWER_WAIT_S)
@@ -223,60 +222,21 @@ def plan_two_sided(
     if ours.law is peers.law is AllocationLaw.SEQUENTIAL and counts_each_probe:
         return plan_scan(ips, ours, peers, candidates, limits, start_s=start_s, is_first=is_first)
 
-    port_counts = (
-        port_count_of(mine) * max(1, len(mine.public_ips)),
-        port_count_of(theirs) * len(ips),
-    )
-    lifetime_s = min(
-        LIFETIME_ASSUMED_S if side.idle_lifetime_s is None else side.idle_lifetime_s
-        for side in (mine, theirs)
-    )
-    caps = (_useful_count(ours), _useful_count(peers))
-    expected = _split(math.pi / 4 * port_counts[0] * port_counts[1], caps)
-    budget = min(limits.probe_count, limits.mapping_count)
-    if max(expected) > budget:
-        raise _refusal(port_counts, max(expected), budget)
-    arrives = (1 - LOSS_ASSUMED) ** 2
-    enough = _split(-math.log1p(-CONFIDENCE) / arrives * port_counts[0] * port_counts[1], caps)
-    counts = (min(math.ceil(enough[0]), budget), min(math.ceil(enough[1]), budget))
-    most = max(counts)
-    probes_per_s = min(max(most / BURST_DURATION_MIN_S, PROBES_PER_S_MIN), limits.probes_per_s)
-    round_s = most / probes_per_s
-    # A strict block is used up by one round, and only expiry gives it new ports to draw.
-    is_strict = any(
-        side.law is AllocationLaw.BLOCK and not side.is_overloading for side in (ours, peers)
-    )
-    interval_s = lifetime_s + BURST_DURATION_MIN_S
-    room_s = limits.duration_s - start_s - START_SKEW_S - ANSWER_WAIT_S - round_s
-    round_count = 1
-    if is_strict:
-        by_time = 1 + max(0, int(room_s / max(interval_s, round_s)))
-        round_count = min(STRICT_ROUNDS_MAX, by_time, max(1, limits.probe_count // most))
-    # Probes that outlive their mappings meet only what is still alive.
-    live = [
-        live_mapping_count(
-            opened_per_s=probes_per_s,
-            lifetime_s=lifetime_s,
-            cap=min(count, ports) if is_strict else count,
-        )
-        for count, ports in zip(counts, port_counts, strict=True)
-    ]
-    meeting = meeting_probability(probe_counts=(live[0], live[1]), port_counts=port_counts)
-    sockets = math.ceil(counts[0] / port_counts[1])
+    sized = _size_two_sided(mine, theirs, limits, start_s=start_s)
+    sockets = math.ceil(sized.our_count / sized.port_counts[1])
     if mine.mapping is Mapping.ADM:
         sockets = max(sockets, ADDRESS_DEPENDENT_SOCKETS)
-    sockets = min(sockets, limits.socket_count)
     burst = Burst(
         ips=ips,
         allocation=peers,
         # All over the window of a counter, not at its near end from every socket.
         is_shuffled=peers.law is AllocationLaw.SEQUENTIAL,
-        port_indices=tuple(range(1, sockets + 1)),
-        probe_count=counts[0],
-        probes_per_s=counts[0] / round_s,
+        port_indices=tuple(range(1, min(sockets, limits.socket_count) + 1)),
+        probe_count=sized.our_count,
+        probes_per_s=_pace(sized.our_count, limits),
         start_s=start_s,
-        round_count=round_count,
-        round_interval_s=interval_s if round_count > 1 else 0.0,
+        round_count=sized.round_count,
+        round_interval_s=sized.round_interval_s,
     )
     return Plan(
         strategy=Strategy.TWO_SIDED_BIRTHDAY,
@@ -284,17 +244,94 @@ def plan_two_sided(
         burst=burst,
         probes_per_s=limits.probes_per_s,
         probe_count_max=limits.probe_count,
-        duration_s=start_s + burst.duration_s + START_SKEW_S + ANSWER_WAIT_S,
-        expected_probe_count=expected[0],
-        p99_probe_count=math.ceil(
-            _split(-math.log(0.01) * port_counts[0] * port_counts[1], caps)[0]
-        ),
-        success_probability=min(1 - (1 - meeting) ** round_count, CONFIDENCE),
+        duration_s=start_s + sized.duration_s + START_SKEW_S + ANSWER_WAIT_S,
+        expected_probe_count=sized.expected_count,
+        p99_probe_count=math.ceil(sized.p99_count),
+        success_probability=min(sized.success_probability, CONFIDENCE),
         reason=(
-            f"we draw from {port_counts[0]:,} ports ({ours}), the peer from {port_counts[1]:,} "
-            f"({peers}): {expected[0]:,.0f} probes of ours meet one of theirs on average"
+            f"we draw from {sized.port_counts[0]:,} ports ({ours}), the peer from "
+            f"{sized.port_counts[1]:,} ({peers}): {sized.expected_count:,.0f} probes of ours meet "
+            "one of theirs on average"
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _TwoSided:
+    """The numbers of a two-sided birthday; pairs are (ours, the peer's)."""
+
+    port_counts: tuple[int, int]
+    our_count: int
+    """Probes of ours in one round."""
+    round_count: int
+    round_interval_s: float
+    duration_s: float
+    expected_count: float
+    p99_count: float
+    success_probability: float
+
+
+def _size_two_sided(
+    mine: NatProfile, theirs: NatProfile, limits: Limits, *, start_s: float
+) -> _TwoSided:
+    laws = (_allocation(mine), _allocation(theirs))
+    port_counts = (
+        port_count_of(mine) * max(1, len(mine.public_ips)),
+        port_count_of(theirs) * len(theirs.public_ips),
+    )
+    product = port_counts[0] * port_counts[1]
+    caps = (_useful_count(laws[0]), _useful_count(laws[1]))
+    expected = _split(math.pi / 4 * product, caps)
+    if expected[0] != expected[1]:
+        # One side's few mappings stand early: as in one dimension, 1 in place of pi/4.
+        expected = _split(product, caps)
+    time_left_s = max(0.0, limits.duration_s - start_s - START_SKEW_S - ANSWER_WAIT_S)
+    budget = min(limits.probe_count, limits.mapping_count, int(limits.probes_per_s * time_left_s))
+    if max(expected) > budget:
+        raise _refusal(port_counts, max(expected), budget)
+
+    arrives = (1 - LOSS_ASSUMED) ** 2
+    enough = _split(-math.log1p(-CONFIDENCE) / arrives * product, caps)
+    counts = (min(math.ceil(enough[0]), budget), min(math.ceil(enough[1]), budget))
+    round_s = max(count / _pace(count, limits) for count in counts)
+    # A strict block is used up by one round, and only expiry gives it new ports to draw.
+    is_strict = any(law.law is AllocationLaw.BLOCK and not law.is_overloading for law in laws)
+    lifetime_s = min(
+        LIFETIME_ASSUMED_S if side.idle_lifetime_s is None else side.idle_lifetime_s
+        for side in (mine, theirs)
+    )
+    interval_s = max(lifetime_s + BURST_DURATION_MIN_S, round_s)
+    round_count = 1
+    if is_strict:
+        by_time = 1 + int(max(0.0, time_left_s - round_s) / interval_s)
+        round_count = min(STRICT_ROUNDS_MAX, by_time, max(1, limits.probe_count // max(counts)))
+
+    used = [
+        min(count, ports) if is_strict else count
+        for count, ports in zip(counts, port_counts, strict=True)
+    ]
+    live = [
+        live_mapping_count(opened_per_s=_pace(count, limits), lifetime_s=lifetime_s, cap=used[side])
+        for side, count in enumerate(counts)
+    ]
+    # Each mapping meets what of the other side's is alive with it; both views count the pairs of
+    # those alive at one time.
+    pairs = used[0] * live[1] + live[0] * used[1] - live[0] * live[1]
+    meeting = -math.expm1(-pairs / product)
+    return _TwoSided(
+        port_counts=port_counts,
+        our_count=counts[0],
+        round_count=round_count,
+        round_interval_s=interval_s if round_count > 1 else 0.0,
+        duration_s=(round_count - 1) * interval_s + round_s,
+        expected_count=expected[0],
+        p99_count=_split(-math.log(0.01) * product, caps)[0],
+        success_probability=1 - (1 - meeting) ** round_count,
+    )
+
+
+def _pace(probe_count: float, limits: Limits) -> float:
+    return min(max(probe_count / BURST_DURATION_MIN_S, PROBES_PER_S_MIN), limits.probes_per_s)
 
 
 def _split(product: float, caps: tuple[float, float]) -> tuple[float, float]:

@@ -313,8 +313,8 @@ class Puncturer:
             return self._now
         if self._event is not None:
             return None
-        if self._nomination is not None:
-            return self._nomination.due_at
+        if (nomination := self._nomination) is not None:
+            return min(nomination.due_at, nomination.started_at + NOMINATE_PATIENCE_S)
         times = [max(self._deadline, self._paused_until)]
         if self._has_budget:
             times += [check.due_at for check in self._checks]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 from natswarm.address import Endpoint
+from natswarm.errors import PunctureFailed
 from natswarm.nat.allocation import PortAllocation
 from natswarm.puncture.strategy import (
     ANSWER_WAIT_S,
@@ -27,7 +28,7 @@ __all__ = ["plan_scan"]
 # Steps of a scan between two counting NATs. Klinec & Matyas reach ~100 % within 1,000 steps up to
 # 35 new flows a second; more flows take more steps.
 SCAN_STEPS_MIN = 512
-SCAN_STEPS_MAX = 4096
+SCAN_STEPS_MAX = 8192
 # Room for datagrams that never reached our own NAT, so that its counter stands behind.
 SCAN_LEAD = 4
 # From the last echo to the first probe: the end of an inspection, and an introduction.
@@ -64,7 +65,15 @@ def plan_scan(
     slopes = (1 + (ours.others_per_s or 0.0) / pace) * (1 + (peers.others_per_s or 0.0) / pace)
     crossing = 2 * drift / max(2 - slopes, 0.1)
     steps = min(SCAN_STEPS_MIN + math.ceil(3 * crossing), SCAN_STEPS_MAX)
-    steps = min(steps, limits.probe_count // copies, limits.mapping_count)
+    time_left_s = max(0.0, limits.duration_s - start_s - START_SKEW_S - ANSWER_WAIT_S)
+    in_time = int(limits.probes_per_s * time_left_s)
+    steps = min(steps, limits.probe_count // copies, limits.mapping_count, in_time // copies)
+    if steps < crossing:
+        raise PunctureFailed(
+            f"both NATs count, and others take {others_per_s:,.0f} ports a second: "
+            f"{copies * crossing:,.0f} probes expected, budget {copies * steps:,}; allow more "
+            "probes or time, or inspect again right before"
+        )
     burst = Burst(
         ips=ips[:1],
         allocation=peers,

@@ -6,7 +6,7 @@ Data only: made by `plan.py` and `birthday.py`, carried out by `puncturer.py`.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from natswarm.address import Endpoint
 from natswarm.nat.allocation import PortAllocation
@@ -16,6 +16,12 @@ __all__ = ["Burst", "Limits", "Openers", "Plan", "Strategy"]
 # Openers are sent again well before the shortest lifetime seen (10 s, Richter et al., IMC 2016),
 # and early once, as the first may be lost.
 OPENER_REFRESH_S = (0.5, 4.0)
+
+# RFC 6888 REQ-4 has carriers limit the rate of new mappings, but names no number.
+GENTLE_PROBES_PER_S = 100.0
+# Where our own path is not known: what hyperdht uses. Two routers before a carrier's NAT, the NAT,
+# and two beyond.
+OPENER_TTL = 5
 
 # How far apart two sides may start: an introduction takes one way through a neighbour, a slow phone
 # takes a second to wake up.
@@ -60,6 +66,18 @@ class Limits:
     duration_s: float = 120.0
     opener_ttl: int | None = None
 
+    def gentler(self) -> Limits:
+        """Return limits for another try after one that met nobody.
+
+        Slower, for NATs that limit how many mappings a subscriber opens in a second, and with
+        openers that do not arrive, for NATs that an early datagram poisons.
+        """
+        return replace(
+            self,
+            probes_per_s=min(self.probes_per_s, GENTLE_PROBES_PER_S),
+            opener_ttl=OPENER_TTL if self.opener_ttl is None else self.opener_ttl,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Openers:
@@ -92,7 +110,7 @@ class Burst:
         run_length: Mappings the peer opens in a row, for the stride against a counter.
         scan_stride: 0, or for two counting NATs: our probes follow the peer's ports with this
             stride.
-        scan_lead: How many steps the scan starts before the peer's next port.
+        scan_lead: How many steps before the peer's last port the scan starts from.
         copies: How often a scan sends each probe.
         probe_count: Probes of one round.
         round_count: Rounds.

@@ -84,6 +84,7 @@ class SimulatedInspection:
     def run(self) -> NatProfile:
         """Run the world until the inspection is over; close the fresh ports."""
         assert self.world.run(until=lambda: self.machine.result() is not None, deadline=60.0)
+        self.ports[0].on_datagram = None
         for port in self.ports[1:]:
             port.close()
         profile = self.machine.result()
