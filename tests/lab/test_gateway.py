@@ -50,6 +50,7 @@ SERVICES = {
 # miniupnpd refuses to work with the documentation networks that the lab lives in. This one was a
 # test bed of amateur radio; no link leads out of the lab.
 EXTERNAL_IP = "44.128.0.1"
+HOME_IPV6, GATEWAY_IPV6 = "2001:db8:1::7", "2001:db8:1::1"
 START_TIMEOUT_S = 10.0
 # miniupnpd looks for expired leases when its next second begins.
 EXPIRY_TIMEOUT_S = 15.0
@@ -63,6 +64,14 @@ table inet upnp {
     chain postrouting {
         type nat hook postrouting priority srcnat; policy accept;
         jump postrouting_miniupnpd
+    }
+    # For IPv6 there is nothing to translate, only a firewall to open; IPv4 is the lab's own affair.
+    chain through {
+        type filter hook forward priority filter; policy accept;
+        meta nfproto ipv4 accept
+        ct state established,related accept
+        iifname "wan" jump miniupnpd
+        iifname "wan" drop
     }
     chain miniupnpd {
     }
@@ -92,7 +101,7 @@ uuid=00000000-0000-4000-8000-000000000001
 def start_gateway(_capable_machine: None, lab: Lab, tmp_path: Path) -> Iterator[StartGateway]:
     """Run miniupnpd on the router of a client; what it printed shows where a test fails."""
     if shutil.which("miniupnpd") is None:
-        reason = "miniupnpd is not installed: apt-get install miniupnpd"
+        reason = "miniupnpd is not installed: apt-get install miniupnpd-nftables"
         if os.environ.get("NATSWARM_LAB") == "require":
             pytest.fail(f"NATSWARM_LAB=require, but {reason}")
         pytest.skip(reason)
@@ -292,6 +301,63 @@ async def test_a_gateway_behind_another_nat_makes_none(home: Host, start_gateway
         async with open_port_mapping(gateway, 5000, reach=reach_of(home)):
             pytest.fail("it made one")
     assert set(caught.value.reasons) == set(MappingProtocol)
+
+
+def give_ipv6(lab: Lab, home: Host, stranger: Host) -> None:
+    """Lay IPv6 over the first two connections of a lab."""
+    assert home.router is not None
+    for namespace, links in (
+        (home.namespace, {"lan": f"{HOME_IPV6}/64"}),
+        (home.router, {"lan": f"{GATEWAY_IPV6}/64", "wan": "2001:db8:2::1/64"}),
+        (lab.core, {"to0": "2001:db8:2::2/64", "to1": "2001:db8:3::1/64"}),
+        (stranger.namespace, {"wan": "2001:db8:3::9/64"}),
+    ):
+        # Without duplicate address detection they can be used at once.
+        namespace.ip(*(f"address add {ip} dev {link} nodad" for link, ip in links.items()))
+    for router in (home.router, lab.core):
+        router.sysctl("net.ipv6.conf.all.forwarding", 1)
+    home.namespace.ip(f"route add default via {GATEWAY_IPV6}")
+    home.router.ip("route add default via 2001:db8:2::2")
+    lab.core.ip("route add 2001:db8:1::/64 via 2001:db8:2::1")
+    stranger.namespace.ip("route add default via 2001:db8:3::1")
+
+
+async def test_pcp_opens_an_ipv6_firewall(lab: Lab, home: Host, start_gateway: StartGateway):
+    stranger = lab.add_public("stranger")
+    give_ipv6(lab, home, stranger)
+    start_gateway(home)
+    gateway = Gateway(GATEWAY_IPV6, HOME_IPV6)
+    with contextlib.ExitStack() as stack:
+
+        def open_ipv6(host: Host, ip: str) -> socket.socket:
+            with host.namespace.entered():
+                udp = stack.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+                udp.bind((ip, 0))
+            udp.settimeout(5)
+            return udp
+
+        def gets_in() -> bool:
+            new = open_ipv6(stranger, "2001:db8:3::9")
+            new.sendto(b"from a stranger", udp.getsockname())
+            udp.sendto(b"from ourselves", udp.getsockname())
+            first = udp.recv(100)
+            return first != b"from ourselves" and udp.recv(100) == b"from ourselves"
+
+        udp = open_ipv6(home, HOME_IPV6)
+        port = udp.getsockname()[1]
+        # One exchange, so that everybody on the way knows its neighbours' link addresses: from then
+        # on, what is sent first arrives first.
+        friend = open_ipv6(stranger, "2001:db8:3::9")
+        udp.sendto(b"hello", friend.getsockname())
+        friend.sendto(*friend.recvfrom(100))
+        assert udp.recv(100) == b"hello"
+        assert not gets_in()
+        async with open_port_mapping(gateway, port, reach=reach_of(home)) as held:
+            assert held.mapping == PortMapping(
+                MappingProtocol.PCP, Endpoint(HOME_IPV6, port), Endpoint(HOME_IPV6, port), 1200
+            )
+            assert gets_in()
+        assert not gets_in()
 
 
 async def test_interfaces_of_the_lab_name_the_gateway(home: Host):
