@@ -13,7 +13,7 @@ with 95 % confidence) and held the next port in 99 % and more (test_allocation.p
 a counter shared with so many subscribers that it goes round between two echoes *is* uniform to us.
 
 Source: RFC 6888 REQ-14 and RFC 7753 for blocks; RFC 6056 for the laws of ephemeral ports; Klinec &
-Matyas 2014 for sequential NATs under cross traffic. Knows nothing of sockets, time or peers.
+Matyas 2014 for sequential NATs under cross traffic. Knows nothing of sockets, clocks or peers.
 """
 
 from __future__ import annotations

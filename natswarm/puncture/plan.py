@@ -22,7 +22,7 @@ there (`introduction.profile_as_seen`): a peer cannot aim us at somebody else.
 Sizes come from `odds.py` at 99.9 %: success is the rule, and what fails may be planned again with
 fresh mappings. What cannot succeed within the limits is refused with the reason.
 
-Pure: no clock, no randomness, no sockets. Source: docs/puncturing.md; reference: Ford, Srisuresh &
+Pure: no clock, no randomness, no sockets. Source: docs/puncturing.md; Ford, Srisuresh &
 Kegel 2005 (simultaneous open), Klinec & Matyas 2014 (sequential NATs).
 """
 

@@ -420,7 +420,9 @@ class Puncturer:
             self._checks.append(_Check(port_index, source, now))
 
     def _pause(self, until: float) -> None:
-        self._paused_until = max(self._paused_until, until)
+        # Never far beyond the deadline: a peer that keeps probing cannot keep us here for ever.
+        latest = self._deadline + NOMINATION_WAIT_S
+        self._paused_until = max(self._paused_until, min(until, latest))
 
     def _answer(self, kind: ProbeKind, probe: Probe, port_index: int, source: Endpoint) -> None:
         self._statistics.answered_count += 1

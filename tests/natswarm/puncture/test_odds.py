@@ -51,8 +51,8 @@ def test_the_quantile_is_the_least_count_that_suffices(
     assert count == 0 or chance(count - 1) < probability
 
 
-def test_the_reference_table() -> None:
-    # least total and the M it is at, for each range: reference section 3
+def test_the_published_table() -> None:
+    # least total and the M it is at, for each range: docs/puncturing.md section 4
     for port_count, total, opened in [
         (ALL, 507, 253),
         (2048, 90, 44),

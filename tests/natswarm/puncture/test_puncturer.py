@@ -416,6 +416,18 @@ def test_a_peer_that_does_not_choose_is_reported_as_such() -> None:
     assert event.elapsed_s == pytest.approx(9.9 + 2.5), "the choice gets its time"
 
 
+def test_a_peer_that_probes_for_ever_does_not_keep_us_for_ever() -> None:
+    a = machine(0)
+    a.probes_to_send(0.0)
+    now, sequence = 0.0, 0
+    while (timer := a.next_timer()) is not None:
+        now, sequence = max(now + 0.3, timer), sequence + 1
+        a.receive_datagram(0, from_b(ProbeKind.PROBE, sequence), B, now)
+        a.probes_to_send(now)
+        assert now < 15.0
+    assert isinstance(a.next_event(), PunctureExhausted)
+
+
 def test_after_failure_nominations_come_too_late() -> None:
     b = machine(1)
     exhausted(b)
