@@ -74,12 +74,12 @@ class Attachment:
         if ttl <= 0:
             self._internet.drop_expired(packet, self._name)
             return
-        now = self._world.now
-        arrival = self.upload.arrival_time(now, packet.data)
+        now, link = self._world.now, self.upload
+        arrival = link.arrival_time(now, packet.data)
         if arrival is None:
             self._internet.drop_lost(packet, self._name)
             return
-        if self.upload.may_duplicate and self.upload.duplicates():
+        if link.may_duplicate and link.duplicates():
             self._internet.count_duplicate(packet, self._name)
             self._world.at(arrival, self._arrive_above, packet, ttl)
         if self.parent is None:
@@ -95,7 +95,8 @@ class Attachment:
         Always by an event, so that two hosts on ideal links do not answer each other for ever in
         one call.
         """
-        if departure > self._world.now and not self.download.is_constant:
+        link = self.download
+        if departure > self._world.now and not link.is_constant:
             # The link keeps packets in order of departure, so it must see them in that order.
             self._world.at(departure, self.send_down, packet, ttl, departure)
             return
@@ -103,12 +104,12 @@ class Attachment:
         if ttl <= 0:
             self._internet.drop_expired(packet, self._name)
             return
-        arrival = self.download.arrival_time(departure, packet.data)
+        arrival = link.arrival_time(departure, packet.data)
         if arrival is None:
             self._internet.drop_lost(packet, self._name)
             return
         self._world.at(arrival, self._receive, packet, ttl)
-        if self.download.may_duplicate and self.download.duplicates():
+        if link.may_duplicate and link.duplicates():
             self._internet.count_duplicate(packet, self._name)
             self._world.at(arrival, self._receive, packet, ttl)
 

@@ -133,23 +133,18 @@ class Link:
 
         Unless the link `is_constant`, departures must not go back.
         """
-        conditions = self._conditions
-        hold_s = 0.0
         if self._is_rough:
-            sent = self._queue_and_fade(departure, data)
-            if sent is None:
-                return None
-            departure = sent
-            if conditions.reordering and self._random() < conditions.reordering:
-                hold_s = conditions.reordering_delay_s * self._random()
+            return self._rough_arrival_time(departure, data)
+        conditions = self._conditions
         if conditions.loss and self._random() < conditions.loss:
             self.lost_count += 1
             return None
         arrival = departure + conditions.delay_s
-        if conditions.jitter_s:
-            arrival = max(arrival + conditions.jitter_s * self._random(), self._latest_arrival)
-            self._latest_arrival = arrival
-        return arrival + hold_s if hold_s else arrival
+        if not conditions.jitter_s:
+            return arrival
+        arrival = max(arrival + conditions.jitter_s * self._random(), self._latest_arrival)
+        self._latest_arrival = arrival
+        return arrival
 
     def duplicates(self) -> bool:
         """Draw whether the datagram that just arrived does so twice."""
@@ -158,20 +153,33 @@ class Link:
         self.duplicated_count += 1
         return True
 
-    def _queue_and_fade(self, departure: float, data: bytes) -> float | None:
-        """Return when the datagram has left the queue; None when it is dropped or fades away."""
+    def _rough_arrival_time(self, departure: float, data: bytes) -> float | None:
+        """As `arrival_time`, for the knobs that few links have."""
+        sent = self._queue(departure, data)
+        if sent is None:
+            self.overflow_count += 1
+            return None
         conditions = self._conditions
-        rate, queue_bytes = conditions.rate_bytes_per_s, conditions.queue_bytes
-        if rate is not None and queue_bytes is not None:
-            size = len(data) + HEADER_BYTES
-            start = self._idle_from
-            if start <= departure:
-                start = departure
-            elif (start - departure) * rate + size > queue_bytes:
-                self.overflow_count += 1
-                return None
-            self._idle_from = departure = start + size / rate
-        if self._fade is not None and self._fade.loses(departure):
+        is_lost = self._fade is not None and self._fade.loses(sent)
+        if is_lost or (conditions.loss and self._random() < conditions.loss):
             self.lost_count += 1
             return None
-        return departure
+        arrival = sent + conditions.delay_s
+        if conditions.jitter_s:
+            arrival = max(arrival + conditions.jitter_s * self._random(), self._latest_arrival)
+            self._latest_arrival = arrival
+        if conditions.reordering and self._random() < conditions.reordering:
+            arrival += conditions.reordering_delay_s * self._random()
+        return arrival
+
+    def _queue(self, departure: float, data: bytes) -> float | None:
+        """Return when the datagram has left the queue; None when that was full."""
+        rate, queue_bytes = self._conditions.rate_bytes_per_s, self._conditions.queue_bytes
+        if rate is None or queue_bytes is None:
+            return departure
+        size = len(data) + HEADER_BYTES
+        start = max(self._idle_from, departure)
+        if start > departure and (start - departure) * rate + size > queue_bytes:
+            return None
+        self._idle_from = start + size / rate
+        return self._idle_from

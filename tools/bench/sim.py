@@ -25,9 +25,14 @@ import trio.testing
 from natswarm.address import Endpoint
 from natswarm.nat.behaviour import Filtering, Mapping
 from natswarm.net.virtual import VirtualNetwork, VirtualPort, run_world
-from natswarm.sim.nat import Nat, NatBehaviour
+from natswarm.sim.firewall6 import FirewallBehaviour
+from natswarm.sim.link import BurstLoss, LinkConditions
+from natswarm.sim.load import BackgroundLoad
+from natswarm.sim.nat import Nat, NatBehaviour, Poison
 from natswarm.sim.packet import Packet
-from natswarm.sim.ports import Uniform
+from natswarm.sim.ports import Blocks, Uniform
+from natswarm.sim.presets import Ipv6, Preset, Site
+from natswarm.sim.rate import RateLimit
 from natswarm.sim.topology import Host, Internet, SimPort
 from natswarm.sim.world import World
 
@@ -96,6 +101,53 @@ def nat_ping(size: Size, seed: int) -> tuple[float, float]:
         (world.event_count - events) / taken_s,
         (internet.counters.delivered_count - delivered) / taken_s,
     )
+
+
+def rough_ping(size: Size, seed: int) -> float:
+    """Return events/s of pings with all knobs in use: what the knobs cost those who turn them."""
+    world = World(seed)
+    internet = Internet(world)
+    conditions = LinkConditions(
+        delay_s=0.02,
+        jitter_s=0.01,
+        loss=0.001,
+        burst=BurstLoss(5.0, 0.1),
+        duplication=0.001,
+        reordering=0.01,
+        reordering_delay_s=0.02,
+        rate_bytes_per_s=1e6,
+        queue_bytes=64_000,
+    )
+    behaviour = NatBehaviour(
+        mapping=Mapping.APDM,
+        filtering=Filtering.APDF,
+        allocation=Blocks(size=512, max_blocks=4),
+        preserves_parity=True,
+        address_count=8,
+        subscriber_rate=RateLimit(100.0, 500),
+        poison=Poison.BURNS_MAPPING,
+        load=BackgroundLoad(50, 20.0, 60.0),
+    )
+    kind = Preset(behaviour, Site.CARRIER, conditions, 2, "bench", ipv6=Ipv6(FirewallBehaviour()))
+    carrier, server = internet.add_nat("carrier", kind), internet.add_host("server", "public-dual")
+    there = [server.open_port(4000, ip) for ip in server.addresses]
+    for port in there:
+        _echo(port)
+    for index in range(20):
+        host = internet.add_host(f"host{index}", behind=carrier)
+        for ip, other in zip(host.addresses, there, strict=True):
+            asking = host.open_port(0, ip)
+
+            def ask(asking: SimPort = asking, other: SimPort = other) -> None:
+                asking.send(b"ping", other.endpoint)
+                world.after(0.01, ask)
+
+            world.after(world.rng.random(), ask)
+    world.run_for(1.0)
+    events = world.event_count
+    started = time.process_time()
+    world.run_for(size.ping_virtual_s / 10)
+    return (world.event_count - events) / (time.process_time() - started)
 
 
 def new_mappings(size: Size, seed: int) -> float:
@@ -197,6 +249,7 @@ def measure(size: Size, seed: int) -> dict[str, float]:
         "bare_heap_events_per_s": best(bare_heap),
         "nat_ping_events_per_s": events,
         "nat_ping_datagrams_per_s": delivered,
+        "rough_ping_events_per_s": best(rough_ping),
         "nat_new_mappings_per_s": best(new_mappings),
         "virtual_bulk_datagrams_per_s": bulk,
         "virtual_bulk_mb_per_s": bulk * DATAGRAM_BYTES / 1e6,
