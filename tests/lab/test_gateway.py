@@ -251,11 +251,10 @@ async def test_what_a_killed_program_leaves_ends_with_its_lease(
     gateway = start_gateway(home)
     udp, stranger = open_socket(home), lab.add_public("stranger")
     service = SERVICES[protocol](gateway, udp.getsockname()[1], reach_of(home))
-    with contextlib.closing(service):
-        await service.probe()
-        mapping = await service.map(0, 2)
-        assert mapping.lease_s == 2
-        assert strangers_get_in(open_socket, stranger, udp, mapping)
+    await service.probe()
+    mapping = await service.map(0, 2)
+    assert mapping.lease_s == 2
+    assert strangers_get_in(open_socket, stranger, udp, mapping)
     wait_until_closed(open_socket, stranger, udp, mapping)
 
 
@@ -265,14 +264,13 @@ async def test_a_renewed_mapping_is_the_same(
 ):
     gateway = start_gateway(home)
     service = SERVICES[protocol](gateway, 5000, reach_of(home))
-    with contextlib.closing(service):
-        await service.probe()
-        mapping = await service.map(0, 100)
-        assert await service.still_holds(mapping)
-        renewed = await service.map(mapping.external.port, 200)
-        assert renewed.external == mapping.external
-        assert renewed.lease_s == 200
-        await service.unmap(renewed)
+    await service.probe()
+    mapping = await service.map(0, 100)
+    assert await service.still_holds(mapping)
+    renewed = await service.map(mapping.external.port, 200)
+    assert renewed.external == mapping.external
+    assert renewed.lease_s == 200
+    await service.unmap(renewed)
 
 
 @pytest.mark.parametrize("protocol", MappingProtocol)

@@ -8,6 +8,7 @@ The bytes are natswarm/nat/portmap.py's affair.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -64,13 +65,16 @@ class _Exchange:
 
     def __init__(self, gateway: Gateway, reach: Reach) -> None:
         self._gateway = gateway
+        self._reach = reach
         self._server = Endpoint(gateway.ip, gateway.control_port)
-        self._port = reach.bind(gateway)
 
     async def ask(
         self, request: bytes, accept: Callable[[bytes], T | None], delays: Iterable[float]
     ) -> T:
         """Send until an answer is accepted.
+
+        Each time from a port of its own: a late answer to an earlier question, with a clock that
+        stands still since, would look like a reboot; and who forges answers has to guess the port.
 
         Args:
             request: One datagram.
@@ -81,12 +85,15 @@ class _Exchange:
             GatewayError: No answer; says what came instead.
         """
         malformed = ""
-        with trio.move_on_after(ANSWER_TIMEOUT_S):
+        with (
+            contextlib.closing(self._reach.bind(self._gateway)) as port,
+            trio.move_on_after(ANSWER_TIMEOUT_S),
+        ):
             for delay in delays:
-                self._port.send(request, self._server)
+                port.send(request, self._server)
                 with trio.move_on_after(delay):
                     while True:
-                        for data, source in await self._port.receive_batch():
+                        for data, source in await port.receive_batch():
                             if not self._is_server(source):
                                 continue
                             try:
@@ -97,9 +104,6 @@ class _Exchange:
         if malformed:
             raise GatewayError(f"no usable answer: {malformed}")
         raise GatewayError(f"no answer from UDP port {self._server.port}")
-
-    def close(self) -> None:
-        self._port.close()
 
     def _is_server(self, source: Endpoint) -> bool:
         # Sockets name link-local sources without their scope.
@@ -159,10 +163,6 @@ class PcpService:
         """See `GatewayService.still_holds`: by the gateway's clock."""
         answer, now = await self._ask_announce()
         return not self._epoch.shows_loss(answer.epoch_s, now)
-
-    def close(self) -> None:
-        """See `GatewayService.close`."""
-        self._exchange.close()
 
     async def _ask_announce(self) -> tuple[PcpAnswer, float]:
         def accept(data: bytes) -> PcpAnswer | None:
@@ -257,10 +257,6 @@ class NatPmpService:
         if self._epoch.shows_loss(answer.epoch_s, trio.current_time()):
             return False
         return answer.external_ip == mapping.external.ip
-
-    def close(self) -> None:
-        """See `GatewayService.close`."""
-        self._exchange.close()
 
     async def _ask_address(self) -> NatPmpAnswer:
         def accept(data: bytes) -> NatPmpAnswer | None:

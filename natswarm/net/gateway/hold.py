@@ -87,12 +87,10 @@ async def inspect_gateway(
     reach: Reach | None = None,
 ) -> GatewayReport:
     """Ask which mapping services a gateway has, making no mapping. Takes at most 6 s."""
-    with contextlib.ExitStack() as stack:
-        # No port: nothing is mapped.
-        services = _Services(gateway, 0, protocols, reach or Reach(), stack)
-        async with trio.open_nursery() as nursery:
-            services.start_probes(nursery)
-        return GatewayReport(gateway, tuple(services.reports[each] for each in protocols))
+    services = _Services(gateway, 0, protocols, reach or Reach())  # no port: nothing is mapped
+    async with trio.open_nursery() as nursery:
+        services.start_probes(nursery)
+    return GatewayReport(gateway, tuple(services.reports[each] for each in protocols))
 
 
 @asynccontextmanager
@@ -129,17 +127,16 @@ async def open_port_mapping(
     _check_range("external_port", external_port, 0, 65_535)
     _check_range("lease_s", lease_s, 1, 0xFFFF_FFFF)
     reach = reach or Reach()
-    with contextlib.ExitStack() as stack:
-        services = _Services(gateway, internal_port, protocols, reach, stack, allow_permanent_lease)
-        service, mapping = await services.make_mapping(external_port, lease_s)
-        held = HeldPortMapping(mapping)
-        try:
-            async with open_private_nursery() as nursery:
-                nursery.start_soon(_keep, held, service, lease_s, reach)
-                yield held
-        finally:
-            if held.mapping is not None:
-                await _unmap(service, held.mapping)
+    services = _Services(gateway, internal_port, protocols, reach, allow_permanent_lease)
+    service, mapping = await services.make_mapping(external_port, lease_s)
+    held = HeldPortMapping(mapping)
+    try:
+        async with open_private_nursery() as nursery:
+            nursery.start_soon(_keep, held, service, lease_s, reach)
+            yield held
+    finally:
+        if held.mapping is not None:
+            await _unmap(service, held.mapping)
 
 
 class _Services:
@@ -151,7 +148,6 @@ class _Services:
         internal_port: int,
         protocols: Sequence[MappingProtocol],
         reach: Reach,
-        stack: contextlib.ExitStack,
         allow_permanent_lease: bool = False,
     ) -> None:
         self.gateway = gateway
@@ -176,7 +172,6 @@ class _Services:
             except GatewayError as error:
                 self._report(ServiceReport(protocol, False, str(error)))
             else:
-                stack.callback(service.close)
                 self._services[protocol] = service
 
     def start_probes(self, nursery: trio.Nursery) -> None:

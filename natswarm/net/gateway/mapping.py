@@ -216,10 +216,6 @@ class GatewayService(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Free the sockets; idempotent."""
-        ...
-
 
 Connect = Callable[[str, Endpoint], Awaitable[trio.abc.Stream]]
 

@@ -9,6 +9,8 @@ only entries that are ours by address, port and description.
 
 from __future__ import annotations
 
+import contextlib
+
 import trio
 
 from natswarm.address import Endpoint
@@ -70,7 +72,6 @@ class UpnpService:
         self._internal_port = internal_port
         self._reach = reach
         self._allow_permanent_lease = allow_permanent_lease
-        self._port = reach.bind(gateway)
         self._service: ConnectionService | None = None
         self._asked_ports: list[int] = []
         """External ports that an unfinished `map` has asked for."""
@@ -100,7 +101,13 @@ class UpnpService:
     async def map(self, external_port: int, lease_s: int) -> PortMapping:
         """See `GatewayService.map`."""
         lease_s = min(lease_s, MAX_LEASE_S)
-        external_ip = check_external_ip(await self._ask_external_ip())
+        self._asked_ports.clear()
+        try:
+            external_ip = check_external_ip(await self._ask_external_ip())
+        except GatewayError:
+            # Many choose another TCP port whenever they start.
+            await self.probe()
+            external_ip = check_external_ip(await self._ask_external_ip())
         external_port = await self._add(external_port or self._internal_port, lease_s)
         if not external_port:
             raise GatewayError("it added a mapping without a port")
@@ -127,13 +134,12 @@ class UpnpService:
 
     async def still_holds(self, mapping: PortMapping) -> bool:
         """See `GatewayService.still_holds`: asks for the entry itself, and the address."""
-        if not await self._is_entry_ours(mapping.external.port):
-            return False
-        return await self._ask_external_ip() == mapping.external.ip
-
-    def close(self) -> None:
-        """See `GatewayService.close`."""
-        self._port.close()
+        try:
+            is_ours = await self._is_entry_ours(mapping.external.port)
+        except GatewayError:
+            await self.probe()  # as in `map`
+            is_ours = await self._is_entry_ours(mapping.external.port)
+        return is_ours and await self._ask_external_ip() == mapping.external.ip
 
     # Searching ------------------------------------------------------------------------------------
 
@@ -147,19 +153,21 @@ class UpnpService:
             Endpoint(self._gateway.ip, self._gateway.ssdp_port),
             Endpoint(igd.SSDP_GROUP_IP, self._gateway.ssdp_port),
         )
-        for _ in range(SEARCH_TRIES):
-            for host in hosts:
-                for target in igd.SEARCH_TARGETS:
-                    self._port.send(igd.encode_search(host, target), host)
-            with trio.move_on_after(SEARCH_WAIT_S):
-                while True:
-                    for data, source in await self._port.receive_batch():
-                        if source.ip != self._gateway.ip:
-                            continue
-                        try:
-                            return igd.decode_search_answer_untrusted(data, self._gateway.ip)
-                        except DecodeError as error:
-                            problem = f"no usable answer: {error}"
+        # A port of its own for each search: late answers to an earlier one may be out of date.
+        with contextlib.closing(self._reach.bind(self._gateway)) as port:
+            for _ in range(SEARCH_TRIES):
+                for host in hosts:
+                    for target in igd.SEARCH_TARGETS:
+                        port.send(igd.encode_search(host, target), host)
+                with trio.move_on_after(SEARCH_WAIT_S):
+                    while True:
+                        for data, source in await port.receive_batch():
+                            if source.ip != self._gateway.ip:
+                                continue
+                            try:
+                                return igd.decode_search_answer_untrusted(data, self._gateway.ip)
+                            except DecodeError as error:
+                                problem = f"no usable answer: {error}"
         raise GatewayError(problem)
 
     # Actions --------------------------------------------------------------------------------------

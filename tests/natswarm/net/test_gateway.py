@@ -231,7 +231,8 @@ class FakePort:
         answer = network.fake.handle_datagram(data, self.local_endpoint, destination)
         if answer is not None:
             answer = network.spoil(answer)
-            self._send.send_nowait(Arrival(answer, Endpoint(HOME.ip, destination.port)))
+            for _ in range(network.copy_count):
+                self._send.send_nowait(Arrival(answer, Endpoint(HOME.ip, destination.port)))
 
     async def receive_batch(self):
         return [await self._receive.receive()]
@@ -249,6 +250,7 @@ class FakeReachNetwork:
         self.spoil = lambda answer: answer
         self.open_count = 0
         self.drip_s = 0.0
+        self.copy_count = 1
         self._nursery = nursery
         self._next_port = 50_000
 
@@ -260,7 +262,7 @@ class FakeReachNetwork:
 
     async def connect(self, local_ip, remote):
         assert (local_ip, remote.ip) == (HOME.local_ip, HOME.ip)
-        if UPNP not in self.fake.speaks:
+        if UPNP not in self.fake.speaks or f":{remote.port}/" not in self.fake.location:
             raise ConnectionRefusedError(111, "Connection refused")
         ours, theirs = trio.testing.memory_stream_pair()
         self._nursery.start_soon(self._serve, theirs, local_ip)
@@ -570,6 +572,27 @@ async def test_a_reboot_is_noticed_within_a_minute(autojump_clock, fake, reach, 
         assert held.loss_count == 1
         await trio.sleep(1000)
         assert held.loss_count == 1
+
+
+async def test_a_upnp_gateway_that_moves_to_another_tcp_port(autojump_clock, fake, reach):
+    async with open_port_mapping(HOME, 5000, protocols=[UPNP], reach=reach) as held:
+        fake.reboot()
+        fake.location = f"http://{HOME.ip}:5001/desc.xml"
+        await trio.sleep(65)
+        assert list(fake.living().values()) == [OURS]
+        assert held.loss_count == 1
+    assert not fake.mappings
+
+
+@pytest.mark.parametrize("protocol", MappingProtocol)
+async def test_answers_that_come_twice_are_no_reboot(
+    autojump_clock, fake, network, reach, protocol
+):
+    network.copy_count = 2
+    async with open_port_mapping(HOME, 5000, protocols=[protocol], reach=reach) as held:
+        await trio.sleep(3600)
+        assert held.loss_count == 0
+        assert list(fake.living().values()) == [OURS]
 
 
 @pytest.mark.parametrize(("protocol", "within_s"), [(PCP, 5 / 8 * 1200), (NAT_PMP, 60), (UPNP, 60)])
