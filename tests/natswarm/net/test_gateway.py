@@ -540,6 +540,32 @@ async def test_a_gateway_that_wants_both_ports_the_same(autojump_clock, fake, re
         assert held.mapping.external.port == 5000
 
 
+async def test_a_version_2_gateway_that_knows_only_the_old_action(autojump_clock, fake, reach):
+    fake.igd_version = 2
+    fake.soap_faults = {"AddAnyPortMapping": 401}
+    async with open_port_mapping(HOME, 5000, protocols=[UPNP], reach=reach) as held:
+        assert held.mapping.external.port == 5000
+
+
+@pytest.mark.parametrize(
+    ("lies", "why"),
+    [
+        ({"AddPortMapping": {}}, "confirmed a mapping and does not have it"),
+        ({"GetExternalIPAddress": {"NewExternalIPAddress": "example.com"}}, "not an IPv4 address"),
+        ({"AddAnyPortMapping": {"NewReservedPort": 0}}, "without a port"),
+        ({"AddAnyPortMapping": {"NewReservedPort": 99_999}}, "not a number up to 65535"),
+    ],
+)
+async def test_upnp_gateways_that_tell_tales(autojump_clock, fake, reach, lies, why):
+    fake.igd_version = 2 if "AddAnyPortMapping" in lies else 1
+    act = fake._act
+    fake._act = lambda name, arguments: lies[name] if name in lies else act(name, arguments)
+    with pytest.raises(PortMappingFailed, match=why):
+        async with open_port_mapping(HOME, 5000, protocols=[UPNP], reach=reach):
+            pytest.fail("out of nothing")
+    assert not fake.mappings
+
+
 # Time ---------------------------------------------------------------------------------------------
 
 
