@@ -94,6 +94,7 @@ class NatMachine(RuleBasedStateMachine):
         self.nat = Nat(behaviour, ips, random.Random(seed))
         self.now = 0.0
         self.sent: dict[tuple[Endpoint, Endpoint, Endpoint], float] = {}
+        self.sent_ever: list[tuple[Endpoint, Endpoint, Endpoint]] = []
         self.passed_in: dict[tuple[Endpoint, Endpoint, Endpoint], float] = {}
         self.requests: set[tuple[Endpoint, Endpoint, str]] = set()
         self.made: list[tuple[float, str]] = []
@@ -118,6 +119,7 @@ class NatMachine(RuleBasedStateMachine):
         assert before in (None, packet.source), "the port changed in the middle of a session"
         assert self.nat.external_endpoint(internal, remote, self.now) == packet.source
         self.sent[internal, packet.source, remote] = self.now
+        self.sent_ever.append((internal, packet.source, remote))
         if data:
             self.requests.add((internal, packet.source, remote.ip))
 
@@ -127,7 +129,16 @@ class NatMachine(RuleBasedStateMachine):
         port=st.integers(2000, 2007),
     )
     def send_in(self, remote: Endpoint, index: int, port: int) -> None:
-        external = Endpoint(EXTERNAL_IPS[index % self.behaviour.address_count], port)
+        self._send_in(remote, Endpoint(EXTERNAL_IPS[index % self.behaviour.address_count], port))
+
+    @rule(choice=st.integers(0, 1000), stranger=st.sampled_from([None, *REMOTES]))
+    def send_in_where_it_matters(self, choice: int, stranger: Endpoint | None) -> None:
+        """To an endpoint that was in use: from who was sent to, or from a stranger."""
+        if self.sent_ever:
+            _, external, remote = self.sent_ever[choice % len(self.sent_ever)]
+            self._send_in(remote if stranger is None else stranger, external)
+
+    def _send_in(self, remote: Endpoint, external: Endpoint) -> None:
         packet = self.nat.inbound(Packet(remote, external, b""), self.now)
         if packet is None:
             if self.behaviour.poison is Poison.BURNS_MAPPING:
