@@ -88,7 +88,7 @@ def _row(reports: Sequence[PairReport]) -> list[str]:
         result["pair"],
         ", ".join(result["strategies"]),
         f"{result['successes']} of {result['runs']}",
-        f"{result['probes_median']:.0f}",
+        f"{result['probes_median']:g}",
         str(result["probes_max"]),
         f"{result['seconds_median']:.2f}",
         f"{result['seconds_max']:.2f}",
