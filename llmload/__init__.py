@@ -8,7 +8,8 @@
 
 The modules, from the inside out: `config`, `weights`, `tokenizer`, `model_folder` (a model on disk,
 in Hugging Face layout), `reference` (the model in NumPy: what is right), `graph` (the model as
-ONNX), `engine` (ONNX graphs running on this device).
+ONNX), `engine` (ONNX graphs running on this device), `swarm` (stages on peers and the client that
+asks them), `learn` (training here, and rounds of averaged gradients with a peer).
 """
 
 from __future__ import annotations
@@ -26,26 +27,42 @@ from llmload.errors import (
     PromptTooLong,
     StageFailed,
 )
+from llmload.learn.exchange import LearningPartner, LearningResult, learn_with
+from llmload.learn.trainer import AdamWSettings, Trainer
 from llmload.model_folder import Model, load_model
+from llmload.swarm.client import Generation, SwarmClient
+from llmload.swarm.route import NoRoute, StageOffer
+from llmload.swarm.stage import StageLimits, StageServer
 from llmload.tokenizer import TextStream, Tokenizer
 from llmload.weights import bundled_model_path
 
 __all__ = [
+    "AdamWSettings",
     "CacheFull",
     "CachePool",
     "GPT2Config",
+    "Generation",
     "KVCache",
     "LearningFailed",
+    "LearningPartner",
+    "LearningResult",
     "LlmloadError",
     "Model",
     "ModelFolderError",
+    "NoRoute",
     "PromptTooLong",
     "SamplingParameters",
     "StageEngine",
     "StageFailed",
+    "StageLimits",
+    "StageOffer",
+    "StageServer",
+    "SwarmClient",
     "TextStream",
     "Tokenizer",
+    "Trainer",
     "bundled_model_path",
     "generate_tokens",
+    "learn_with",
     "load_model",
 ]

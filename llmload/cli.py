@@ -47,6 +47,7 @@ from natswarm import (
     NodeEvent,
     PeerConnected,
     PeerLost,
+    PunctureEnded,
     open_node,
 )
 
@@ -406,17 +407,28 @@ async def _stay_joined(node: Node, invites: Sequence[Invite]) -> None:
 
 
 def _show_event(as_json: bool, event: NodeEvent) -> None:
+    facts: dict[str, Any]
     match event:
+        case PunctureEnded(peer_id, report):
+            word, who = "punctured" if report.is_ok else "closed", peer_id
+            facts = {
+                "strategy": report.strategy,
+                "probes": report.probe_count,
+                "seconds": round(report.seconds, 4),
+                "ok": report.is_ok,
+                "reason": report.reason,
+            }
         case PeerConnected(peer):
-            word, facts = "connected", {"peer_id": str(peer.peer_id), "at": str(peer.seen_at)}
+            word, who, facts = "connected", peer.peer_id, {"at": str(peer.seen_at)}
         case PeerLost(peer):
-            word, facts = "lost", {"peer_id": str(peer.peer_id), "at": str(peer.seen_at)}
+            word, who, facts = "lost", peer.peer_id, {"at": str(peer.seen_at)}
         case _:
-            return  # `natswarm up` is for those who want to see punctures
+            return
     if as_json:
-        _print_json({"event": word, **facts})
+        _print_json({"event": word, "peer_id": str(who), **facts})
     else:
-        output.print(f"{word:<10} {peer.peer_id.short} at {peer.seen_at}", markup=False)
+        text = ", ".join(f"{name} {value}" for name, value in facts.items() if value != "")
+        output.print(f"{word:<10} {who.short} {text}", markup=False)
 
 
 # --- shared ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
      +-- PromptTooLong       the prompt leaves no room in the context of the model
      +-- StageFailed         a stage of the pipeline could not compute what it was asked for
      |    +-- CacheFull      its memory for keys and values is taken by other sequences
+     +-- NoRoute             some blocks of the model are served by nobody (swarm/route.py)
      +-- LearningFailed      a training step or an exchange of updates could not be completed
 
 Every message says what is wrong and what to do about it, because it ends up in front of a person.

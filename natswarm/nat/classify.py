@@ -167,9 +167,9 @@ def classify(
         return NatProfile.unknown(local)
     echo_count = len(believed)
     observer_count = len({each.destination.ip for each in believed})
-    filtering = _filtering(list(filter_trials))
     main = [each for each in believed if each.port_index == 0]
     own = next((each.observed for each in main if each.observed in local), None)
+    filtering = _filtering(list(filter_trials), is_translated=own is None)
     if own is not None:
         return NatProfile(
             mapping=Mapping.EIM,
@@ -273,13 +273,15 @@ def _mapping(main: Sequence[Observation]) -> tuple[Mapping | None, Endpoint | No
     return (Mapping.ADM if same_count > different_count else Mapping.APDM), None
 
 
-def _filtering(trials: Sequence[FilterTrial]) -> Filtering | None:
+def _filtering(trials: Sequence[FilterTrial], *, is_translated: bool) -> Filtering | None:
     answered = {trial.answer_from for trial in trials if trial.was_answered}
     if AnswerFrom.THIRD_PEER in answered:
         return Filtering.EIF
     if AnswerFrom.ALTERNATE in answered:
-        # Or EIF, where no third peer could be asked: ADF is the part that was seen.
-        return Filtering.ADF
+        # Or EIF, where no third peer could be asked: ADF is the part that was seen. Without a NAT
+        # it is no news at all, and a host is open until a test has shown a firewall.
+        was_tried = any(trial.answer_from is AnswerFrom.THIRD_PEER for trial in trials)
+        return Filtering.ADF if is_translated or was_tried else None
     tried_count = sum(trial.answer_from is AnswerFrom.ALTERNATE for trial in trials)
     return Filtering.APDF if tried_count >= FILTER_TRIAL_COUNT_MIN else None
 
@@ -404,6 +406,11 @@ class NatInspection:
         )
         if port_index > 0:
             self._start_trial(exchange, observed, now)
+
+    def withdraw(self, transaction: bytes) -> None:
+        """Forget an echo that could not be asked for: its silence proves nothing."""
+        exchange, _ = self._pending.pop(transaction, (None, 0.0))
+        self._exchanges = [each for each in self._exchanges if each is not exchange]
 
     def handle_timer(self, now: float) -> None:
         """Take note of the time; what is due then comes out of `requests_to_send`."""

@@ -16,9 +16,11 @@ Knows no sockets and no streams; the node, behind the `Home` protocol, keeps the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -53,6 +55,7 @@ logger = logging.getLogger("natswarm.node")
 
 # Tries of one connect(): each draws new ports, so each is a new chance. Plans are sized for 99.9 %;
 # what a second or third try mends is a path lost during the handshake, or a neighbour that lied.
+# The second is gentle, for NATs that limit new mappings or that an early probe poisons.
 TRIES = 3
 
 # A peer that declines because it is connecting to us itself starts its side within a few seconds:
@@ -245,7 +248,8 @@ class Connector:
             else:
                 introducers.append(neighbour.peer_id)
                 theirs = profile_as_seen(record.profile, seen_at)
-                return self._plan(profile, theirs, target), attempt
+                plan = self._plan(profile, theirs, target, is_gentle=len(introducers) == 2)
+                return plan, attempt
         raise failure
 
     async def _wait_their_side(self, peer_id: PeerId) -> None:
@@ -341,10 +345,14 @@ class Connector:
             other.cancel("another path to the peer was faster")
         return peer
 
-    def _plan(self, ours: NatProfile, theirs: NatProfile, peer_id: PeerId) -> Plan:
-        return plan_puncture(
-            ours, theirs, my_id=self._peer_id, their_id=peer_id, limits=self._limits
-        )
+    def _plan(
+        self, ours: NatProfile, theirs: NatProfile, peer_id: PeerId, *, is_gentle: bool = False
+    ) -> Plan:
+        plan = partial(plan_puncture, ours, theirs, my_id=self._peer_id, their_id=peer_id)
+        if is_gentle:
+            with contextlib.suppress(PunctureFailed):  # too slow for this pair
+                return plan(limits=self._limits.gentler())
+        return plan(limits=self._limits)
 
     def _new_attempt_id(self) -> bytes:
         return self._rng.randbytes(ATTEMPT_BYTES)

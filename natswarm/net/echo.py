@@ -6,7 +6,6 @@ over the main port and a group of fresh ports that live for the inspection only.
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -219,9 +218,11 @@ class _Inspection:
             self._group.send(echo.port_index - 1, request, echo.destination)
 
     async def _ask(self, observer: PeerId, transaction: bytes, observed: Endpoint) -> None:
-        # If nobody could be asked, the trial stays unanswered, which proves nothing.
-        with contextlib.suppress(NatswarmError, trio.BrokenResourceError):
+        try:
             await self._ask_neighbour(observer, transaction, observed)
+        except (NatswarmError, trio.BrokenResourceError):
+            self._machine.withdraw(transaction)
+            self._wakeup.set()
 
     async def _receive(self) -> None:
         while True:

@@ -191,7 +191,9 @@ def _candidates(mine: NatProfile, theirs: NatProfile) -> tuple[Endpoint, ...]:
         endpoint
         for endpoint in theirs.local_endpoints
         if (":" in endpoint.ip) in my_families
-        and endpoint.kind not in (AddressKind.UNUSABLE, AddressKind.LOOPBACK)
+        and endpoint.kind is not AddressKind.UNUSABLE
+        # The loopback interface leads to the peer only if both are bound to it.
+        and (endpoint.kind is not AddressKind.LOOPBACK or endpoint.ip in own_ips)
         # The same private address in two houses is ourselves, unless it is another port of ours.
         and (endpoint.ip not in own_ips or _may_share_network(mine, theirs))
         and endpoint not in mine.local_endpoints

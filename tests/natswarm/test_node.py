@@ -220,6 +220,37 @@ async def test_an_invite_without_a_profile_is_refused_in_words(open_swarm, autoj
 # Who is there -------------------------------------------------------------------------------------
 
 
+async def test_the_invite_of_a_node_that_met_nobody_leads_to_its_own_addresses(
+    open_swarm, autojump_clock
+):
+    async with open_swarm() as swarm:
+        house = swarm.internet.add_nat("house", "linux-home")
+        for name in ("a", "b", "c"):
+            swarm.hosts[name] = swarm.internet.add_host(name, behind=house)
+        a, b, c = [await swarm.add(name) for name in ("a", "b", "c")]
+        invite = await a.invite()
+        assert not invite.record.profile.accepts_strangers
+        for node in (b, c):
+            await node.connect(invite)
+        # In one house nobody knows a public address, and nobody needs one.
+        assert await b.connect(c.peer_id)
+
+
+async def test_a_public_node_stays_open_to_strangers_when_nobody_could_test_it(
+    open_swarm, autojump_clock
+):
+    async with open_swarm() as swarm:
+        hub = await swarm.add("hub")
+        first = await swarm.add("first")
+        await hub.connect(await first.invite())
+        profile = await hub.inspect()  # `first` has no other neighbour who could send a datagram
+        assert profile.echo_count > 0
+        assert profile.filtering is None
+        assert profile.accepts_strangers
+        newcomer = await swarm.add("newcomer", "kpn-nl")
+        assert await newcomer.connect(await hub.invite())
+
+
 async def test_a_node_does_not_connect_to_itself(open_swarm, autojump_clock):
     async with open_swarm() as swarm:
         node = await swarm.add("node")
