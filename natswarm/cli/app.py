@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,6 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="natswarm",
-    help="A serverless swarm behind carrier NATs: know your NAT, find peers, puncture, connect.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,6 +50,21 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 # An invite must survive copy and paste: never wrapped, never styled.
 console = Console(soft_wrap=True, highlight=False)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(version("natswarm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """A serverless swarm behind carrier NATs: know your NAT, find peers, puncture, connect."""
 
 
 @app.command("id")
