@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
 import trio
@@ -32,14 +33,14 @@ def main() -> None:
     run_command(app)
 
 
-def run_command(command: object) -> None:
+def run_command(command: Callable[[], object]) -> None:
     """Call a typer app; turn expected errors into one line on standard error.
 
     Args:
         command: The app; called without arguments.
     """
     try:
-        command()  # type: ignore[operator]  # typer's __call__ is not typed
+        command()
     except KeyboardInterrupt:
         sys.exit(130)
     except BaseExceptionGroup as group:
