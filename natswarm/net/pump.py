@@ -100,10 +100,16 @@ class PortPump:
                 return
             statistics = self._statistics
             quic: dict[Endpoint, list[bytes]] = {}
+            run: list[bytes] = []
+            run_source: Endpoint | None = None
             for data, source in arrivals:
                 first_byte = data[0] if data else 0
                 if first_byte & QUIC_FIXED_BIT:
-                    quic.setdefault(source, []).append(data)
+                    # Datagrams come in runs from one source, and hashing an endpoint is slow.
+                    if source is not run_source:
+                        run = quic.setdefault(source, [])
+                        run_source = source
+                    run.append(data)
                 elif first_byte in NATSWARM_FIRST_BYTES:
                     statistics.natswarm_count += 1
                     self._on_datagram(data, source)

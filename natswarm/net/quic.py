@@ -13,7 +13,7 @@ Identity. Both ends prove the Ed25519 key that is their PeerId, and no stream ex
     3. The server answers one byte, ACCEPTED, on stream 0.
 
     proof, client to server, 96 bytes:  key 32 | signature 64
-    then on stream 0, both ways:        control frames of stream_table.py
+    then on stream 0, both ways:        frames of multiplexer.py
 
 Source: RFC 9000 and 9001 (QUIC), RFC 8446 section 7.5 (exporter secret); qh3 2.1 is the engine.
 """
@@ -21,16 +21,13 @@ Source: RFC 9000 and 9001 (QUIC), RFC 8446 section 7.5 (exporter secret); qh3 2.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import trio
 from qh3.quic.configuration import QuicConfiguration
-from qh3.quic.connection import QuicConnection
 from qh3.quic.events import (
     ConnectionTerminated,
     HandshakeCompleted,
@@ -39,18 +36,14 @@ from qh3.quic.events import (
     StreamDataReceived,
     StreamReset,
 )
-from qh3.tls import SignatureAlgorithm
 
 from natswarm.errors import ConnectionLost, DecodeError, HandshakeFailed
 from natswarm.identity import SIGNATURE_BYTES, Identity, PeerId
+from natswarm.net.multiplexer import QUIC_STREAM_ID, Multiplexer
+from natswarm.net.quic_engine import ENGINE_REFUSALS, PEER_ADDRESS, QuicEngine
 from natswarm.net.stream import ProtocolViolation, Stream
-from natswarm.net.stream_table import CONTROL_STREAM_ID, QUIC_REFUSALS, StreamTable
 
 __all__ = ["Connection", "ConnectionStatistics", "Stream"]
-
-# qh3 logs every close by a peer as a warning, which Python prints where logging is not set up; to
-# us it is an event like others.
-logging.getLogger("quic").addHandler(logging.NullHandler())
 
 # --- Specification: changing one of these changes the protocol ---
 
@@ -67,8 +60,6 @@ CLOSE_VIOLATION = 2
 
 # --- Implementation ---
 
-# What QUIC takes for the peer's address: documentation space (RFC 5737), constant by design.
-PEER_ADDRESS = ("192.0.2.1", 1)
 MIN_INITIAL_BYTES = 1200
 INITIAL_RTT_S = 0.333  # RFC 9002 section 6.2.2
 
@@ -84,6 +75,8 @@ MAX_ATTEMPTS_SEEN = 16
 # A side's part of the handshake is 4 datagrams at the most, sent twice.
 MAX_EARLY_DATAGRAMS = 16
 
+# QUIC's own flow control: what may lie here waiting for a lost packet, so 50 MB/s over 300 ms.
+QUIC_WINDOW_BYTES = 16 * 1024 * 1024
 # How long `aclose` waits for the peer to acknowledge what streams have sent.
 DRAIN_S = 5.0
 # RFC 9002 section 6.1.2; also how soon a timer may fire again that did not move when it fired.
@@ -110,70 +103,6 @@ class ConnectionStatistics:
     """Streams that are not over yet."""
     buffered_bytes: int
     """Received on streams and not read yet."""
-
-
-class _Engine(QuicConnection):
-    """qh3's connection, and all that is done to its private parts; pyproject.toml pins the series.
-
-    qh3 reads no clock of its own on the way of a packet: every `now` comes from Trio's.
-    """
-
-    def _create_core(self, remote_addr: Any, initial_dcid: bytes, now: float) -> None:
-        # A server may send three times what it received until QUIC has validated the path
-        # (RFC 9000 section 8.1). Probes have done that here, and qh3 fails ("packet builder
-        # capacity exhausted") when lost packets bring it to that limit. It takes a path for
-        # validated if there was a Retry; nothing else looks while the core is made.
-        if not self._is_client:
-            self._retry_source_connection_id = b""
-        try:
-            super()._create_core(remote_addr, initial_dcid, now)
-        finally:
-            self._retry_source_connection_id = None
-
-    @property
-    def closing(self) -> ConnectionTerminated | None:
-        """Why the connection is ending; qh3's event for a close by the peer comes seconds later."""
-        return self._close_event
-
-    @property
-    def is_closed_by_peer(self) -> bool:
-        return self._core is not None and self._core.state == "draining"
-
-    @property
-    def is_encrypted(self) -> bool:
-        return self._handshake_complete
-
-    @property
-    def has_authentic_packet(self) -> bool:
-        return self._core is not None and self._core.received_authenticated_packet
-
-    @property
-    def peer_key_info(self) -> bytes | None:
-        certificate = self.get_peercert()
-        return None if certificate is None else certificate.public_key()
-
-    def channel_binding(self) -> bytes:
-        """Return a secret that both ends of the finished handshake, and nobody else, can derive."""
-        assert self.tls is not None
-        assert self.tls.key_schedule is not None
-        return self.tls.key_schedule.derive_secret(b"exp master")
-
-    @property
-    def is_drained(self) -> bool:
-        """Whether the peer has acknowledged all we sent."""
-        return self.get_send_buffer_size() == 0 and self._require_core().bytes_in_flight == 0
-
-    @property
-    def rtt_s(self) -> float | None:
-        return None if self._core is None else self._core.smoothed_rtt
-
-    @property
-    def congestion_window_bytes(self) -> int:
-        return 0 if self._core is None else self._core.congestion_window
-
-    @property
-    def lost_packet_count(self) -> int:
-        return 0 if self._core is None else self._core.loss_total
 
 
 class Connection:
@@ -226,7 +155,7 @@ class Connection:
 
         self._wake = trio.Event()
         self._is_started = False
-        self._engine: _Engine | None = None
+        self._engine: QuicEngine | None = None
         self._seen_attempts: deque[bytes] = deque(maxlen=MAX_ATTEMPTS_SEEN)
         self._early: deque[bytes] = deque(maxlen=MAX_EARLY_DATAGRAMS)
         self._attempt_at = 0.0
@@ -237,7 +166,7 @@ class Connection:
         self._is_settled = False
         self._proof = bytearray()
 
-        self._streams = StreamTable(
+        self._streams = Multiplexer(
             peer_id, is_client=is_client, window_bytes=stream_window_bytes, wake=self._wake_up
         )
         self._drained = trio.Event()
@@ -282,7 +211,7 @@ class Connection:
             received_bytes=self._received_bytes,
             rejected_batch_count=self._rejected_batch_count,
             lost_packet_count=0 if engine is None else engine.lost_packet_count,
-            stream_count=self._streams.count,
+            stream_count=self._streams.stream_count,
             buffered_bytes=self._streams.buffered_bytes,
         )
 
@@ -291,8 +220,8 @@ class Connection:
     async def open_stream(self, protocol: str) -> Stream:
         """Open a stream; the peer's `accept_stream` returns its other end.
 
-        Waits for the handshake, and while 99 streams that this side opened are not over on both
-        sides (qh3 allows 100, one is the control stream). Cancelled, no stream was opened.
+        Waits for the handshake, and while 100 streams that this side opened are not closed on both
+        sides. Cancelled, no stream was opened.
 
         Args:
             protocol: What will be spoken on it: 1..64 printable ASCII characters.
@@ -354,10 +283,9 @@ class Connection:
         if self._engine is None:
             return
         try:
-            self._engine.receive_many_datagrams(datagrams, PEER_ADDRESS, now)
+            self._engine.feed(datagrams, now)
         except Exception:
-            # qh3's TLS raises whatever comes to hand on malformed messages: AssertionError,
-            # IndexError, struct.error. What was broken is lost; if it was the peer's, so is the
+            # Malformed datagrams are as good as lost. If they were the peer's own, so is the
             # connection, and the time-outs will say so.
             self._rejected_batch_count += 1
 
@@ -391,31 +319,24 @@ class Connection:
                 continue  # an Initial that answers ours
             engine = self._new_engine(attempt)
             with contextlib.suppress(Exception):  # as in _feed
-                engine.receive_datagram(data, PEER_ADDRESS, now)
+                engine.feed([data], now)
             if engine.has_authentic_packet:  # else garbage with the right first byte
                 self._seen_attempts.append(attempt)
                 self._engine = engine
 
-    def _new_engine(self, attempt: bytes | None = None) -> _Engine:
+    def _new_engine(self, attempt: bytes | None = None) -> QuicEngine:
         configuration = QuicConfiguration(
             alpn_protocols=[ALPN],
-            is_client=self._is_client,
             idle_timeout=self._idle_timeout_s,
             initial_rtt=self._initial_rtt_s,
             max_datagram_size=self._max_datagram_bytes,
-            # Credit (stream_table.py) is the real limit; QUIC's own must only not be below it.
-            max_stream_data=self._window_bytes + self._window_bytes // 2,
-            max_data=4 * self._window_bytes,
+            max_stream_data=QUIC_WINDOW_BYTES,
+            max_data=QUIC_WINDOW_BYTES,
         )
         if self._is_client:
-            # No authority vouches for anybody here: `_check_server` compares the key itself.
-            configuration.verify_mode = 0  # ssl.CERT_NONE
-            configuration.signature_algorithms = [SignatureAlgorithm.ED25519]
-            return _Engine(configuration=configuration)
-        configuration.load_cert_chain(
-            self._identity.certificate_pem, self._identity.private_key_pem
-        )
-        return _Engine(configuration=configuration, original_destination_connection_id=attempt)
+            return QuicEngine.client(configuration)
+        assert attempt is not None
+        return QuicEngine.server(configuration, self._identity, attempt)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Drive the connection until it has ended; started once both ends are authenticated.
@@ -481,7 +402,7 @@ class Connection:
         if engine is not None and (timer := engine.get_timer()) is not None and timer <= now:
             try:
                 engine.handle_timer(now)
-            except QUIC_REFUSALS as error:
+            except ENGINE_REFUSALS as error:
                 self._lose(f"QUIC failed: {error}")
             self._handle_events()
         if self._closed.is_set():
@@ -502,7 +423,7 @@ class Connection:
                 self._start_attempt(now)
         elif now >= self._last_sent_at + self._keepalive_s and engine is not None:
             self._last_sent_at = now  # also where congestion control holds the PING back
-            with contextlib.suppress(*QUIC_REFUSALS):
+            with contextlib.suppress(*ENGINE_REFUSALS):
                 engine.send_ping(0)
 
     def _flush(self) -> None:
@@ -512,8 +433,8 @@ class Connection:
             return
         now = trio.current_time()
         try:
-            datagrams = [data for data, _ in engine.datagrams_to_send(now)]
-        except QUIC_REFUSALS as error:
+            datagrams = engine.drain(now)
+        except ENGINE_REFUSALS as error:
             self._lose(f"QUIC failed: {error}")
             return
         if datagrams:
@@ -528,7 +449,7 @@ class Connection:
                 self.send(datagrams)
             except trio.ClosedResourceError:
                 self._lose("the port under it was closed")
-        self._streams.on_progress()
+        self._streams.on_flushed()
         if self._is_draining and not self._closed.is_set() and engine.is_drained:
             self._drained.set()
 
@@ -548,43 +469,38 @@ class Connection:
             )
         if engine.closing is not None and not self._closed.is_set():
             self._lose(_describe(engine, self._idle_timeout_s))
-        self._streams.on_progress()
+        self._streams.on_flushed()
 
-    def _handle_event(self, engine: _Engine, event: QuicEvent) -> None:
+    def _handle_event(self, engine: QuicEngine, event: QuicEvent) -> None:
         if isinstance(event, StreamDataReceived):
-            if event.stream_id != CONTROL_STREAM_ID:
-                self._streams.on_stream_data(event.stream_id, event.data, is_end=event.end_stream)
-            elif event.end_stream:
-                raise ProtocolViolation("the control stream ended")
-            elif self._is_authenticated:
-                self._streams.on_control_data(event.data)
+            if event.stream_id != QUIC_STREAM_ID or event.end_stream:
+                raise ProtocolViolation("there is one QUIC stream, without end")
+            if self._is_authenticated:
+                self._streams.receive(event.data)
             else:
                 self._authenticate(engine, event.data)
-        elif isinstance(event, StreamReset):
-            self._streams.on_stream_reset(event.stream_id)
-        elif isinstance(event, StopSendingReceived):
-            raise ProtocolViolation("STOP_SENDING is not used here")
+        elif isinstance(event, StreamReset | StopSendingReceived):
+            raise ProtocolViolation("there is one QUIC stream, without end")
         elif isinstance(event, HandshakeCompleted):
             self._is_encrypted = True
-            self._streams.engine = engine
             if self._is_client:
                 self._check_server_and_prove(engine)
 
     # --- who is there ---
 
-    def _check_server_and_prove(self, engine: _Engine) -> None:
+    def _check_server_and_prove(self, engine: QuicEngine) -> None:
         key_info = engine.peer_key_info
         if key_info != ED25519_KEY_INFO + self._peer_id.key:
             self._refuse("it proved to be someone else")
             return
         signature = self._identity.sign(self._proof_message(engine, self._peer_id))
-        engine.send_stream_data(CONTROL_STREAM_ID, self._identity.peer_id.key + signature)
+        engine.send_stream_data(QUIC_STREAM_ID, self._identity.peer_id.key + signature)
 
-    def _proof_message(self, engine: _Engine, server: PeerId) -> bytes:
+    def _proof_message(self, engine: QuicEngine, server: PeerId) -> bytes:
         return PROOF_TAG + server.key + engine.channel_binding()
 
-    def _authenticate(self, engine: _Engine, data: bytes) -> None:
-        """Take the first bytes of the control stream: the client's proof, or the server's yes."""
+    def _authenticate(self, engine: QuicEngine, data: bytes) -> None:
+        """Take the first bytes of the QUIC stream: the client's proof, or the server's yes."""
         self._proof += data
         expected_bytes = len(ACCEPTED) if self._is_client else PROOF_BYTES
         if len(self._proof) < expected_bytes:
@@ -608,10 +524,10 @@ class Connection:
             if client != self._peer_id:
                 self._refuse(f"it proved to be {client}")
                 return
-            engine.send_stream_data(CONTROL_STREAM_ID, ACCEPTED)
+            engine.send_stream_data(QUIC_STREAM_ID, ACCEPTED)
         self._is_authenticated = True
-        self._streams.start()
-        self._streams.on_control_data(rest)
+        self._streams.start(engine)
+        self._streams.receive(rest)
 
     # --- the end ---
 
@@ -628,7 +544,7 @@ class Connection:
             # QUIC repeats a close to a peer that goes on sending, for 3 time-outs, which qh3 counts
             # from the last activity: a PING makes that now, and has the peer send something. It
             # also flushes the end of a TLS handshake, without which the close can't be read.
-            with contextlib.suppress(*QUIC_REFUSALS):
+            with contextlib.suppress(*ENGINE_REFUSALS):
                 engine.send_ping(0)
             self._flush()
             engine.close(code, reason_phrase=told)
@@ -669,7 +585,7 @@ def _initial_connection_id_untrusted(data: bytes) -> bytes | None:
     return bytes(data[6 : 6 + length]) if 8 <= length <= 20 else None
 
 
-def _describe(engine: _Engine, idle_timeout_s: float) -> str:
+def _describe(engine: QuicEngine, idle_timeout_s: float) -> str:
     """Return why QUIC ended the connection, for people to read."""
     closing = engine.closing
     assert closing is not None

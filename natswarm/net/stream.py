@@ -1,14 +1,10 @@
-"""A stream of a QUIC connection as Trio knows streams: half-closeable, cancellable, bounded.
+"""A stream as Trio knows streams: half-closeable, cancellable, and bounded in memory.
 
-The two directions are independent. Towards the peer, bytes go to QUIC as far as the peer's reader
-has given credit and this machine keeps up; from the peer, they wait in a buffer that our own credit
-bounds. Everything that is about more than one stream is stream_table.py's.
+The two directions are independent. Towards the peer, bytes go out as far as the peer's reader has
+given credit and this machine keeps up; from the peer, they wait in a buffer that our own credit
+bounds. How streams share a connection is multiplexer.py's affair.
 
-    head of a stream, from the side that opened it:
-        length 1 | name of the protocol, 1..64 printable ASCII characters
-
-Source: trio.abc for what a stream promises; RFC 9000 sections 2 and 3 for what QUIC does with it.
-Knows neither time nor datagrams.
+Source: trio.abc for what a stream promises. Knows neither time, datagrams nor QUIC.
 """
 
 from __future__ import annotations
@@ -21,22 +17,16 @@ import trio
 from natswarm.identity import PeerId
 
 if TYPE_CHECKING:
-    from natswarm.net.stream_table import StreamTable
+    from natswarm.net.multiplexer import Multiplexer
 
-__all__ = ["INITIAL_CREDIT_BYTES", "ProtocolViolation", "Stream", "encode_head"]
+__all__ = ["INITIAL_CREDIT_BYTES", "ProtocolViolation", "Stream"]
 
-# --- Specification: changing one of these changes the protocol ---
-
-# What may be sent on a stream before its reader says more. Small, because a peer can open 100
-# streams that nobody accepts: 6.4 MB, of which all can be garbage.
+# What may be sent on a stream before its reader says more; part of the protocol. Small, because a
+# peer can open 100 streams that nobody accepts: 6.4 MB, of which all can be garbage.
 INITIAL_CREDIT_BYTES = 64 * 1024
-MAX_PROTOCOL_CHARACTERS = 64
 
-# --- Implementation ---
-
-# Bytes between `send_all` and their first transmission. QUIC sends what its congestion window
-# allows in one go; half of this lets it go on while the application is being woken.
-SEND_BUFFER_BYTES = 512 * 1024
+# One frame at most at a time, so that others get their turn between.
+MAX_SEND_BYTES = 64 * 1024
 DEFAULT_RECEIVE_BYTES = 64 * 1024
 
 
@@ -63,29 +53,32 @@ class _ConflictDetector:
 class Stream(trio.abc.HalfCloseableStream):
     """One stream of a connection: a `trio.abc.HalfCloseableStream` with a protocol and a peer.
 
-    Sending waits while more than 512 KiB have not left this machine, or while the peer's reader is
-    a whole window behind. What `send_all` took is delivered as long as the connection lives, also
-    after `aclose`. When the connection has ended, methods raise `natswarm.ConnectionLost`, which is
-    a `trio.BrokenResourceError`; what had arrived before can still be read.
+    Sending waits while the connection has more to send than its path takes at once, or while the
+    peer's reader is a whole window behind. What `send_all` took is delivered as long as the
+    connection lives, also after `aclose`. When the connection has ended, methods raise
+    `natswarm.ConnectionLost`, which is a `trio.BrokenResourceError`; what had arrived before can
+    still be read.
 
     Cancelling `receive_some` loses nothing. Cancelling `send_all` leaves unknown how much was sent,
-    as with any Trio stream; such a stream cannot end well any more, so `aclose` resets it and the
-    peer gets `trio.BrokenResourceError` instead of a clean end. So does cancelling `aclose`.
+    as with any Trio stream; one that was cut so can't end well any more, so its `aclose` gives it
+    up and the peer gets `trio.BrokenResourceError` instead of a clean end. So does cancelling
+    `aclose`, unless the end was sent before.
     """
 
-    def __init__(self, table: StreamTable, stream_id: int, protocol: str | None) -> None:
-        self._table = table
+    def __init__(
+        self, multiplexer: Multiplexer, stream_id: int, protocol: str, *, is_in_use: bool
+    ) -> None:
+        # The multiplexer, the other half of this class, uses what starts with one underscore.
+        self._multiplexer = multiplexer
         self._id = stream_id
-        # None until the head of a stream that the peer opened has come in.
         self._protocol = protocol
         # Whether the application has it; what it has not seen must not go away behind its back.
-        self._is_in_use = protocol is not None
+        self._is_in_use = is_in_use
         self._is_closed = False
 
         self._send_conflict = _ConflictDetector("another task is sending on this stream")
         self._sendable = trio.lowlevel.ParkingLot()
-        self._sent_offset = 0
-        self._send_limit = INITIAL_CREDIT_BYTES
+        self._send_credit_bytes = INITIAL_CREDIT_BYTES
         self._is_end_sent = False
         self._is_stopped = False
         self._is_send_interrupted = False
@@ -93,10 +86,9 @@ class Stream(trio.abc.HalfCloseableStream):
         self._receive_conflict = _ConflictDetector("another task is receiving from this stream")
         self._readable = trio.lowlevel.ParkingLot()
         self._buffer = bytearray()
-        self._received_offset = 0
-        self._receive_limit = INITIAL_CREDIT_BYTES
+        self._receive_credit_bytes = INITIAL_CREDIT_BYTES  # that the peer has not used up
         self._is_end_received = False
-        self._is_reset = False
+        self._is_aborted = False
 
     def __repr__(self) -> str:
         state = " (closed)" if self._is_closed else ""
@@ -105,12 +97,17 @@ class Stream(trio.abc.HalfCloseableStream):
     @property
     def protocol(self) -> str:
         """What is spoken on the stream, as its opener named it."""
-        return self._protocol or ""
+        return self._protocol
 
     @property
     def peer_id(self) -> PeerId:
         """Who is at the other end; proved by the connection's handshake."""
-        return self._table.peer_id
+        return self._multiplexer.peer_id
+
+    @property
+    def id(self) -> int:
+        """A number that both ends use for this stream of this connection, and never again."""
+        return self._id
 
     # --- sending ---
 
@@ -129,9 +126,12 @@ class Stream(trio.abc.HalfCloseableStream):
             total_bytes = len(view)
             while view:
                 if (room := self._send_room()) > 0:
-                    self._write(view[:room])
-                    view = view[room:]
-                    continue
+                    part = view[: min(room, MAX_SEND_BYTES)]
+                    self._multiplexer.send_data(self._id, part)
+                    self._send_credit_bytes -= len(part)
+                    view = view[len(part) :]
+                    if not view or not self._multiplexer.has_waiting_senders:
+                        continue
                 try:
                     await self._wait_sendable()
                 except trio.Cancelled:
@@ -156,53 +156,43 @@ class Stream(trio.abc.HalfCloseableStream):
         """
         with self._send_conflict:
             await trio.lowlevel.checkpoint()
-            if self._is_end_sent and not self._is_closed:
+            if self._is_end_sent and not self._is_closed and not self._is_stopped:
                 return
             self._raise_if_unsendable()
-            self._write(b"", is_end=True)
+            self._end_sending(is_clean=True)
 
-    def _write(self, data: bytes | memoryview, *, is_end: bool = False) -> None:
-        self._table.write(self._id, data, is_end=is_end)
-        self._sent_offset += len(data)
-        self._is_end_sent = is_end
+    @property
+    def _has_credit(self) -> bool:
+        return self._send_credit_bytes > 0
 
     def _send_room(self) -> int:
-        """Return how many bytes may go to QUIC now; 0 or less means wait."""
-        credit = self._send_limit - self._sent_offset
-        return min(credit, SEND_BUFFER_BYTES - self._table.unsent_bytes(self._id))
+        """Return how many bytes may be sent now; 0 or less means wait."""
+        return min(self._send_credit_bytes, self._multiplexer.send_room())
 
     async def _wait_sendable(self) -> None:
-        self._table.waiting_senders[self._id] = self
-        try:
-            await self._sendable.park()
-        finally:
-            self._table.waiting_senders.pop(self._id, None)
+        await self._multiplexer.wait_room(self)
         self._raise_if_unsendable()
 
     def _raise_if_unsendable(self) -> None:
         if self._is_closed:
             raise trio.ClosedResourceError("this side closed the stream")
-        self._table.raise_if_ended()
+        self._multiplexer.raise_if_ended()
         if self._is_stopped:
             raise trio.BrokenResourceError("the peer closed the stream")
         if self._is_end_sent:
             raise trio.ClosedResourceError("the end of the stream was sent before")
 
-    def _on_flushed(self) -> None:
-        """Wake a waiting sender if a fair amount of room has come about; the table calls it."""
-        if self._send_limit > self._sent_offset and (
-            self._table.unsent_bytes(self._id) <= SEND_BUFFER_BYTES // 2
-        ):
-            self._sendable.unpark_all()
+    def _end_sending(self, *, is_clean: bool) -> None:
+        if not self._is_end_sent:
+            self._is_end_sent = True
+            self._multiplexer.send_end(self._id, is_clean=is_clean)
 
-    def _on_credit(self, limit: int) -> None:
-        """Take credit from the peer; frames may come in late, so it only ever grows."""
-        if limit > self._send_limit:
-            self._send_limit = limit
-            self._on_flushed()
+    def _on_credit(self, count: int) -> None:
+        self._send_credit_bytes += count
+        self._sendable.unpark_all()
 
     def _on_stop(self) -> None:
-        """The peer reads no more: fail our sending, and drop what waits to be sent."""
+        """The peer reads no more: fail our sending."""
         self._is_stopped = True
         self._sendable.unpark_all()
         if self._is_in_use:
@@ -220,7 +210,7 @@ class Stream(trio.abc.HalfCloseableStream):
         """Wait for data and return 1 to `max_bytes` bytes of it (None: 64 KiB), or b"" at the end.
 
         Raises:
-            trio.BrokenResourceError: The peer reset the stream, or the connection is lost.
+            trio.BrokenResourceError: The peer gave the stream up, or the connection is lost.
             trio.ClosedResourceError: This side closed the stream.
             trio.BusyResourceError: Another task is receiving.
         """
@@ -233,11 +223,11 @@ class Stream(trio.abc.HalfCloseableStream):
             while not self._buffer:
                 if self._is_closed:
                     raise trio.ClosedResourceError("this side closed the stream")
-                if self._is_reset:
+                if self._is_aborted:
                     raise trio.BrokenResourceError("the peer gave the stream up")
                 if self._is_end_received:
                     return b""
-                self._table.raise_if_ended()
+                self._multiplexer.raise_if_ended()
                 await self._readable.park()
             data = bytes(memoryview(self._buffer)[:limit])
             del self._buffer[:limit]  # moves no bytes: a bytearray can start late
@@ -250,127 +240,77 @@ class Stream(trio.abc.HalfCloseableStream):
         Only a reader gives credit, so what an application does not read stays at the initial 64 KiB
         a stream, whatever the window.
         """
-        if self._is_closed or self._is_end_received or self._is_reset:
+        if self._is_closed or self._is_end_received:
             return
-        limit = self._received_offset - len(self._buffer) + self._table.window_bytes
-        if limit - self._receive_limit >= self._table.window_bytes // 4:
-            self._receive_limit = limit
-            self._table.give_credit(self._id, limit)
+        window_bytes = self._multiplexer.window_bytes
+        count = window_bytes - len(self._buffer) - self._receive_credit_bytes
+        if count >= window_bytes // 4:
+            self._receive_credit_bytes += count
+            self._multiplexer.send_credit(self._id, count)
 
-    def _on_data(self, data: bytes, *, is_end: bool) -> None:
-        """Take data in order.
-
-        Raises:
-            ProtocolViolation: The peer sent more than we allowed.
-        """
-        self._received_offset += len(data)
-        if self._received_offset > self._receive_limit:
+    def _on_data_announced(self, count: int) -> None:
+        self._receive_credit_bytes -= count
+        if self._receive_credit_bytes < 0:
             raise ProtocolViolation(f"stream {self._id} overran its credit")
-        self._is_end_received = self._is_end_received or is_end
+        if self._is_end_received:
+            raise ProtocolViolation(f"stream {self._id} went on after its end")
+
+    def _on_data(self, data: memoryview) -> None:
         if not self._is_closed:
             self._buffer += data
             self._readable.unpark_all()
 
-    def _on_reset(self) -> None:
-        """The peer gave up: what it sent is part of something that will never be whole."""
-        self._is_reset = True
-        self._buffer.clear()
+    def _on_end(self, *, is_clean: bool) -> None:
+        if self._is_end_received:
+            raise ProtocolViolation(f"stream {self._id} ended twice")
+        self._is_end_received = True
+        if not is_clean:
+            # What came in is part of something that will never be whole.
+            self._is_aborted = True
+            self._buffer.clear()
         self._readable.unpark_all()
-
-    def _take_head(self) -> bool:
-        """Read the protocol's name off the front, once it is there; True when it is.
-
-        Raises:
-            ProtocolViolation: There is none or it is not 1..64 printable ASCII characters.
-        """
-        buffer = self._buffer
-        if not buffer or len(buffer) < 1 + buffer[0]:
-            if self._is_end_received:
-                raise ProtocolViolation(f"stream {self._id} ended before it named a protocol")
-            return False
-        name = bytes(buffer[1 : 1 + buffer[0]])
-        del buffer[: 1 + buffer[0]]
-        try:
-            self._protocol = _protocol_name(name)
-        except ValueError as error:
-            raise ProtocolViolation(f"stream {self._id}: {error}") from error
-        return True
 
     # --- closing ---
 
     async def aclose(self) -> None:
         """Close both directions: the peer reads what was sent and then the end. Idempotent.
 
-        Returns without waiting for the peer. Data in flight towards us is dropped and the peer's
-        further sending fails. Cancelled, it resets the stream instead: sent data may be lost.
+        Returns without waiting for the peer. What is on its way to us is dropped, and the peer's
+        further sending fails. Cancelled, it gives the stream up instead.
         """
         if self._is_closed:
             await trio.lowlevel.checkpoint()
             return
-        self._is_closed = True
-        self._buffer.clear()
-        self._sendable.unpark_all()
-        self._readable.unpark_all()
+        self._mark_closed()
         try:
             await trio.lowlevel.checkpoint()
         except trio.Cancelled:
             self._finish(is_clean=False)
             raise
-        self._finish(is_clean=True)
+        self._finish(is_clean=not self._is_send_interrupted)
+
+    def _give_up(self) -> None:
+        """Close at once."""
+        self._mark_closed()
+        self._finish(is_clean=False)
+
+    def _mark_closed(self) -> None:
+        self._is_closed = True
+        self._buffer.clear()
+        self._wake_all()
 
     def _finish(self, *, is_clean: bool) -> None:
-        self._end_sending(is_clean=is_clean and not self._is_send_interrupted)
-        if not self._is_receive_over:
-            self._table.stop(self._id)
-        self._table.forget_if_over(self)
-
-    def _end_sending(self, *, is_clean: bool) -> None:
-        if self._is_end_sent and is_clean:
-            return
-        self._is_end_sent = True
-        self._table.end_sending(self._id, is_clean=is_clean)
-
-    @property
-    def id(self) -> int:
-        """QUIC's stream id."""
-        return self._id
-
-    @property
-    def _is_receive_over(self) -> bool:
-        """Whether QUIC can deliver nothing more on this stream."""
-        return self._is_end_received or self._is_reset
+        self._end_sending(is_clean=is_clean)
+        if not self._is_end_received:
+            self._multiplexer.send_stop(self._id)
+        self._multiplexer.forget_if_over(self)
 
     @property
     def _is_over(self) -> bool:
-        """Whether neither the application nor QUIC will speak of this stream again."""
-        return self._is_closed and self._is_receive_over
+        """Whether both directions have ended and the application has let go of it."""
+        return self._is_closed and self._is_end_sent and self._is_end_received
 
-    def _on_connection_ended(self) -> None:
-        """Wake everybody; what they find is `StreamTable.raise_if_ended`."""
+    def _wake_all(self) -> None:
+        """Let everybody who waits look again at what has become of the stream."""
         self._sendable.unpark_all()
         self._readable.unpark_all()
-
-
-def encode_head(protocol: str) -> bytes:
-    """Return the head of a stream that speaks `protocol`.
-
-    Raises:
-        ValueError: Not 1..64 printable ASCII characters.
-    """
-    name = protocol.encode("utf-8")
-    _protocol_name(name)
-    return bytes([len(name)]) + name
-
-
-def _protocol_name(name: bytes) -> str:
-    """Return the name of a protocol.
-
-    Raises:
-        ValueError: Not 1..64 printable ASCII characters.
-    """
-    protocol = name.decode("ascii", "replace")
-    if not 1 <= len(name) <= MAX_PROTOCOL_CHARACTERS or not (
-        protocol.isascii() and protocol.isprintable()
-    ):
-        raise ValueError(f"a protocol is named by 1 to 64 printable ASCII characters, not {name!r}")
-    return protocol

@@ -183,13 +183,15 @@ class UdpPort:
                 # ECONNRESET on Windows). It is not authenticated and names no datagram: ignore.
                 continue
             source = _endpoint(address[0], address[1])
+            merged = bytes(view[:received])
             if received <= segment:
-                arrivals.append(Arrival(bytes(view[:received]), source))
+                arrivals.append(Arrival(merged, source))
             else:
-                arrivals.extend(
-                    Arrival(bytes(view[start : min(start + segment, received)]), source)
+                # The hottest line of the transport, 740,000 times a gigabyte.
+                arrivals += [
+                    Arrival(merged[start : start + segment], source)
                     for start in range(0, received, segment)
-                )
+                ]
             if len(arrivals) >= MAX_BATCH_ARRIVALS:
                 break
         self._statistics.received_count += len(arrivals)
