@@ -312,8 +312,8 @@ class Multiplexer:
 
     @property
     def has_waiting_senders(self) -> bool:
-        """Whether a stream that has credit should let others go first."""
-        return bool(self._waiting_senders)
+        """Whether others could send, so that who has just sent should let them go first."""
+        return any(stream._has_credit for stream in self._waiting_senders.values())
 
     def on_flushed(self) -> None:
         """Wake as many waiting senders as there is room for, first come first served."""

@@ -77,6 +77,8 @@ MAX_EARLY_DATAGRAMS = 16
 
 # QUIC's own flow control: what may lie here waiting for a lost packet, so 50 MB/s over 300 ms.
 QUIC_WINDOW_BYTES = 16 * 1024 * 1024
+# Datagrams under one key. AES-GCM may have 2^23 (RFC 9001 section 6.6), 10 GB; qh3 does not count.
+KEY_DATAGRAMS = 1 << 22
 # How long `aclose` waits for the peer to acknowledge what streams have sent.
 DRAIN_S = 5.0
 # RFC 9002 section 6.1.2; also how soon a timer may fire again that did not move when it fired.
@@ -117,7 +119,8 @@ class Connection:
         send: Takes datagrams for the path, in order, at once, without waiting. Also an attribute:
             set it to move the connection to another path.
         rtt_s: Round trip of the path if the probes measured one; sets the first time-outs.
-        max_datagram_bytes: What the path surely carries, 1200..1452; a client then probes for more.
+        max_datagram_bytes: What every path it will use carries, 1200..1452. QUIC does not look for
+            more: qh3 would not notice that a later path carries less.
         keepalive_s: A connection that sent nothing for so long sends a PING, so that NATs on the
             way keep the mapping. Some forget after 15 s.
         idle_timeout_s: A peer silent for so long, although asked, is gone: a dead one is noticed
@@ -175,6 +178,7 @@ class Connection:
         self._close_reason = ""
         self._is_terminated = False
         self._last_sent_at = 0.0
+        self._key_datagram_count = 0
         self._sent_datagram_count = 0
         self._sent_bytes = 0
         self._received_datagram_count = 0
@@ -330,6 +334,7 @@ class Connection:
             idle_timeout=self._idle_timeout_s,
             initial_rtt=self._initial_rtt_s,
             max_datagram_size=self._max_datagram_bytes,
+            probe_datagram_size=False,
             max_stream_data=QUIC_WINDOW_BYTES,
             max_data=QUIC_WINDOW_BYTES,
         )
@@ -438,6 +443,9 @@ class Connection:
             self._lose(f"QUIC failed: {error}")
             return
         if datagrams:
+            self._key_datagram_count += len(datagrams)
+            if self._key_datagram_count >= KEY_DATAGRAMS and engine.try_update_keys():
+                self._key_datagram_count = 0
             if not self._is_settled or self._closed.is_set():
                 datagrams = [data for data in datagrams for _ in range(FRAGILE_COPIES)]
             # The server's yes goes out after the server itself is content, and counts as well.

@@ -135,6 +135,16 @@ class QuicEngine(QuicConnection):
         assert self.tls.key_schedule is not None
         return self.tls.key_schedule.derive_secret(b"exp master")
 
+    def try_update_keys(self) -> bool:
+        """Change to new keys, which the peer then follows; False if it is too early."""
+        if not self._handshake_confirmed:
+            return False
+        try:
+            self.request_key_update()
+        except ENGINE_REFUSALS:  # the last change is not acknowledged yet
+            return False
+        return True
+
     @property
     def is_drained(self) -> bool:
         """Whether the peer has acknowledged all we sent."""

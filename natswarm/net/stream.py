@@ -60,9 +60,9 @@ class Stream(trio.abc.HalfCloseableStream):
     still be read.
 
     Cancelling `receive_some` loses nothing. Cancelling `send_all` leaves unknown how much was sent,
-    as with any Trio stream; one that was cut so can't end well any more, so its `aclose` gives it
-    up and the peer gets `trio.BrokenResourceError` instead of a clean end. So does cancelling
-    `aclose`, unless the end was sent before.
+    as with any Trio stream. If it was cut in the middle, nothing can be sent any more, and `aclose`
+    gives the stream up: the peer gets `trio.BrokenResourceError`, not what looks like an end. So
+    does cancelling `aclose`, unless the end was sent before.
     """
 
     def __init__(
@@ -181,6 +181,8 @@ class Stream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError("the peer closed the stream")
         if self._is_end_sent:
             raise trio.ClosedResourceError("the end of the stream was sent before")
+        if self._is_send_interrupted:
+            raise trio.BrokenResourceError("a send_all was cancelled in the middle")
 
     def _end_sending(self, *, is_clean: bool) -> None:
         if not self._is_end_sent:

@@ -236,20 +236,17 @@ def _equal_runs(datagrams: Sequence[bytes]) -> Iterator[tuple[int, int]]:
 
     All of a stretch have the size of its first; a shorter one may end it.
     """
+    sizes = [len(data) for data in datagrams]
     start = 0
-    while start < len(datagrams):
-        size = total = len(datagrams[start])
+    while start < len(sizes):
+        size = sizes[start]
+        count = min(MAX_RUN_SEGMENTS, MAX_RUN_BYTES // size) if size else 1
+        limit = min(start + max(count, 1), len(sizes))
         end = start + 1
-        while (
-            end < len(datagrams)
-            and end - start < MAX_RUN_SEGMENTS
-            and 0 < len(datagrams[end]) <= size
-            and total + len(datagrams[end]) <= MAX_RUN_BYTES
-        ):
-            total += len(datagrams[end])
+        while end < limit and sizes[end] == size:
             end += 1
-            if len(datagrams[end - 1]) < size:
-                break
+        if end < limit and 0 < sizes[end] < size:
+            end += 1
         yield start, end
         start = end
 

@@ -422,6 +422,30 @@ async def test_data_over_loopback(lab):
             assert await lab.receive_exactly(other, len(data)) == data
 
 
+@pytest.mark.parametrize("seed", range(3))
+async def test_keys_change_in_the_middle(lab, autojump_clock, monkeypatch, seed):
+    """Both sides change keys all the time, on a link that loses and swaps."""
+    monkeypatch.setattr(quic, "KEY_DATAGRAMS", 30)
+    weather = lab.Weather(delay_s=0.02, jitter_s=0.01, loss=0.02, duplication=0.02)
+    async with lab.connected_pair(seed=seed, weather=weather) as (client, server, _):
+        stream, other = await lab.open_pair(client, server)
+        there, back = random.Random(seed).randbytes(300_000), bytes(300_000)
+        phases = set()
+
+        async def send(end, data):
+            for start in range(0, len(data), 10_000):
+                await end.send_all(data[start : start + 10_000])
+                phases.add(client._engine._core.send_key_phase)
+            await end.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, stream, there)
+            nursery.start_soon(send, other, back)
+            nursery.start_soon(lab.receive_all, stream)
+            assert await lab.receive_all(other) == there
+        assert phases == {0, 1}
+
+
 async def test_moves_to_another_path_in_the_middle(lab, autojump_clock):
     async with lab.connected_pair() as (client, server, first), trio.open_nursery() as nursery:
         stream, other = await lab.open_pair(client, server)
@@ -436,6 +460,25 @@ async def test_moves_to_another_path_in_the_middle(lab, autojump_clock):
         received += await lab.receive_exactly(other, len(data) - len(received))
         assert received == data
         nursery.cancel_scope.cancel()
+
+
+async def test_moves_to_a_path_that_carries_less(lab, autojump_clock):
+    """IPv6 through tunnels may carry 1,280 B packets, so 1,232 B datagrams, and no more."""
+    async with lab.connected_pair() as (client, server, _):
+        stream, other = await lab.open_pair(client, server)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send_all, bytes(300_000))
+            await lab.receive_exactly(other, 300_000)
+        for connection in (client, server):
+            wide = connection.send
+            connection.send = lambda datagrams, wide=wide: wide(
+                [data for data in datagrams if len(data) <= 1232]
+            )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send_all, bytes(300_000))
+            with trio.fail_after(10):
+                await lab.receive_exactly(other, 300_000)
+        assert client.statistics().lost_packet_count == 0
 
 
 # --- keeping alive and noticing death ---

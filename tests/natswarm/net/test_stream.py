@@ -164,7 +164,10 @@ async def test_cut_message_is_not_taken_for_a_whole_one(lab, autojump_clock):
         stream, other = await lab.open_pair(client, server)
         with trio.move_on_after(1):
             await stream.send_all(bytes(1_000_000))
-        await stream.aclose()  # not cancelled itself, but the send was
+        for sending in (stream.send_all(b"the rest"), stream.send_eof()):
+            with pytest.raises(trio.BrokenResourceError, match="cancelled in the middle"):
+                await sending
+        await stream.aclose()
         with pytest.raises(trio.BrokenResourceError, match="gave the stream up"):
             await lab.receive_all(other)
 
@@ -284,3 +287,57 @@ async def test_streams_nobody_accepts_keep_their_places(lab, autojump_clock):
         await stream.aclose()
         with trio.fail_after(1):
             await client.open_stream("one more")
+
+
+async def test_streams_that_compete_get_about_the_same(lab, autojump_clock):
+    weather = lab.Weather(delay_s=0.02, loss=0.01)  # loss, so that they compete for the window
+    async with lab.connected_pair(seed=6, weather=weather) as (client, server, _):
+        received = [0] * 4
+
+        async def send(stream):
+            while True:
+                await stream.send_all(bytes(100_000))
+
+        async def receive(index, stream):
+            while True:
+                chunk = await stream.receive_some()
+                received[index] += len(chunk)
+
+        async with trio.open_nursery() as nursery:
+            for index in range(4):
+                stream, other = await lab.open_pair(client, server)
+                nursery.start_soon(send, stream)
+                nursery.start_soon(receive, index, other)
+            await trio.sleep(20)
+            nursery.cancel_scope.cancel()
+        assert min(received) > 0.7 * max(received) > 500_000
+
+
+async def test_small_message_does_not_wait_for_a_whole_window_of_bulk(lab, autojump_clock):
+    weather = lab.Weather(delay_s=0.02, loss=0.01)
+    async with lab.connected_pair(seed=7, weather=weather) as (client, server, _):
+        bulk, bulk_end = await lab.open_pair(client, server)
+        small, small_end = await lab.open_pair(client, server)
+
+        async def send_bulk():
+            while True:
+                await bulk.send_all(bytes(100_000))
+
+        async def receive_bulk():
+            while True:
+                await bulk_end.receive_some()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send_bulk)
+            nursery.start_soon(receive_bulk)
+            await trio.sleep(5)
+            waits = []
+            for _ in range(40):
+                started = trio.current_time()
+                await small.send_all(b"x" * 1000)
+                await lab.receive_exactly(small_end, 1000)
+                waits.append(trio.current_time() - started)
+                await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+        # The path carries about 0.5 MB/s; the window of 4 MiB would be 8 s.
+        assert sorted(waits)[20] < 0.4
