@@ -111,7 +111,7 @@ def main() -> None:
     """Run the command line; exits with 0, 1 (it failed), 2 (wrong usage) or 130 (interrupted)."""
     try:
         app()
-    except (NatswarmError, LlmloadError, trio.BrokenResourceError) as error:
+    except (NatswarmError, LlmloadError, trio.BrokenResourceError, OSError) as error:
         remarks.print(f"[bold red]Error:[/] {escape(str(error))}")
         sys.exit(1)
 

@@ -29,7 +29,7 @@ from llmload.errors import LlmloadError
 from llmload.learn.exchange import LearningPartner, RoundReport, learn_with
 from llmload.learn.trainer import AdamWSettings, Trainer
 from llmload.model_folder import Model, load_model
-from llmload.swarm.client import SwarmClient
+from llmload.swarm.client import SwarmClient, prompt_token_ids
 from llmload.swarm.route import format_blocks
 from llmload.swarm.stage import StageServer
 from llmload.weights import bundled_model_path
@@ -106,13 +106,14 @@ async def run_demo(report: DemoReport) -> None:
         report.status = "Everything worked." if report.is_ok else "Not everything worked."
     except trio.TooSlowError:
         report.status = f"Not done after {DEADLINE_S:.0f} s: this machine is busy, or a bug is."
-    except (NatswarmError, LlmloadError) as error:
+    except (NatswarmError, LlmloadError, ValueError) as error:
         report.status = f"Failed: {error}"
     report.seconds = trio.current_time() - started_at
 
 
 async def _run(report: DemoReport) -> None:
     model = await trio.to_thread.run_sync(load_model, bundled_model_path())
+    prompt_token_ids(model, report.prompt)  # a prompt that cannot be asked is refused at once
     async with _open_devices(report) as nodes:
         await _join(report, nodes)
         for a, b in combinations(list(nodes)[1:], 2):
@@ -270,7 +271,9 @@ class _Recorder:
 
 
 def demo(
-    seed: Annotated[int, typer.Option(help="Of the internet, its NATs and all ports.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the internet, its NATs and all ports.")
+    ] = 1,
     prompt: Annotated[str, typer.Option(help="What the swarm is asked.")] = DEFAULT_PROMPT,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end, nothing before.")

@@ -36,6 +36,8 @@ class DemoScreen:
 
     def __exit__(self, *exc_info: object) -> None:
         self._live.__exit__(None, None, None)
+        if not self._live.console.is_terminal:
+            self._live.console.print()  # what rich leaves out there: the end of the last line
 
     def render(self) -> RenderableType:
         """Return the screen as it is now."""

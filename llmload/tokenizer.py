@@ -98,7 +98,15 @@ class Tokenizer:
         return max(self._token_bytes, default=0)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without adding any; "" gives []."""
+        """Return the token ids of a text, without adding any; "" gives [].
+
+        Raises:
+            ValueError: The text came from bytes that are not UTF-8 (it holds lone surrogates).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the text is not valid UTF-8") from error
         return list(self._library.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from pathlib import Path
 
 import trio
@@ -27,7 +28,9 @@ def main() -> None:
     trio.run(run_demo, report)
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
     console.print(DemoScreen(report).render())
-    console.save_svg(str(arguments.out), title="natswarm demo")
+    svg = console.export_svg(title="natswarm demo")
+    # Without the fonts that rich would have a browser fetch from elsewhere.
+    arguments.out.write_text(re.sub(r"\s*@font-face \{.*?\}\n", "\n", svg, flags=re.DOTALL))
     print(report.status)
 
 

@@ -52,7 +52,7 @@ def run_command(command: Callable[[], object]) -> None:
         # Whoever read our output has had enough; Python must not complain when it flushes the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (NatswarmError, trio.BrokenResourceError) as error:
+    except (NatswarmError, trio.BrokenResourceError, OSError) as error:
         _console().print(f"[bold red]Error:[/] {escape(str(error))}")
         sys.exit(1)
 

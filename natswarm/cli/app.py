@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 from natswarm.cli.show import event_as_json, event_as_text, profile_as_json, profile_table
 from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
+from natswarm.net.nursery import open_private_nursery
 from natswarm.node import Node, NodeConfig, NodeEvent, open_node
 
 __all__ = ["app"]
@@ -28,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+TERMINATED = 128 + signal.SIGTERM  # as shells count
 
 DEFAULT_STATE = platformdirs.user_state_path("natswarm", appauthor=False)
 
@@ -115,6 +119,8 @@ def inspect(
 
     async def body(node: Node) -> None:
         profile = node.profile or await node.inspect()
+        if not join:
+            typer.echo("Nobody was asked: give --join the invite of a reachable peer.", err=True)
         if as_json:
             print_json(profile_as_json(profile))
         else:
@@ -174,9 +180,20 @@ async def _with_node(
     config: NodeConfig, join: list[str] | None, body: Callable[[Node], Any]
 ) -> None:
     invites = [Invite.parse(text) for text in join or ()]
-    async with open_node(config) as node:
-        for invite in invites:
-            await node.connect(invite)
-        if invites:
-            await node.inspect()
-        await body(node)
+    with trio.CancelScope() as scope:
+        async with open_private_nursery() as nursery, open_node(config) as node:
+            nursery.start_soon(_cancel_on_terminate, scope)
+            for invite in invites:
+                await node.connect(invite)
+            if invites:
+                await node.inspect()
+            await body(node)
+    if scope.cancelled_caught:
+        raise typer.Exit(TERMINATED)
+
+
+async def _cancel_on_terminate(scope: trio.CancelScope) -> None:
+    """Leave as on Ctrl-C when a service manager says so: peers are told goodbye."""
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()
