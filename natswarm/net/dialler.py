@@ -234,7 +234,6 @@ class Dial:
         attempt_id: The 8 bytes that name it.
         origin: Whose wish it is.
         introducer: Who brought that wish; None where nobody did.
-        says_hello: Whether we knock as a stranger.
         attempt: The puncture.
     """
 
@@ -253,7 +252,6 @@ class Dial:
         self.attempt_id = attempt_id
         self.origin = origin
         self.introducer = introducer
-        self.says_hello = bool(hello)
         self._dialler = dialler
         self._plan = plan
         self._is_controlling = dialler._identity.peer_id < peer_id

@@ -189,12 +189,5 @@ class Plan:
         """Endpoints where the peer may be reached without guessing."""
         return self.checks + (() if self.openers is None else self.openers.destinations)
 
-    @property
-    def expected_s(self) -> float:
-        """Seconds until a path is found, on average, if both start together and nothing is far."""
-        if self.burst is None:
-            return 0.0
-        return self.burst.start_s + self.expected_probe_count / self.burst.probes_per_s
-
     def __str__(self) -> str:
         return f"{self.strategy.value}: {self.reason}"

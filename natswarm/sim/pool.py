@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Callable
 
 from natswarm.sim.ports import Allocation, Allocator, IsFree, make_allocator
 
@@ -62,7 +61,10 @@ class _Pool:
         self, index: int, subscriber: str, port: int, is_free: IsFree, now: float
     ) -> int | None:
         base = index * PORT_COUNT
-        is_port_free: Callable[[int], bool] = lambda port: is_free(base + port)  # noqa: E731
+
+        def is_port_free(port: int) -> bool:
+            return is_free(base + port)
+
         found = self._allocators[index].allocate(subscriber, port, is_port_free, now)
         return None if found is None else base + found
 

@@ -262,9 +262,5 @@ def test_hash_is_pinned():
 
 
 def test_bundled_model_is_sound():
-    try:
-        folder = bundled_model_path()
-    except ModelFolderError as error:
-        pytest.skip(str(error))
-    model = load_model(folder)
+    model = load_model(bundled_model_path())
     assert model.tokenizer.decode(model.tokenizer.encode("def f(x):")) == "def f(x):"

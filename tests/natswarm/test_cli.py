@@ -64,9 +64,10 @@ def test_inspect_alone(run):
     status, out, _ = run("inspect", "--state", "{state}", "--bind", "127.0.0.1", "--json")
     assert status == 0
     assert json.loads(out)["observers"] == 0
-    status, out, _ = run("inspect", "--state", "{state}", "--bind", "127.0.0.1")
+    status, out, err = run("inspect", "--state", "{state}", "--bind", "127.0.0.1")
     assert status == 0
     assert "unknown" in out
+    assert "give --join" in err
 
 
 FORGED = NodeRecord(Identity(b"a" * 32).peer_id, 0.0, "", NatProfile()).seal(Identity(b"m" * 32))
@@ -140,18 +141,21 @@ def test_a_plugin_that_cannot_be_loaded_is_left_out(run, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_up_prints_its_invite_and_ends_with_ctrl_c(tmp_path):
+@pytest.mark.parametrize(
+    ("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
+)
+def test_up_prints_its_invite_and_ends_when_told(tmp_path, stop, status):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [*MAIN, "up", "--json", "--bind", "127.0.0.1", "--state", str(tmp_path / "state")]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         lines = [json.loads(process.stdout.readline()) for _ in range(2)]
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         _, err = process.communicate(timeout=20)
     assert [line["event"] for line in lines] == ["profile", "up"]
     assert str(Invite.parse(lines[1]["invite"]).record.peer_id) == lines[1]["peer_id"]
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (status, "")
 
 
 def config_on(swarm, name: str, kind: str, *, as_json: bool) -> NodeConfig:

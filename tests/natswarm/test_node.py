@@ -209,6 +209,32 @@ async def test_an_invite_that_nobody_else_dials_ends_in_words(open_swarm, autoju
         assert swarm.port_count("a") == 2
 
 
+async def test_the_second_try_is_gentle(open_swarm, autojump_clock):
+    """The peer's cable is cut during the first try; the next one is for NATs that need care."""
+    plans = []
+    mend = None
+
+    async with open_swarm() as swarm:
+        await swarm.add_observers()
+        await swarm.add_inspected("b", "linux-home")
+
+        def watch(event) -> None:
+            nonlocal mend
+            if isinstance(event, PunctureStarted) and event.peer_id == b.peer_id:
+                plans.append(event.plan)
+                if len(plans) == 1:
+                    mend = swarm.cut("b")
+            elif isinstance(event, PunctureEnded) and mend is not None:
+                mend()
+
+        b = swarm.nodes["b"]
+        a = await swarm.add_inspected("a", "linux-home", on_event=watch)
+        assert await a.connect(b.peer_id)
+    first, second = plans
+    assert first.checks_ttl is None
+    assert second.checks_ttl is not None
+
+
 async def test_an_invite_without_a_profile_is_refused_in_words(open_swarm, autojump_clock):
     async with open_swarm() as swarm:
         a = await swarm.add("a", "kpn-nl")
