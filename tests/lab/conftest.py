@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tools.lab.capability import missing_capability
-from tools.lab.topology import Host, Lab
+from natswarm.lab.capability import missing_capability
+from natswarm.lab.topology import Host, Lab
 
 OpenSocket = Callable[[Host], socket.socket]
 

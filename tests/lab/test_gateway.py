@@ -19,6 +19,10 @@ import pytest
 import trio
 
 from natswarm.address import Endpoint
+from natswarm.lab.namespace import Namespace
+from natswarm.lab.nat import KernelNat, NatKind
+from natswarm.lab.process import LabProcess
+from natswarm.lab.topology import Host, Lab
 from natswarm.net.gateway import (
     Gateway,
     MappingProtocol,
@@ -32,10 +36,6 @@ from natswarm.net.gateway.datagram import NatPmpService, PcpService
 from natswarm.net.gateway.upnp import UpnpService
 from natswarm.net.interfaces import InterfaceKind
 from natswarm.net.udp import UdpNetwork, UdpPort
-from tools.lab.namespace import Namespace
-from tools.lab.nat import KernelNat, NatKind
-from tools.lab.process import LabProcess
-from tools.lab.topology import Host, Lab
 
 pytestmark = pytest.mark.lab
 

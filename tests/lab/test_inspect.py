@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.lab.nat import KernelNat, NatKind
+from natswarm.lab.nat import KernelNat, NatKind
+from natswarm.lab.topology import Lab
 from tools.lab.pair import NATSWARM
-from tools.lab.topology import Lab
 
 pytestmark = pytest.mark.lab
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.lab.errors import LabError
-from tools.lab.namespace import NAME_PREFIX, namespace_names, remove_stale
-from tools.lab.nat import KernelNat, NatKind
-from tools.lab.topology import Lab
+from natswarm.lab.errors import LabError
+from natswarm.lab.namespace import NAME_PREFIX, namespace_names, remove_stale
+from natswarm.lab.nat import KernelNat, NatKind
+from natswarm.lab.topology import Lab
 
 pytestmark = pytest.mark.lab
 
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 # Builds a lab with a running command in it, says so, and waits to be killed.
 LAB_THAT_WAITS = """
 import time
-from tools.lab.nat import KernelNat, NatKind
-from tools.lab.topology import Lab
+from natswarm.lab.nat import KernelNat, NatKind
+from natswarm.lab.topology import Lab
 
 with Lab() as lab:
     client = lab.add_client("client", KernelNat(NatKind.RANDOM))

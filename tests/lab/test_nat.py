@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tools.lab.nat import BLOCK_PORTS, KernelNat, NatKind, loss_ruleset
-from tools.lab.topology import Host, Lab
+from natswarm.lab.nat import BLOCK_PORTS, KernelNat, NatKind, loss_ruleset
+from natswarm.lab.topology import Host, Lab
 
 pytestmark = pytest.mark.lab
 

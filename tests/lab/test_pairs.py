@@ -11,7 +11,7 @@ from itertools import islice
 import pytest
 
 from llmload import SamplingParameters, StageEngine, bundled_model_path, generate_tokens, load_model
-from tools.lab.nat import KernelNat, NatKind
+from natswarm.lab.nat import KernelNat, NatKind
 from tools.lab.pair import PROMPT, TOKEN_COUNT, run_pair
 from tools.lab.repeat import PAIRS
 

@@ -1,4 +1,4 @@
-"""A laboratory of network namespaces with the kernel's own NAT: Linux, root, nftables.
+"""Pairs of devices behind the kernel's NATs that write a text together; README.md says how.
 
-`with Lab() as lab:` in `topology.py` is the way in; README.md draws it.
+The laboratory itself is `natswarm.lab`.
 """

@@ -23,10 +23,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tools.lab.errors import LabError
-from tools.lab.nat import KernelNat
-from tools.lab.process import LabProcess
-from tools.lab.topology import Host, Lab
+from natswarm.lab.errors import LabError
+from natswarm.lab.nat import KernelNat
+from natswarm.lab.process import LabProcess
+from natswarm.lab.topology import Host, Lab
 
 __all__ = ["NATSWARM", "PROMPT", "TOKEN_COUNT", "PairReport", "run_pair"]
 

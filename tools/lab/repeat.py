@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tools.lab.capability import missing_capability
-from tools.lab.nat import BLOCK_PORTS, KernelNat, NatKind
+from natswarm.lab.capability import missing_capability
+from natswarm.lab.nat import BLOCK_PORTS, KernelNat, NatKind
 from tools.lab.pair import PairReport, run_pair
 
 __all__ = ["PAIRS", "main"]

@@ -7,9 +7,9 @@ import os
 import shutil
 import sys
 
-from tools.lab.errors import LabError
-from tools.lab.nat import KernelNat, NatKind
-from tools.lab.topology import Lab
+from natswarm.lab.errors import LabError
+from natswarm.lab.nat import KernelNat, NatKind
+from natswarm.lab.topology import Lab
 
 __all__ = ["missing_capability"]
 

@@ -20,8 +20,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tools.lab.errors import LabError
-from tools.lab.process import LabProcess
+from natswarm.lab.errors import LabError
+from natswarm.lab.process import LabProcess
 
 __all__ = [
     "NAME_PREFIX",

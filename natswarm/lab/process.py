@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from tools.lab.errors import LabError
+from natswarm.lab.errors import LabError
 
 __all__ = ["LabProcess"]
 

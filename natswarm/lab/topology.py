@@ -21,9 +21,9 @@ import contextlib
 from types import TracebackType
 from typing import Self
 
-from tools.lab.errors import LabError
-from tools.lab.namespace import Namespace, new_prefix, remove_all, remove_stale
-from tools.lab.nat import KernelNat, loss_ruleset
+from natswarm.lab.errors import LabError
+from natswarm.lab.namespace import Namespace, new_prefix, remove_all, remove_stale
+from natswarm.lab.nat import KernelNat, loss_ruleset
 
 __all__ = ["Host", "Lab"]
 
