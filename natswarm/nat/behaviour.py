@@ -1,4 +1,4 @@
-"""What a NAT does, in the words of RFC 4787: the three enumerations everything else speaks in.
+"""What a NAT does, in the words of RFC 4787: the enumerations everything else speaks in.
 
 Two properties decide how two peers can meet: whether the external port of a socket depends on who
 it talks to (mapping), and whose packets the NAT lets back in (filtering). A third, the law by which
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["AllocationLaw", "Filtering", "Mapping"]
+__all__ = ["AllocationLaw", "Filtering", "Mapping", "Poison", "Pooling"]
 
 
 class Mapping(enum.Enum):
@@ -49,3 +49,33 @@ class AllocationLaw(enum.Enum):
     """Inside a block of ports the subscriber owns (RFC 6888 REQ-14, RFC 7753, RFC 7422)."""
     UNIFORM = "uniform"
     """Drawn at random from a range (RFC 6056; RFC 6888 REQ-15 asks for unpredictable ports)."""
+
+
+class Pooling(enum.Enum):
+    """How a NAT with several external addresses chooses among them (RFC 4787 section 4.1)."""
+
+    PAIRED = "paired"
+    """All mappings of a subscriber have one address, as long as it has any; REQ-2 asks for it."""
+    ARBITRARY = "arbitrary"
+    """Each mapping has an address of its own choice, any with the same probability."""
+
+
+class Poison(enum.Enum):
+    """What a packet from outside that the filter refuses does to a mapping.
+
+    It is why openers have a low TTL: a probe that arrives before the other side has sent its own
+    may spoil the very port it aims at.
+    """
+
+    NONE = "none"
+    """Nothing: it is dropped."""
+    TAKES_PORT = "takes port"
+    """The box takes it as meant for itself, as Linux does with an INPUT chain that accepts. It
+    leaves a session of the box's own behind, and a port in it is no longer free towards that
+    remote: our mapping moves to another port when we send there (measured on Linux)."""
+    RETIRES_MAPPING = "retires mapping"
+    """The mapping takes no new remotes: its sessions live on, the next remote sees another port.
+    Not measured: the mild form of the next one."""
+    BURNS_MAPPING = "burns mapping"
+    """The mapping dies at once with all its sessions. Not measured: field reports of mappings that
+    vanish under a scan, taken at their worst."""

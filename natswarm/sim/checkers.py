@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from natswarm.address import Endpoint
-from natswarm.sim.nat_behaviour import TFTP_PORT, Poison
-from natswarm.sim.pool import PORT_COUNT, Pooling
+from natswarm.nat.behaviour import Poison, Pooling
+from natswarm.sim.nat_behaviour import TFTP_PORT
+from natswarm.sim.pool import PORT_COUNT
 from natswarm.sim.ports import Blocks
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from heapq import heappop, heappush
 from typing import TypeVar
 
 from natswarm.address import Endpoint
-from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.behaviour import Filtering, Mapping, Poison
 from natswarm.sim.checkers import check_nat
 from natswarm.sim.load import BackgroundFlows
 from natswarm.sim.nat_behaviour import (
@@ -38,14 +38,13 @@ from natswarm.sim.nat_behaviour import (
     TFTP_REQUESTS,
     NatBehaviour,
     NatCounters,
-    Poison,
 )
 from natswarm.sim.packet import Packet
 from natswarm.sim.pool import PORT_COUNT, make_pool
 from natswarm.sim.ports import IsFree
 from natswarm.sim.rate import TokenBuckets
 
-__all__ = ["Nat", "NatBehaviour", "NatCounters", "Poison"]
+__all__ = ["Nat", "NatBehaviour", "NatCounters"]
 
 _Key = tuple[object, ...]
 _K = TypeVar("_K")

@@ -6,16 +6,14 @@ Terms: RFC 4787, RFC 6888.
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 
-from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.behaviour import Filtering, Mapping, Poison, Pooling
 from natswarm.sim.load import BackgroundLoad
-from natswarm.sim.pool import Pooling
 from natswarm.sim.ports import Allocation, Blocks, Preserving, Sequential
 from natswarm.sim.rate import RateLimit
 
-__all__ = ["TFTP_PORT", "TFTP_REQUESTS", "NatBehaviour", "NatCounters", "Poison"]
+__all__ = ["TFTP_PORT", "TFTP_REQUESTS", "NatBehaviour", "NatCounters"]
 
 # RFC 1350 section 2 and 4: requests go to port 69 and are answered from a port of the server's
 # choice; opcode 1 is a read request, 2 a write request.
@@ -24,27 +22,6 @@ TFTP_REQUESTS = (b"\x00\x01", b"\x00\x02")
 
 # A /22 of addresses; a carrier's box has some hundreds.
 MAX_ADDRESSES = 1024
-
-
-class Poison(enum.Enum):
-    """What a packet from outside that the filter refuses does to a mapping.
-
-    It is why openers have a low TTL: a probe that arrives before the other side has sent its own
-    may spoil the very port it aims at.
-    """
-
-    NONE = "none"
-    """Nothing: it is dropped."""
-    TAKES_PORT = "takes port"
-    """The box takes it as meant for itself, as Linux does with an INPUT chain that accepts. It
-    leaves a session of the box's own behind, and a port in it is no longer free towards that
-    remote: our mapping moves to another port when we send there (measured on Linux)."""
-    RETIRES_MAPPING = "retires mapping"
-    """The mapping takes no new remotes: its sessions live on, the next remote sees another port.
-    Not measured: the mild form of the next one."""
-    BURNS_MAPPING = "burns mapping"
-    """The mapping dies at once with all its sessions. Not measured: field reports of mappings that
-    vanish under a scan, taken at their worst."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

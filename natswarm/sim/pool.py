@@ -13,23 +13,14 @@ Source: RFC 4787 section 4.1, REQ-2 ("IP address pooling"). Knows no table.
 
 from __future__ import annotations
 
-import enum
 import random
 
+from natswarm.nat.behaviour import Pooling
 from natswarm.sim.ports import Allocation, Allocator, IsFree, make_allocator
 
-__all__ = ["PORT_COUNT", "Pooling", "make_pool"]
+__all__ = ["PORT_COUNT", "make_pool"]
 
 PORT_COUNT = 65_536
-
-
-class Pooling(enum.Enum):
-    """How a NAT with several external addresses chooses among them."""
-
-    PAIRED = "paired"
-    """All mappings of a subscriber have one address, as long as it has any; REQ-2 asks for it."""
-    ARBITRARY = "arbitrary"
-    """Each mapping has an address of its own choice, any with the same probability."""
 
 
 def make_pool(

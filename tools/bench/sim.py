@@ -23,12 +23,12 @@ import trio
 import trio.testing
 
 from natswarm.address import Endpoint
-from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.behaviour import Filtering, Mapping, Poison
 from natswarm.net.virtual import VirtualNetwork, VirtualPort, run_world
 from natswarm.sim.firewall6 import FirewallBehaviour
 from natswarm.sim.link import BurstLoss, LinkConditions
 from natswarm.sim.load import BackgroundLoad
-from natswarm.sim.nat import Nat, NatBehaviour, Poison
+from natswarm.sim.nat import Nat, NatBehaviour
 from natswarm.sim.packet import Packet
 from natswarm.sim.ports import Blocks, Uniform
 from natswarm.sim.presets import Ipv6, Preset, Site

@@ -14,11 +14,11 @@ import pytest
 from simulated_puncture import Kind, Outcome, simulate, simulate_behind_one_nat, wilson
 
 from natswarm.errors import PunctureFailed
-from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.behaviour import Filtering, Mapping, Poison
 from natswarm.puncture.plan import Limits, Strategy
 from natswarm.puncture.puncturer import PathFound, PunctureExhausted
 from natswarm.sim.link import LinkConditions
-from natswarm.sim.nat import NatBehaviour, Poison
+from natswarm.sim.nat import NatBehaviour
 from natswarm.sim.ports import Allocation, Blocks, Preserving, Sequential, Uniform
 from natswarm.sim.presets import PRESETS, Preset, Site
 from natswarm.sim.rate import RateLimit

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from natswarm.nat.behaviour import Poison
 from natswarm.sim.fade import BurstLoss
 from natswarm.sim.firewall6 import FirewallBehaviour
 from natswarm.sim.link import LinkConditions
 from natswarm.sim.load import BackgroundLoad
-from natswarm.sim.nat import NatBehaviour, Poison
+from natswarm.sim.nat import NatBehaviour
 from natswarm.sim.ports import Blocks, Preserving, ScaledBeta, Sequential, Uniform
 from natswarm.sim.presets import Ipv6
 from natswarm.sim.rate import RateLimit

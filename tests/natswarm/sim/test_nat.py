@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 
 from natswarm.address import Endpoint
-from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.behaviour import Filtering, Mapping, Poison, Pooling
 from natswarm.sim.load import BackgroundLoad
-from natswarm.sim.nat import Nat, NatBehaviour, Poison
+from natswarm.sim.nat import Nat, NatBehaviour
 from natswarm.sim.packet import Packet
-from natswarm.sim.pool import Pooling
 from natswarm.sim.ports import (
     Allocation,
     Blocks,

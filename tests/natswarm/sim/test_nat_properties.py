@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from natswarm.address import Endpoint
-from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.behaviour import Filtering, Mapping, Poison, Pooling
 from natswarm.sim.load import BackgroundLoad
-from natswarm.sim.nat import Nat, NatBehaviour, Poison
+from natswarm.sim.nat import Nat, NatBehaviour
 from natswarm.sim.packet import Packet
-from natswarm.sim.pool import Pooling
 from natswarm.sim.ports import Blocks, Preserving, ScaledBeta, Sequential, Uniform
 from natswarm.sim.rate import RateLimit
 

@@ -7,10 +7,9 @@ import random
 import pytest
 
 from natswarm.address import Endpoint
-from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.behaviour import Filtering, Mapping, Pooling
 from natswarm.sim.nat import Nat, NatBehaviour
 from natswarm.sim.packet import Packet
-from natswarm.sim.pool import Pooling
 from natswarm.sim.ports import Allocation, Blocks, Preserving, Sequential, Uniform
 from natswarm.sim.topology import Internet
 from natswarm.sim.world import World

@@ -14,11 +14,10 @@ import pytest
 
 from natswarm.address import AddressKind, Endpoint
 from natswarm.errors import ConfigurationError
-from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.behaviour import Filtering, Mapping, Poison, Pooling
 from natswarm.sim.link import BurstLoss, LinkConditions
 from natswarm.sim.load import BackgroundLoad
-from natswarm.sim.nat import NatBehaviour, Poison
-from natswarm.sim.pool import Pooling
+from natswarm.sim.nat import NatBehaviour
 from natswarm.sim.ports import Sequential, Uniform
 from natswarm.sim.presets import PRESETS, Preset, Site
 from natswarm.sim.presets6 import PRESETS6
