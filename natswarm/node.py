@@ -36,7 +36,7 @@ from natswarm.errors import (
     NatswarmError,
 )
 from natswarm.identity import Identity, PeerId
-from natswarm.nat.classify import Observer
+from natswarm.nat.measurement import Observer
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
 from natswarm.net.connector import Connector

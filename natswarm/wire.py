@@ -7,12 +7,14 @@ afterwards (probes are many, so they must be cheap and of one size). No answer i
 it answers, so nobody can use us to amplify. Unknown trailing bytes are ignored; they are not
 covered by the signature or MAC and later versions may put padding there.
 
-    type 1 | version 1 | ...                                     bytes, big-endian
+    type 1 | version 1 | ...                                                   bytes, big-endian
 
-    ECHO_REQUEST  4 | 1 | flags 1 | transaction 8 | sender 32 | zero 18 | signature 64      = 125
-    ECHO_REPLY    5 | 1 | flags 1 | transaction 8 | sender 32 | observed 18 | signature 64  = 125
-    HELLO         6 | 1 | zero 1 | attempt 8 | sender 32 | target 32 | signature 64         = 139
-    PROBE         7 | 1 | kind 1 | attempt 8 | sequence 4 | observed 18 | MAC 16            =  49
+    ECHO_REQUEST  4 | 1 | flags 1 | transaction 8 | sender 32 | to 18 | token 20 | signature 64
+    ECHO_REPLY    5 | 1 | flags 1 | transaction 8 | sender 32 | seen 18 | token 20 | signature 64
+    HELLO         6 | 1 | zero 1 | attempt 8 | sender 32 | target 32 | signature 64
+    PROBE         7 | 1 | kind 1 | attempt 8 | sequence 4 | observed 18 | MAC 16
+
+Both echoes have 145 bytes, a HELLO has 139, a PROBE 49.
 
 Knows neither sockets nor when to send what. Pinned as hex in tests/vectors/wire.json.
 """
@@ -31,6 +33,8 @@ from natswarm.identity import SIGNATURE_BYTES, Identity, PeerId
 
 __all__ = [
     "ATTEMPT_BYTES",
+    "ECHO_TOKEN_BYTES",
+    "NO_TOKEN",
     "TRANSACTION_BYTES",
     "DatagramType",
     "EchoReply",
@@ -49,11 +53,13 @@ __all__ = [
 VERSION = 1
 ATTEMPT_BYTES = 8
 TRANSACTION_BYTES = 8
+ECHO_TOKEN_BYTES = 20
 MAC_BYTES = 16
 
-_NO_ENDPOINT = b"\0" * ENDPOINT_BYTES
+NO_TOKEN = bytes(ECHO_TOKEN_BYTES)
+_NO_ENDPOINT = bytes(ENDPOINT_BYTES)
 
-ECHO_LAYOUT = struct.Struct(f">BBB{TRANSACTION_BYTES}s32s{ENDPOINT_BYTES}s")
+ECHO_LAYOUT = struct.Struct(f">BBB{TRANSACTION_BYTES}s32s{ENDPOINT_BYTES}s{ECHO_TOKEN_BYTES}s")
 HELLO_LAYOUT = struct.Struct(f">BBB{ATTEMPT_BYTES}s32s32s")
 PROBE_LAYOUT = struct.Struct(f">BBB{ATTEMPT_BYTES}sI{ENDPOINT_BYTES}s")
 
@@ -90,23 +96,28 @@ class EchoRequest:
         transaction: 8 random bytes that the reply repeats.
         sender: Who asks; signs.
         from_alternate_port: Whether the answer should come from the peer's second port.
+        deliver_to: Where the answer should go; None: where the request came from. Another endpoint
+            takes a token for its address.
+        token: 20 bytes from an earlier reply of this peer's (`nat/address_token.py`).
     """
 
     transaction: bytes
     sender: PeerId
     from_alternate_port: bool = False
+    deliver_to: Endpoint | None = None
+    token: bytes = NO_TOKEN
 
     def encode(self, identity: Identity) -> bytes:
-        """Return 125 bytes signed by `identity`, which must be the sender's."""
-        flags = int(self.from_alternate_port)
+        """Return 145 bytes signed by `identity`, which must be the sender's."""
         return _signed(
             ECHO_LAYOUT.pack(
                 DatagramType.ECHO_REQUEST,
                 VERSION,
-                flags,
+                int(self.from_alternate_port),
                 self.transaction,
                 self.sender.key,
-                _NO_ENDPOINT,
+                _NO_ENDPOINT if self.deliver_to is None else self.deliver_to.to_bytes(),
+                self.token,
             ),
             identity,
         )
@@ -120,6 +131,8 @@ class EchoReply:
         transaction: From the request.
         sender: Who answers; signs.
         observed: Where the request came from, as the sender saw it.
+        token: 20 bytes that let the asker have later answers sent to the address of `observed`;
+            zeros where it gets none.
         from_alternate_port: Whether this left from the sender's second port.
         is_unsolicited: Whether the sender was asked by a third peer, not by the receiver.
     """
@@ -127,11 +140,12 @@ class EchoReply:
     transaction: bytes
     sender: PeerId
     observed: Endpoint
+    token: bytes = NO_TOKEN
     from_alternate_port: bool = False
     is_unsolicited: bool = False
 
     def encode(self, identity: Identity) -> bytes:
-        """Return 125 bytes signed by `identity`, which must be the sender's."""
+        """Return 145 bytes signed by `identity`, which must be the sender's."""
         flags = int(self.from_alternate_port) | int(self.is_unsolicited) << 1
         return _signed(
             ECHO_LAYOUT.pack(
@@ -141,6 +155,7 @@ class EchoReply:
                 self.transaction,
                 self.sender.key,
                 self.observed.to_bytes(),
+                self.token,
             ),
             identity,
         )
@@ -231,8 +246,14 @@ def decode_echo_request_untrusted(data: bytes) -> EchoRequest:
     Raises:
         DecodeError: Not an echo request, or the signature is wrong.
     """
-    flags, transaction, sender, _ = _decode_echo_untrusted(data, DatagramType.ECHO_REQUEST)
-    return EchoRequest(transaction, sender, from_alternate_port=bool(flags & 1))
+    flags, transaction, sender, to, token = _decode_echo_untrusted(data, DatagramType.ECHO_REQUEST)
+    return EchoRequest(
+        transaction,
+        sender,
+        from_alternate_port=bool(flags & 1),
+        deliver_to=None if to == _NO_ENDPOINT else Endpoint.decode_untrusted(to),
+        token=token,
+    )
 
 
 def decode_echo_reply_untrusted(data: bytes) -> EchoReply:
@@ -241,11 +262,14 @@ def decode_echo_reply_untrusted(data: bytes) -> EchoReply:
     Raises:
         DecodeError: Not an echo reply, or the signature is wrong.
     """
-    flags, transaction, sender, observed = _decode_echo_untrusted(data, DatagramType.ECHO_REPLY)
+    flags, transaction, sender, observed, token = _decode_echo_untrusted(
+        data, DatagramType.ECHO_REPLY
+    )
     return EchoReply(
         transaction,
         sender,
         Endpoint.decode_untrusted(observed),
+        token,
         from_alternate_port=bool(flags & 1),
         is_unsolicited=bool(flags & 2),
     )
@@ -264,12 +288,14 @@ def decode_hello_untrusted(data: bytes) -> Hello:
     return Hello(attempt, sender, PeerId.decode_untrusted(target_key))
 
 
-def _decode_echo_untrusted(data: bytes, kind: DatagramType) -> tuple[int, bytes, PeerId, bytes]:
+def _decode_echo_untrusted(
+    data: bytes, kind: DatagramType
+) -> tuple[int, bytes, PeerId, bytes, bytes]:
     _check_head(data, kind, ECHO_LAYOUT.size + SIGNATURE_BYTES)
-    _, _, flags, transaction, sender_key, observed = ECHO_LAYOUT.unpack_from(data)
+    _, _, flags, transaction, sender_key, endpoint, token = ECHO_LAYOUT.unpack_from(data)
     sender = PeerId.decode_untrusted(sender_key)
     _verify_untrusted(data, ECHO_LAYOUT.size, sender)
-    return flags, transaction, sender, observed
+    return flags, transaction, sender, endpoint, token
 
 
 def _check_head(data: bytes, kind: DatagramType, size: int) -> None:

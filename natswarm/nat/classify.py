@@ -35,6 +35,7 @@ from natswarm.address import AddressKind, Endpoint
 from natswarm.identity import PeerId
 from natswarm.nat.allocation import PortSample, fit_allocation
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
+from natswarm.nat.measurement import Observer
 from natswarm.nat.profile import LOCAL_ENDPOINTS_MAX, PUBLIC_IPS_MAX, NatProfile
 from natswarm.wire import TRANSACTION_BYTES
 
@@ -45,7 +46,6 @@ __all__ = [
     "FilterTrial",
     "NatInspection",
     "Observation",
-    "Observer",
     "classify",
 ]
 
@@ -82,23 +82,6 @@ class AnswerFrom(enum.Enum):
     """The observer's second port, which the asking port never sent to."""
     THIRD_PEER = "third-peer"
     """A neighbour of the observer's at an address that the asking port never sent to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Observer:
-    """A peer that can tell us what it sees.
-
-    Attributes:
-        peer_id: Who.
-        endpoint: Where its main port p is, as we see it.
-        alternate: Where its second port q is; None where not known.
-        is_neighbour: Whether we are connected, so that it can be asked to find a third peer.
-    """
-
-    peer_id: PeerId
-    endpoint: Endpoint
-    alternate: Endpoint | None = None
-    is_neighbour: bool = False
 
 
 @dataclass(frozen=True, slots=True)

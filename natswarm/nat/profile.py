@@ -11,18 +11,19 @@ Source: RFC 4787 sections 4 and 5. Found by `classify.py`; used by `natswarm/pun
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import get_type_hints
 
 import msgspec
 
 from natswarm.address import AddressKind, Endpoint, address_kind
 from natswarm.errors import AddressError, DecodeError
 from natswarm.nat.allocation import BLOCK_SIZES, BLOCKS_MAX, PortAllocation
-from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
+from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Poison, Pooling
 
 __all__ = ["NatProfile", "decode_profile_untrusted"]
 
+PROFILE_VERSION = 2
 # A profile travels in signed records and introductions; usual ones take 300 bytes, full
 # ones 700.
 PROFILE_BYTES_MAX = 1024
@@ -52,9 +53,28 @@ class NatProfile:
             way (there may be a firewall: see `filtering`). None: no echoes.
         echo_count: Echoes the profile rests on.
         observer_count: Distinct addresses they came from.
-        idle_lifetime_s: How long a mapping lives without traffic; None: not measured.
-        absolute_lifetime_s: How long a mapping lives whatever its traffic; infinity: as long as
-            was tried; None: not measured.
+        pooling: Whether all our mappings have one public address; None: not known.
+        hairpinning: Whether our NAT turns round what we send to its own address; None: not known.
+        poison: What a packet that our NAT refuses does to the mapping it came to; None: not known.
+        tftp_helper: Whether a TFTP request to an address lets in an answer from any port of it;
+            None: not known.
+        idle_unreplied_s: How long a mapping lives without traffic that nobody has answered on;
+            infinity: longer than was tried; None: not measured.
+        idle_lifetime_s: The same for one that was answered on.
+        absolute_lifetime_s: How long a mapping lives whatever its traffic, the shortest seen;
+            infinity: longer than was tried; None: not measured.
+        inbound_refreshes: Whether inbound packets restart the idle time, too; None: not measured.
+        mappings_seen: The most mappings we had alive at once: at least so many are allowed.
+        max_mappings: Mappings we may have at once; None: no limit was met up to `mappings_seen`.
+        mapping_rate_per_s: New mappings we may make in a second, after a burst; infinity: as fast
+            as was tried; None: not measured.
+        mapping_burst: New mappings we may make at once where `mapping_rate_per_s` is finite.
+        remotes_seen: The most remotes that one port of ours talked to at once.
+        nat_count: NATs on our way out, at least; None: not known.
+        opener_ttl: Hop limit with which a datagram leaves all our NATs and reaches nobody's; None:
+            not known.
+        inferred: Names of those fields above that follow from something else that was measured.
+            What is None is unknown, the rest was measured.
     """
 
     mapping: Mapping | None = None
@@ -66,8 +86,22 @@ class NatProfile:
     is_translated: bool | None = None
     echo_count: int = 0
     observer_count: int = 0
+    pooling: Pooling | None = None
+    hairpinning: bool | None = None
+    poison: Poison | None = None
+    tftp_helper: bool | None = None
+    idle_unreplied_s: float | None = None
     idle_lifetime_s: float | None = None
     absolute_lifetime_s: float | None = None
+    inbound_refreshes: bool | None = None
+    mappings_seen: int = 0
+    max_mappings: int | None = None
+    mapping_rate_per_s: float | None = None
+    mapping_burst: int | None = None
+    remotes_seen: int = 0
+    nat_count: int | None = None
+    opener_ttl: int | None = None
+    inferred: tuple[str, ...] = ()
 
     @classmethod
     def unknown(cls, local_endpoints: tuple[Endpoint, ...] | list[Endpoint] = ()) -> NatProfile:
@@ -115,10 +149,24 @@ class NatProfile:
         return f"{mapping}{joint}{filtering}{ports}"
 
     def encode(self) -> bytes:
-        """Return the msgpack form, at most 1,024 bytes."""
-        data = msgspec.msgpack.encode(self)
+        """Return the msgpack form: version and fields in order, at most 1,024 bytes."""
+        values = (getattr(self, each.name) for each in fields(self))
+        data = msgspec.msgpack.encode(_Form(PROFILE_VERSION, *values))
         assert len(data) <= PROFILE_BYTES_MAX, "bounded by the counts above"
         return data
+
+
+_FIELDS = tuple(each.name for each in fields(NatProfile))
+_HINTS = get_type_hints(NatProfile)
+# An array, not a map: names would be two thirds of the bytes. Later versions append fields.
+_Form = msgspec.defstruct(
+    "_Form",
+    [
+        ("version", int),
+        *((each.name, _HINTS[each.name], each.default) for each in fields(NatProfile)),
+    ],
+    array_like=True,
+)
 
 
 def decode_profile_untrusted(data: bytes) -> NatProfile:
@@ -130,14 +178,29 @@ def decode_profile_untrusted(data: bytes) -> NatProfile:
     if len(data) > PROFILE_BYTES_MAX:
         raise DecodeError(f"a profile has at most {PROFILE_BYTES_MAX} bytes, not {len(data)}")
     try:
-        profile = msgspec.msgpack.decode(data, type=NatProfile)
+        version, *values = msgspec.structs.astuple(msgspec.msgpack.decode(data, type=_Form))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DecodeError(f"not a profile: {error}") from error
+    if version < PROFILE_VERSION:
+        raise DecodeError(f"a profile of version {version}; this side reads {PROFILE_VERSION} up")
+    profile = NatProfile(**dict(zip(_FIELDS, values, strict=True)))
     try:
         _check(profile)
     except AddressError as error:
         raise DecodeError(f"not a profile: {error}") from error
     return profile
+
+
+_COUNTS = (
+    "echo_count",
+    "observer_count",
+    "mappings_seen",
+    "max_mappings",
+    "mapping_burst",
+    "remotes_seen",
+    "nat_count",
+)
+_POSITIVE = ("idle_unreplied_s", "idle_lifetime_s", "absolute_lifetime_s", "mapping_rate_per_s")
 
 
 def _check(profile: NatProfile) -> None:
@@ -155,12 +218,18 @@ def _check(profile: NatProfile) -> None:
         _check_ip(endpoint.ip)
         if not 1 <= endpoint.port <= 65_535:
             raise DecodeError(f"{endpoint.port} is not a port")
-    for count in (profile.echo_count, profile.observer_count):
-        if not 0 <= count < 2**31:
-            raise DecodeError("a count out of bounds")
-    for lifetime_s in (profile.idle_lifetime_s, profile.absolute_lifetime_s):
-        if lifetime_s is not None and (math.isnan(lifetime_s) or lifetime_s <= 0):
-            raise DecodeError("a lifetime is positive")
+    for name in _COUNTS:
+        count = getattr(profile, name)
+        if count is not None and not 0 <= count < 2**31:
+            raise DecodeError(f"{name} out of bounds")
+    for name in _POSITIVE:
+        value = getattr(profile, name)
+        if value is not None and not value > 0:  # not a number, either
+            raise DecodeError(f"{name} is positive")
+    if profile.opener_ttl is not None and not 1 <= profile.opener_ttl <= 255:
+        raise DecodeError("a hop limit is 1..255")
+    if not set(profile.inferred) <= set(_FIELDS) or len(profile.inferred) > len(_FIELDS):
+        raise DecodeError("an unknown field was inferred")
     if profile.allocation is not None:
         _check_allocation(profile.allocation)
 

@@ -19,9 +19,9 @@ from natswarm.nat.classify import (
     AnswerFrom,
     EchoToSend,
     NatInspection,
-    Observer,
     classify,
 )
+from natswarm.nat.measurement import Observer
 from natswarm.nat.profile import NatProfile
 from natswarm.net.budget import Budget
 from natswarm.net.nursery import open_private_nursery

@@ -31,6 +31,7 @@ ALICE, BOB = Identity(bytes(range(32))), Identity(bytes(range(32, 64)))
 KEY = ALICE.probe_keys(BOB.peer_id).send
 SEEN_V4 = Endpoint("198.51.100.7", 40_000)
 SEEN_V6 = Endpoint("2001:db8::7", 443)
+TOKEN = bytes(range(100, 120))
 NAME = b"\x01\x02\x03\x04\x05\x06\x07\x08"
 
 
@@ -45,8 +46,13 @@ CASES: dict[str, tuple[object, bytes, Callable[[bytes], object]]] = {
         message.encode(ALICE),
         decode_echo_request_untrusted,
     ),
+    "echo_request_elsewhere": (
+        message := EchoRequest(NAME, ALICE.peer_id, deliver_to=SEEN_V4, token=TOKEN),
+        message.encode(ALICE),
+        decode_echo_request_untrusted,
+    ),
     "echo_reply_ipv4": (
-        message := EchoReply(NAME, ALICE.peer_id, SEEN_V4),
+        message := EchoReply(NAME, ALICE.peer_id, SEEN_V4, TOKEN),
         message.encode(ALICE),
         decode_echo_reply_untrusted,
     ),

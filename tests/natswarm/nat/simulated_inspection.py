@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from natswarm.address import Endpoint
 from natswarm.identity import PeerId
-from natswarm.nat.classify import AnswerFrom, EchoToSend, NatInspection, Observer
+from natswarm.nat.classify import AnswerFrom, EchoToSend, NatInspection
+from natswarm.nat.measurement import Observer
 from natswarm.nat.profile import NatProfile
 from natswarm.sim.topology import Host, Internet, SimPort
 

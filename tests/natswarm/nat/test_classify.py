@@ -17,9 +17,9 @@ from natswarm.nat.classify import (
     FilterTrial,
     NatInspection,
     Observation,
-    Observer,
     classify,
 )
+from natswarm.nat.measurement import Observer
 from natswarm.nat.profile import NatProfile
 
 LOCAL = Endpoint("192.168.1.7", 40_000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -10,13 +12,22 @@ from hypothesis import strategies as st
 from natswarm.address import Endpoint
 from natswarm.errors import DecodeError
 from natswarm.nat.allocation import BLOCK_SIZES, BLOCKS_MAX, PortAllocation
-from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
+from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Poison, Pooling
 from natswarm.nat.profile import NatProfile, decode_profile_untrusted
 
 PUBLIC = Endpoint("198.51.100.7", 41300)
 BLOCK = PortAllocation(
     AllocationLaw.BLOCK, low=41216, high=41471, block_size=256, blocks=(41216,), sample_count=16
 )
+
+
+FIELDS = ("version", *(field.name for field in dataclasses.fields(NatProfile)))
+
+
+def form(**changed: object) -> bytes:
+    """The wire form of an empty profile with values that a liar may send."""
+    values = dict(zip(FIELDS, msgspec.msgpack.decode(NatProfile().encode()), strict=True))
+    return msgspec.msgpack.encode(list((values | changed).values()))
 
 
 def uniform_allocations() -> st.SearchStrategy[PortAllocation]:
@@ -129,6 +140,20 @@ def test_the_largest_profile_fits() -> None:
         observer_count=2**31 - 1,
         idle_lifetime_s=65.123456789,
         absolute_lifetime_s=65.123456789,
+        pooling=Pooling.ARBITRARY,
+        hairpinning=False,
+        poison=Poison.RETIRES_MAPPING,
+        tftp_helper=True,
+        idle_unreplied_s=35.123456789,
+        inbound_refreshes=False,
+        mappings_seen=2**31 - 1,
+        max_mappings=2**31 - 1,
+        mapping_rate_per_s=99.123456789,
+        mapping_burst=2**31 - 1,
+        remotes_seen=2**31 - 1,
+        nat_count=3,
+        opener_ttl=255,
+        inferred=("poison", "tftp_helper", "inbound_refreshes"),
     )
     assert decode_profile_untrusted(profile.encode()) == profile
 
@@ -152,6 +177,16 @@ def test_the_largest_profile_fits() -> None:
         ("idle_lifetime_s", float("nan")),
         ("absolute_lifetime_s", -1.0),
         ("mapping", "symmetric"),
+        ("mapping_rate_per_s", 0.0),
+        ("idle_unreplied_s", float("nan")),
+        ("max_mappings", -1),
+        ("opener_ttl", 0),
+        ("opener_ttl", 256),
+        ("inferred", ("colour",)),
+        ("inferred", ("mapping",) * 100),
+        ("poison", "arsenic"),
+        ("version", 1),
+        ("version", "2"),
         ("allocation", {"law": "uniform", "low": 9, "high": 8}),
         ("allocation", {"law": "uniform", "low": 0}),
         ("allocation", {"law": "uniform", "seen_low": 5}),
@@ -171,7 +206,7 @@ def test_the_largest_profile_fits() -> None:
 )
 def test_values_that_no_node_states_are_refused(field: str, value: object) -> None:
     with pytest.raises(DecodeError):
-        decode_profile_untrusted(msgspec.msgpack.encode({field: value}))
+        decode_profile_untrusted(form(**{field: value}))
 
 
 def test_oversized_profiles_are_refused_unread() -> None:
@@ -179,9 +214,9 @@ def test_oversized_profiles_are_refused_unread() -> None:
         decode_profile_untrusted(b"\x80" + b"\0" * 1024)
 
 
-def test_unknown_fields_are_ignored_so_that_versions_can_meet() -> None:
-    profile = decode_profile_untrusted(msgspec.msgpack.encode({"colour": "blue"}))
-    assert profile == NatProfile.unknown()
+def test_fields_of_later_versions_are_ignored() -> None:
+    later = [*msgspec.msgpack.decode(form(version=3)), "colour", "blue"]
+    assert decode_profile_untrusted(msgspec.msgpack.encode(later)) == NatProfile.unknown()
 
 
 def test_the_wire_form_is_pinned() -> None:
@@ -189,10 +224,9 @@ def test_the_wire_form_is_pinned() -> None:
         mapping=Mapping.EIM, filtering=Filtering.ADF, public_ips=("198.51.100.7",), echo_count=3
     )
     assert profile.encode() == (
-        b"\x8b\xa7mapping\xa3EIM\xa9filtering\xa3ADF\xaaallocation\xc0"
-        b"\xaapublic_ips\x91\xac198.51.100.7\xadmain_endpoint\xc0\xaflocal_endpoints\x90"
-        b"\xadis_translated\xc0\xaaecho_count\x03\xaeobserver_count\x00"
-        b"\xafidle_lifetime_s\xc0\xb3absolute_lifetime_s\xc0"
+        b"\xdc\x00\x1a\x02\xa3EIM\xa3ADF\xc0\x91\xac198.51.100.7\xc0\x90\xc0\x03\x00"
+        + 8 * b"\xc0"
+        + b"\x00\xc0\xc0\xc0\x00\xc0\xc0\x90"
     )
 
 
