@@ -1,4 +1,4 @@
-"""What an inspection has found so far: each test reads what those before it found, and adds its own.
+"""What an inspection has found so far: each test reads what was found before, and adds its own.
 
 Every test is a `Measurement` that is made with the findings, the fresh ports it may use, randomness
 and the time, and told to `conclude` when it is over: it then replaces `profile`, and says for every
@@ -42,14 +42,16 @@ class Interval(NamedTuple):
 
 @dataclass(slots=True)
 class Findings:
-    """Attributes:
-    observers: Who can be asked.
-    profile: What is known by now.
-    observations: Every echo so far that came back from where it was asked for, in order.
-    filter_trials: Every try to get in from where nothing was sent to.
-    tokens: The newest token of each observer.
-    intervals: Names of estimated figures -> where they lie.
-    unknown: Names of the profile's fields that are not known -> why.
+    """What the tests share.
+
+    Attributes:
+        observers: Who can be asked.
+        profile: What is known by now.
+        observations: Every echo so far that came back from where it was asked for, in order.
+        filter_trials: Every try to get in from where nothing was sent to.
+        tokens: The newest token of each observer.
+        intervals: Names of estimated figures -> where they lie.
+        unknown: Names of the profile's fields that are not known -> why.
     """
 
     observers: tuple[Observer, ...]
