@@ -2,16 +2,20 @@
 
 Routers on the link count hops down here, links take their time and lose, and the realm above learns
 which addresses are reached this way. A datagram costs one event for each link that takes time.
+
+The routers on a link stand at its upper end, behind the radio or the line: what dies there on its
+way up has been on the link, what dies there on its way down has not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from natswarm.sim.icmp import ErrorSource
 from natswarm.sim.link import IDEAL, Link, LinkConditions
 from natswarm.sim.nat64 import CLAT_IP, Clat, is_embedded
-from natswarm.sim.packet import Packet
+from natswarm.sim.packet import DEFAULT_TTL, TIME_EXCEEDED, Packet
 
 if TYPE_CHECKING:
     from natswarm.sim.router import NatRouter
@@ -30,6 +34,7 @@ class Attachment:
         upload: The link's direction up.
         download: The link's direction down.
         hops: Routers on the link, both ends not counted.
+        routers: What they say errors from, from below; none where they keep silent.
     """
 
     def __init__(
@@ -42,11 +47,13 @@ class Attachment:
         download: LinkConditions,
         hops: int,
         ip6: str | None = None,
+        routers: Sequence[ErrorSource] = (),
     ) -> None:
         self.ip = ip
         self.ip6 = ip6
         self.parent = parent
         self.hops = hops
+        self.routers = routers
         self.upload = Link(upload, internet.world.stream(f"upload/{name}"))
         self.download = Link(download, internet.world.stream(f"download/{name}"))
         self._internet = internet
@@ -72,7 +79,7 @@ class Attachment:
         """Send a packet of the device to the realm above."""
         ttl -= self.hops
         if ttl <= 0:
-            self._internet.drop_expired(packet, self._name)
+            self._expire_going_up(packet, ttl + self.hops)
             return
         now, link = self._world.now, self.upload
         arrival = link.arrival_time(now, packet.data)
@@ -102,7 +109,7 @@ class Attachment:
             return
         ttl -= self.hops
         if ttl <= 0:
-            self._internet.drop_expired(packet, self._name)
+            self._expire_going_down(packet, ttl + self.hops, departure)
             return
         arrival = link.arrival_time(departure, packet.data)
         if arrival is None:
@@ -119,6 +126,37 @@ class Attachment:
             self._receive(packet, ttl)
         else:
             self.send_down(packet, ttl, self._world.now)
+
+    def _expire_going_up(self, packet: Packet, hop: int) -> None:
+        """Drop a packet at the `hop`-th router from below, which tells the device."""
+        internet, departure = self._internet, self._world.now
+        if internet.has_error_listeners:
+            arrival = self.upload.arrival_time(departure, packet.data)
+            if arrival is None:
+                internet.drop_lost(packet, self._name)
+                return
+            departure = arrival
+        internet.drop_expired(packet, self._name)
+        error = self._error(packet, hop)
+        if error is not None:
+            self.send_down(error, DEFAULT_TTL + self.hops - hop + 1, departure)
+
+    def _expire_going_down(self, packet: Packet, hop: int, departure: float) -> None:
+        """Drop a packet at the `hop`-th router from above, which tells its source."""
+        self._internet.drop_expired(packet, self._name)
+        error = self._error(packet, self.hops - hop + 1)
+        if error is None:
+            return
+        if self.parent is None:
+            self._internet.route(error, DEFAULT_TTL - hop + 1, departure)
+        else:
+            parent = self.parent
+            self._world.at(departure, parent.receive_from_inside, error, DEFAULT_TTL - hop + 1)
+
+    def _error(self, packet: Packet, hop: int) -> Packet | None:
+        # A packet that was sent without any hop left dies at the first router.
+        router = self.routers[max(hop, 1) - 1] if self.routers else None
+        return self._internet.error(router, packet, TIME_EXCEEDED, self._name)
 
     def _arrive_above(self, packet: Packet, ttl: int) -> None:
         if self.parent is None:

@@ -44,7 +44,7 @@ def _check_sessions(nat: Nat) -> None:
     mappings = {}
     for session in nat._outgoing.values():
         mapping, remote = session.mapping, session.remote
-        assert not session.is_burned, "a burned session is still there"
+        assert session.sequence, "a burned session is still there"
         assert nat._incoming[mapping.slot, remote.ip, remote.port] is session
         assert session.expires <= min(mapping.expires, mapping.dies_at), "outlives its mapping"
         claim = nat._claim(mapping.slot, remote)
@@ -55,7 +55,7 @@ def _check_sessions(nat: Nat) -> None:
             key = (id(mapping), nat._filter_key(remote))
             permitted[key] = permitted.get(key, 0) + 1
         mappings[id(mapping)] = mapping
-    due_count = sum(not session.is_burned for _, _, session in nat._due)
+    due_count = sum(session.sequence == sequence for _, sequence, session in nat._due)
     assert len(nat._incoming) == len(nat._outgoing) == due_count
     assert claims.keys() == nat._claims.keys()
     assert sum(claims.values()) == sum(sum(m.claims.values()) for m in mappings.values())

@@ -1,4 +1,4 @@
-"""A virtual host and its UDP ports."""
+"""A virtual host: its UDP ports, or whoever takes all its packets."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 from natswarm.address import Endpoint
 from natswarm.errors import ConfigurationError
 from natswarm.sim.attachment import Attachment
-from natswarm.sim.packet import Packet
+from natswarm.sim.icmp import ErrorSource
+from natswarm.sim.packet import DEFAULT_TTL, ICMP, PORT_UNREACHABLE, UDP, Packet
 
 if TYPE_CHECKING:
     from natswarm.sim.router import NatRouter
     from natswarm.sim.topology import Internet
 
 __all__ = ["DEFAULT_TTL", "EPHEMERAL_PORTS", "Host", "SimPort"]
-
-DEFAULT_TTL = 64  # Linux; RFC 1700
 
 EPHEMERAL_PORTS = (32_768, 60_999)  # Linux `ip_local_port_range`
 
@@ -42,6 +41,8 @@ class Host:
         self.uplink = uplink
         self.ports: dict[int, SimPort] = {}
         self.ports6: dict[int, SimPort] = {}
+        self._on_packet: Callable[[Packet, int], None] | None = None
+        self._error_source = ErrorSource(uplink.ip)
         self._has_ipv6 = uplink.ip6 is not None
         self._rng = internet.world.stream(f"host/{name}")
         uplink.connect(self._receive)
@@ -61,6 +62,38 @@ class Host:
         """Its addresses, IPv4 first."""
         ip, ip6 = self.uplink.ip, self.uplink.ip6
         return [ip] if ip6 is None or ip6 == ip else [ip, ip6]
+
+    @property
+    def on_packet(self) -> Callable[[Packet, int], None] | None:
+        """Called with (packet, hops left) for each packet that comes, in place of the open ports.
+
+        Inside an event: it may send and schedule, not run the world.
+        """
+        return self._on_packet
+
+    @on_packet.setter
+    def on_packet(self, take: Callable[[Packet, int], None] | None) -> None:
+        self._on_packet = take
+        self.internet.has_error_listeners = True
+
+    def send_packet(self, packet: Packet, ttl: int = DEFAULT_TTL) -> None:
+        """Send a packet of any protocol as it is; it passes `ttl` - 1 routers at most.
+
+        Raises:
+            ConfigurationError: Its source is not an address of the host.
+        """
+        if packet.source.ip not in self.addresses:
+            raise ConfigurationError(
+                f"{self.name} cannot send from {packet.source.ip}; it has "
+                f"{' and '.join(self.addresses)}"
+            )
+        self.internet.counters.sent_count += 1
+        if (":" in packet.source.ip) != (":" in packet.destination.ip):
+            self.internet.drop_unroutable(packet, self.name)
+            return
+        if self.internet.world.trace is not None:
+            self.internet.world.trace(self.internet.world.now, "sent", self.name, packet)
+        self.uplink.send_up(packet, ttl)
 
     def open_port(self, port: int = 0, ip: str | None = None) -> SimPort:
         """Open a UDP port.
@@ -100,6 +133,13 @@ class Host:
 
     def _receive(self, packet: Packet, ttl: int) -> None:
         internet = self.internet
+        if self._on_packet is not None:
+            self._count(packet, is_taken=True)
+            self._on_packet(packet, ttl)
+            return
+        if packet.protocol != UDP:
+            self._receive_other(packet)
+            return
         port = self.ports.get(packet.destination.port)
         if self._has_ipv6 and ":" in packet.destination.ip:
             if ":" not in packet.source.ip:
@@ -107,14 +147,42 @@ class Host:
                 return
             port = self.ports6.get(packet.destination.port)
         if port is None:
-            internet.counters.dropped_closed += 1
-        else:
-            internet.counters.delivered_count += 1
+            self._refuse(packet)
+            return
+        internet.counters.delivered_count += 1
         if internet.world.trace is not None:
-            event = "closed" if port is None else "received"
-            internet.world.trace(internet.world.now, event, self.name, packet)
-        if port is not None and port.on_datagram is not None:
+            internet.world.trace(internet.world.now, "received", self.name, packet)
+        if port.on_datagram is not None:
             port.on_datagram(packet.data, packet.source)
+
+    def _receive_other(self, packet: Packet) -> None:
+        """Take an ICMP error to the port it concerns; a host has nothing but UDP ports."""
+        about = packet.about
+        if about is None:
+            self._refuse(packet)
+            return
+        port = self.ports.get(about.source.port) if about.protocol == UDP else None
+        listener = None if port is None else port.on_error
+        self._count(packet, is_taken=listener is not None)
+        if listener is not None:
+            listener(packet)
+
+    def _refuse(self, packet: Packet) -> None:
+        self._count(packet, is_taken=False)
+        if packet.protocol != ICMP:
+            error = self.internet.error(self._error_source, packet, PORT_UNREACHABLE, self.name)
+            if error is not None:
+                self.uplink.send_up(error, DEFAULT_TTL)
+
+    def _count(self, packet: Packet, *, is_taken: bool) -> None:
+        internet = self.internet
+        if is_taken:
+            internet.counters.delivered_count += 1
+        else:
+            internet.counters.dropped_closed += 1
+        if internet.world.trace is not None:
+            event = "received" if is_taken else "closed"
+            internet.world.trace(internet.world.now, event, self.name, packet)
 
 
 class SimPort:
@@ -129,11 +197,22 @@ class SimPort:
     def __init__(self, host: Host, endpoint: Endpoint, ports: dict[int, SimPort]) -> None:
         self.endpoint = endpoint
         self.on_datagram: Callable[[bytes, Endpoint], None] | None = None
+        self._on_error: Callable[[Packet], None] | None = None
         self._host = host
         self._ports = ports
         self._world = host.internet.world
         self._counters = host.internet.counters
         self._send_up = host.uplink.send_up
+
+    @property
+    def on_error(self) -> Callable[[Packet], None] | None:
+        """Called with each ICMP error about a datagram of this port, inside an event."""
+        return self._on_error
+
+    @on_error.setter
+    def on_error(self, take: Callable[[Packet], None] | None) -> None:
+        self._on_error = take
+        self._host.internet.has_error_listeners = True
 
     def send(self, data: bytes, destination: Endpoint, ttl: int = DEFAULT_TTL) -> None:
         """Send a datagram at the world's present time; it passes `ttl` - 1 routers at most."""

@@ -39,54 +39,15 @@ from natswarm.sim.nat_behaviour import (
     NatBehaviour,
     NatCounters,
 )
-from natswarm.sim.packet import Packet
+from natswarm.sim.nat_session import Key, PortMapping, Session
+from natswarm.sim.packet import ICMP, Packet
 from natswarm.sim.pool import PORT_COUNT, make_pool
 from natswarm.sim.ports import IsFree
 from natswarm.sim.rate import TokenBuckets
 
 __all__ = ["Nat", "NatBehaviour", "NatCounters"]
 
-_Key = tuple[object, ...]
 _K = TypeVar("_K")
-
-
-class _Mapping:
-    __slots__ = ("claims", "dies_at", "expires", "external", "internal", "key", "permitted", "slot")
-
-    def __init__(
-        self, key: _Key | None, internal: Endpoint, external: Endpoint, slot: int, dies_at: float
-    ) -> None:
-        self.key = key
-        self.internal = internal
-        self.external = external
-        self.slot = slot
-        self.dies_at = dies_at
-        self.expires = 0.0  # the latest of its sessions
-        self.claims: dict[_Key, int] = {}  # claim -> sessions that need it
-        self.permitted: dict[_Key, int] = {}  # filter key -> open sessions
-
-
-class _Session:
-    __slots__ = (
-        "expires",
-        "external",
-        "internal",
-        "is_burned",
-        "is_open",
-        "is_replied",
-        "mapping",
-        "remote",
-    )
-
-    def __init__(self, mapping: _Mapping, remote: Endpoint, expires: float) -> None:
-        self.mapping = mapping
-        self.remote = remote
-        self.internal = mapping.internal
-        self.external = mapping.external
-        self.expires = expires
-        self.is_open = False  # lets its filter key in; else it only pins the port of replies
-        self.is_replied = False  # the remote has sent in
-        self.is_burned = False  # removed before it was due
 
 
 class Nat:
@@ -138,27 +99,27 @@ class Nat:
         self._has_helper = behaviour.tftp_helper
         self._mapping_key = _MAPPING_KEYS[behaviour.mapping]
         self._filter_key = _FILTER_KEYS[behaviour.filtering]
-        self._mappings: dict[_Key, _Mapping] = {}
+        self._mappings: dict[Key, PortMapping] = {}
         # Both by 4-tuples of plain text and numbers: `Endpoint` hashes in Python, they do in C.
-        self._outgoing: dict[tuple[str, int, str, int], _Session] = {}
-        self._incoming: dict[tuple[int, str, int], _Session] = {}
-        self._claims: dict[_Key, _Mapping] = {}
+        self._outgoing: dict[tuple[str, int, str, int], Session] = {}
+        self._incoming: dict[tuple[int, str, int], Session] = {}
+        self._claims: dict[Key, PortMapping] = {}
         # The requests whose answers are awaited, by our slot and the remote address. An expectation
         # ends with the session of its request, as in Linux, where its own 5 minutes never matter.
-        self._expectations: dict[tuple[int, str], _Session] = {}
+        self._expectations: dict[tuple[int, str], Session] = {}
         self._slot_users: dict[int, int] = {}  # slot -> mappings
         # slot -> mappings and mapping -> sessions, kept only where poison has to find them.
         self._finds_mappings = behaviour.poison in (Poison.RETIRES_MAPPING, Poison.BURNS_MAPPING)
-        self._mappings_of: dict[int, list[_Mapping]] = {}
-        self._sessions_of: dict[_Mapping, dict[_Session, None]] = {}
+        self._mappings_of: dict[int, list[PortMapping]] = {}
+        self._sessions_of: dict[PortMapping, dict[Session, None]] = {}
         self._subscribers: dict[str, int] = {}  # internal address -> mappings
         # Every session once, at a time not after its expiry: looked at again when it is due.
-        self._due: list[tuple[float, int, _Session]] = []
+        self._due: list[tuple[float, int, Session]] = []
         self._sequence = 0
 
     def outbound(self, packet: Packet, now: float) -> Packet | None:
         """Translate a packet from the inside; None when it is dropped."""
-        internal, remote, data = packet
+        internal, remote, data, protocol, _ = packet
         session = self._outgoing.get((internal.ip, internal.port, remote.ip, remote.port))
         if session is None or not session.is_open or session.expires <= now:
             opened = self._open(internal, remote, now)
@@ -169,7 +130,7 @@ class Nat:
         if self._has_helper and remote.port == TFTP_PORT and data[:2] in TFTP_REQUESTS:
             self._expectations[session.mapping.slot, remote.ip] = session
         self.counters.outbound_count += 1
-        return Packet(session.external, remote, data)
+        return Packet(session.external, remote, data, protocol)
 
     def inbound(self, packet: Packet, now: float) -> Packet | None:
         """Translate a packet from the outside; None when it is dropped.
@@ -177,12 +138,10 @@ class Nat:
         Raises:
             ValueError: It is not for an external address of ours.
         """
-        remote, external, data = packet
+        remote, external, data, protocol, _ = packet
         slot = external.port
         if external.ip != self.external_ip:
-            if external.ip not in self._slot_bases:
-                raise ValueError(f"a packet for {external} came to the NAT at {self.external_ip}")
-            slot += self._slot_bases[external.ip]
+            slot = self._slot_of(external)
         session = self._incoming.get((slot, remote.ip, remote.port))
         if session is None or not session.is_open or session.expires <= now:
             admitted = self._admit(slot, remote, now)
@@ -193,7 +152,37 @@ class Nat:
         if self._inbound_refreshes:
             self._refresh(session, now)
         self.counters.inbound_count += 1
-        return Packet(remote, session.internal, data)
+        return Packet(remote, session.internal, data, protocol)
+
+    def error_inbound(self, error: Packet, now: float) -> Packet | None:
+        """Translate an ICMP error from the outside about a packet of the inside; changes nothing.
+
+        None where there is no session that the packet belongs to (RFC 5508 REQ-3 to REQ-5).
+        """
+        about = error.about
+        if about is None or about.source != error.destination:
+            return None
+        session = self._session_inbound(about.source, about.destination, now)
+        if session is None:
+            return None
+        internal = session.internal
+        about = about._replace(source=internal)
+        return Packet(error.source, internal, error.data, ICMP, about)
+
+    def error_outbound(self, error: Packet, now: float) -> Packet | None:
+        """Translate an ICMP error of the inside about a packet that came in; changes nothing.
+
+        It comes from our external address then, whoever said it, as in Linux.
+        """
+        about = error.about
+        if about is None or about.source != error.destination:
+            return None
+        internal, remote = about.destination, about.source
+        session = self._outgoing.get((internal.ip, internal.port, remote.ip, remote.port))
+        if session is None or not session.is_open or session.expires <= now:
+            return None
+        about = about._replace(destination=session.external)
+        return Packet(Endpoint(session.external.ip, 0), remote, error.data, ICMP, about)
 
     def external_endpoint(
         self, internal: Endpoint, remote: Endpoint, now: float
@@ -215,7 +204,7 @@ class Nat:
         self._catch_up(now)
         return sorted(slot % PORT_COUNT for slot in self._slot_users)
 
-    def _refresh(self, session: _Session, now: float) -> None:
+    def _refresh(self, session: Session, now: float) -> None:
         mapping = session.mapping
         expires = now + (self._replied_s if session.is_replied else self._unreplied_s)
         if expires > mapping.dies_at:
@@ -224,7 +213,7 @@ class Nat:
         if expires > mapping.expires:
             mapping.expires = expires
 
-    def _open(self, internal: Endpoint, remote: Endpoint, now: float) -> _Session | None:
+    def _open(self, internal: Endpoint, remote: Endpoint, now: float) -> Session | None:
         """Return the session for the first packet the inside sends to `remote`."""
         self._catch_up(now)
         session = self._outgoing.get((internal.ip, internal.port, remote.ip, remote.port))
@@ -236,13 +225,13 @@ class Nat:
         self._permit(session)
         return session
 
-    def _permit(self, session: _Session) -> None:
+    def _permit(self, session: Session) -> None:
         if not session.is_open:
             session.is_open = True
             permitted, key = session.mapping.permitted, self._filter_key(session.remote)
             permitted[key] = permitted.get(key, 0) + 1
 
-    def _mapping_for(self, internal: Endpoint, remote: Endpoint, now: float) -> _Mapping | None:
+    def _mapping_for(self, internal: Endpoint, remote: Endpoint, now: float) -> PortMapping | None:
         key = self._mapping_key(internal, remote)
         mapping = self._mappings.get(key)
         if mapping is not None:
@@ -274,7 +263,7 @@ class Nat:
             dies_at = now + self._rng.uniform(*behaviour.absolute_lifetime_s)
         # The endpoint's next remotes use the new port too. Linux prefers the port that the internal
         # endpoint has already; a mapping that had to move stays for its old sessions alone.
-        mapping = _Mapping(key, internal, self._external(slot), slot, dies_at)
+        mapping = PortMapping(key, internal, self._external(slot), slot, dies_at)
         self._mappings[key] = mapping
         self._subscribers[subscriber] = count + 1
         self._slot_users[slot] = self._slot_users.get(slot, 0) + 1
@@ -292,10 +281,23 @@ class Nat:
         parity = internal.port % 2
         return lambda slot: slot % 2 == parity and (slot, *suffix) not in claims
 
+    def is_expected(self, packet: Packet, now: float) -> bool:
+        """Return whether a packet from the outside belongs to a session; changes nothing."""
+        return self._session_inbound(packet.destination, packet.source, now) is not None
+
+    def _session_inbound(self, external: Endpoint, remote: Endpoint, now: float) -> Session | None:
+        session = self._incoming.get((self._slot_of(external), remote.ip, remote.port))
+        return session if session and session.is_open and session.expires > now else None
+
+    def _slot_of(self, external: Endpoint) -> int:
+        if external.ip not in self._slot_bases:
+            raise ValueError(f"a packet for {external} came to the NAT at {self.external_ip}")
+        return self._slot_bases[external.ip] + external.port
+
     def _external(self, slot: int) -> Endpoint:
         return Endpoint(self.external_ips[slot // PORT_COUNT], slot % PORT_COUNT)
 
-    def _admit(self, slot: int, remote: Endpoint, now: float) -> _Session | None:
+    def _admit(self, slot: int, remote: Endpoint, now: float) -> Session | None:
         """Return the session for a packet from outside that meets none we opened."""
         self._catch_up(now)
         session = self._incoming.get((slot, remote.ip, remote.port))
@@ -322,12 +324,14 @@ class Nat:
             self._poison(slot, remote, session, now)
         return None
 
-    def _poison(self, slot: int, remote: Endpoint, session: _Session | None, now: float) -> None:
+    def _poison(self, slot: int, remote: Endpoint, session: Session | None, now: float) -> None:
         """Do what a refused packet does here to the mappings of the slot it came to."""
         if self.behaviour.poison is Poison.TAKES_PORT:
             if session is None:
                 own = self._external(slot)
-                session = self._add_session(_Mapping(None, own, own, slot, math.inf), remote, 0.0)
+                session = self._add_session(
+                    PortMapping(None, own, own, slot, math.inf), remote, 0.0
+                )
             self._refresh(session, now)
             self.counters.poisoned_count += 1
             return
@@ -335,14 +339,14 @@ class Nat:
             if self.behaviour.poison is Poison.BURNS_MAPPING:
                 for session in list(self._sessions_of[mapping]):
                     self._remove(session)
-                    session.is_burned = True
+                    session.sequence = 0
             elif mapping.key is not None and self._mappings.get(mapping.key) is mapping:
                 del self._mappings[mapping.key]
             else:
                 continue
             self.counters.poisoned_count += 1
 
-    def _session_of_admitted(self, mapping: _Mapping, remote: Endpoint) -> _Session:
+    def _session_of_admitted(self, mapping: PortMapping, remote: Endpoint) -> Session:
         internal = mapping.internal
         session = self._outgoing.get((internal.ip, internal.port, remote.ip, remote.port))
         if session is not None:
@@ -350,11 +354,11 @@ class Nat:
         # Unless it is refreshed, a stranger must not keep the mapping alive a moment longer.
         return self._add_session(mapping, remote, mapping.expires)
 
-    def _claim(self, slot: int, remote: Endpoint) -> _Key:
+    def _claim(self, slot: int, remote: Endpoint) -> Key:
         return (slot,) if self._exclusive else (slot, *self._filter_key(remote))
 
-    def _add_session(self, mapping: _Mapping, remote: Endpoint, expires: float) -> _Session:
-        session = _Session(mapping, remote, min(expires, mapping.dies_at))
+    def _add_session(self, mapping: PortMapping, remote: Endpoint, expires: float) -> Session:
+        session = Session(mapping, remote, min(expires, mapping.dies_at))
         internal, slot = mapping.internal, mapping.slot
         claim = self._claim(slot, remote)
         assert self._claims.get(claim, mapping) is mapping, "two mappings for one inbound packet"
@@ -364,11 +368,15 @@ class Nat:
         incoming_key = (slot, remote.ip, remote.port)
         assert incoming_key not in self._incoming, "two sessions for one inbound packet"
         self._incoming[incoming_key] = session
-        self._sequence += 1
-        heappush(self._due, (session.expires, self._sequence, session))
+        self._look_at(session, session.expires)
         if self._finds_mappings:
             self._sessions_of[mapping][session] = None
         return session
+
+    def _look_at(self, session: Session, due: float) -> None:
+        """Have `_expire` look at a session at a time not after its expiry, and at no other."""
+        self._sequence = session.sequence = self._sequence + 1
+        heappush(self._due, (due, session.sequence, session))
 
     def _catch_up(self, now: float) -> None:
         """Bring the table up to the present: flows of others, and what is over."""
@@ -391,14 +399,14 @@ class Nat:
         due = self._due
         while due and due[0][0] <= now:
             _, sequence, session = heappop(due)
-            if session.is_burned:
+            if session.sequence != sequence:
                 continue
             if session.expires > now:
                 heappush(due, (session.expires, sequence, session))
             else:
                 self._remove(session)
 
-    def _remove(self, session: _Session) -> None:
+    def _remove(self, session: Session) -> None:
         mapping, remote = session.mapping, session.remote
         internal, slot = mapping.internal, mapping.slot
         del self._outgoing[internal.ip, internal.port, remote.ip, remote.port]
@@ -444,25 +452,25 @@ def _count_down(counts: dict[_K, int], key: _K) -> None:
         del counts[key]
 
 
-def _no_part(remote: Endpoint) -> _Key:
+def _no_part(remote: Endpoint) -> Key:
     return ()
 
 
-def _address(remote: Endpoint) -> _Key:
+def _address(remote: Endpoint) -> Key:
     return (remote.ip,)
 
 
-def _address_and_port(remote: Endpoint) -> _Key:
+def _address_and_port(remote: Endpoint) -> Key:
     return (remote.ip, remote.port)
 
 
-_FILTER_KEYS: dict[Filtering, Callable[[Endpoint], _Key]] = {
+_FILTER_KEYS: dict[Filtering, Callable[[Endpoint], Key]] = {
     Filtering.EIF: _no_part,
     Filtering.ADF: _address,
     Filtering.APDF: _address_and_port,
 }
 
-_MAPPING_KEYS: dict[Mapping, Callable[[Endpoint, Endpoint], _Key]] = {
+_MAPPING_KEYS: dict[Mapping, Callable[[Endpoint, Endpoint], Key]] = {
     Mapping.EIM: lambda internal, remote: (internal.ip, internal.port),
     Mapping.ADM: lambda internal, remote: (internal.ip, internal.port, remote.ip),
     Mapping.APDM: lambda internal, remote: (internal.ip, internal.port, remote.ip, remote.port),

@@ -65,9 +65,12 @@ class Clat:
 
     def outbound(self, packet: Packet) -> Packet:
         """Translate an IPv4 packet of the host."""
-        source, destination, data = packet
+        source, destination, data, protocol, _ = packet
         return Packet(
-            Endpoint(self.ip6, source.port), Endpoint(embed(destination.ip), destination.port), data
+            Endpoint(self.ip6, source.port),
+            Endpoint(embed(destination.ip), destination.port),
+            data,
+            protocol,
         )
 
     def inbound(self, packet: Packet) -> Packet:
@@ -76,7 +79,10 @@ class Clat:
         Raises:
             ValueError: It does not come from behind a NAT64.
         """
-        source, destination, data = packet
+        source, destination, data, protocol, _ = packet
         return Packet(
-            Endpoint(extract(source.ip), source.port), Endpoint(CLAT_IP, destination.port), data
+            Endpoint(extract(source.ip), source.port),
+            Endpoint(CLAT_IP, destination.port),
+            data,
+            protocol,
         )

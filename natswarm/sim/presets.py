@@ -84,6 +84,8 @@ class Preset:
         note: What is not known, and what we assumed.
         access_up: The access link's direction up; None where it is as the other.
         ipv6: IPv6 besides or instead; None where there is none.
+        answers_ttl: Whether the NAT and the routers on the access link say so where a hop limit
+            runs out.
     """
 
     behaviour: NatBehaviour | None
@@ -94,6 +96,7 @@ class Preset:
     note: str = ""
     access_up: LinkConditions | None = None
     ipv6: Ipv6 | None = None
+    answers_ttl: bool = True
 
     def __post_init__(self) -> None:
         has_router = self.behaviour is not None

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from natswarm.address import Endpoint
 from natswarm.errors import ConfigurationError
-from natswarm.sim.addresses import address6, addresses
+from natswarm.sim.addresses import address6, addresses, inner_router_addresses
 from natswarm.sim.attachment import Attachment
 from natswarm.sim.firewall6 import Firewall
+from natswarm.sim.icmp import ErrorSource
 from natswarm.sim.nat import Nat
 from natswarm.sim.nat64 import embed, extract, is_embedded
-from natswarm.sim.packet import Packet
+from natswarm.sim.nat_protocols import make_table
+from natswarm.sim.packet import DEFAULT_TTL, TIME_EXCEEDED, UDP, Packet
 from natswarm.sim.presets import Preset, Site, Transition
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ class NatRouter:
     Attributes:
         name: Unique among the NATs.
         preset: What kind it is.
-        nat: Its table and counters.
+        nat: Its table and counters for UDP.
+        inside_ip: Its own IPv4 address inside.
+        access_routers: What the routers on the links inside say errors from, from below; none
+            where they keep silent.
         has_ipv6: Whether hosts inside have IPv6.
         transition: What they have of IPv4.
         firewall: What their IPv6 goes past; None where nothing stands in the way.
@@ -56,8 +61,15 @@ class NatRouter:
         more = preset.behaviour.address_count - 1
         ips = (uplink.ip, *(internet.next_address(uplink.parent) for _ in range(more)))
         self.nat = Nat(preset.behaviour, ips, internet.world.stream(f"nat/{name}"))
+        self._tables: dict[int, Nat | None] = {UDP: self.nat}
         self._inside_addresses = addresses(inside)
-        next(self._inside_addresses)  # the router's own
+        self.inside_ip = next(self._inside_addresses)
+        access_hops = preset.access_hops if preset.site is Site.CARRIER else 0
+        self._router_ips = inner_router_addresses(inside, access_hops)
+        answers = preset.answers_ttl
+        self.access_routers = [ErrorSource(ip) for ip in self._router_ips] if answers else []
+        self._inner_source = ErrorSource(self.inside_ip) if answers else None
+        self._outer_source = ErrorSource(uplink.ip) if answers else None
         self._prefix_index = 0
         self._host_index6 = 1  # the router's own
         uplink.connect(self.receive_from_outside)
@@ -77,7 +89,10 @@ class NatRouter:
         """
         if self._is_nat64:
             raise ConfigurationError(f"there are no IPv4 addresses to have inside {self.name}")
-        return next(self._inside_addresses)
+        ip = next(self._inside_addresses, None)
+        if ip is None or ip in self._router_ips:
+            raise ConfigurationError(f"no address is left inside {self.name}: give it more")
+        return ip
 
     def next_address6(self) -> str:
         """Hand out the next inner IPv6 address: of one /64 at home, of one each at a carrier."""
@@ -87,6 +102,14 @@ class NatRouter:
         self._host_index6 += 1
         return address6(self._prefix_index, self._host_index6)
 
+    def table(self, protocol: int) -> Nat | None:
+        """Return the table of a protocol, made when first asked for; None where there is none."""
+        if protocol not in self._tables:
+            rng = self._world.stream(f"nat/{self.name}/{protocol}")
+            nat = self.nat
+            self._tables[protocol] = make_table(protocol, nat.behaviour, nat.external_ips, rng)
+        return self._tables[protocol]
+
     def receive_from_inside(self, packet: Packet, ttl: int) -> None:
         """Forward a packet of the realm inside: within it, round, or translated and up."""
         local = self.realm.get(packet.destination.ip)
@@ -95,7 +118,7 @@ class NatRouter:
             return
         if ttl <= 1:
             # Before the table: Linux makes no mapping for a packet it will not forward.
-            self._internet.drop_expired(packet, self.name)
+            self._expire_going_up(packet)
             return
         if self.has_ipv6 and ":" in packet.destination.ip:
             if not (self._is_nat64 and is_embedded(packet.destination.ip)):
@@ -103,11 +126,13 @@ class NatRouter:
                 return
             ip = extract(packet.destination.ip)
             packet = packet._replace(destination=Endpoint(ip, packet.destination.port))
-        nat = self.nat
-        if packet.destination.ip in nat.external_ips:
+        if packet.destination.ip in self.nat.external_ips:
             self._turn_round(packet, ttl)
             return
-        translated = nat.outbound(packet, self._world.now)
+        if packet.protocol == UDP:
+            translated = self.nat.outbound(packet, self._world.now)
+        else:
+            translated = self._translate_other(packet, is_inbound=False)
         if translated is None:
             self._drop(packet)
             return
@@ -118,7 +143,7 @@ class NatRouter:
     def receive_from_outside(self, packet: Packet, ttl: int) -> None:
         """Forward a packet from above, if the table has someone for it. Only inside events."""
         if ttl <= 1:
-            self._internet.drop_expired(packet, self.name)
+            self._expire_going_down(packet)
             return
         if self.has_ipv6 and ":" in packet.destination.ip:
             if self.firewall is not None and not self.firewall.inbound(packet, self._world.now):
@@ -126,7 +151,10 @@ class NatRouter:
                 return
             translated: Packet | None = packet
         else:
-            translated = self.nat.inbound(packet, self._world.now)
+            if packet.protocol == UDP:
+                translated = self.nat.inbound(packet, self._world.now)
+            else:
+                translated = self._translate_other(packet, is_inbound=True)
             if translated is not None and self._is_nat64:
                 translated = _from_nat64(translated)
         if translated is None:
@@ -142,18 +170,54 @@ class NatRouter:
 
     def _turn_round(self, packet: Packet, ttl: int) -> None:
         """Hairpinning with external source address and port (RFC 4787 REQ-9)."""
-        nat, now = self.nat, self._world.now
-        if not nat.behaviour.hairpinning:
-            nat.counters.dropped_hairpin += 1
+        if not self.nat.behaviour.hairpinning:
+            self.nat.counters.dropped_hairpin += 1
             self._drop(packet)
             return
-        translated = nat.outbound(packet, now)
-        turned = None if translated is None else nat.inbound(translated, now)
+        now = self._world.now
+        if packet.protocol == UDP:
+            translated = self.nat.outbound(packet, now)
+            turned = None if translated is None else self.nat.inbound(translated, now)
+        else:
+            translated = self._translate_other(packet, is_inbound=False)
+            turned = translated and self._translate_other(translated, is_inbound=True)
         target = None if turned is None else self.realm.get(turned.destination.ip)
         if turned is None or target is None:
             self._drop(packet)
             return
         target.send_down(_from_nat64(turned) if self._is_nat64 else turned, ttl - 1, now)
+
+    def _translate_other(self, packet: Packet, *, is_inbound: bool) -> Packet | None:
+        """Translate what is not UDP; an ICMP error by the session that it is about."""
+        now, about = self._world.now, packet.about
+        if about is None:
+            nat = self.table(packet.protocol)
+            if nat is None:
+                return None
+            return nat.inbound(packet, now) if is_inbound else nat.outbound(packet, now)
+        nat = self._tables.get(about.protocol)
+        if nat is None or self._is_nat64:
+            return None
+        if is_inbound:
+            return nat.error_inbound(packet, now)
+        return nat.error_outbound(packet, now)
+
+    def _expire_going_up(self, packet: Packet) -> None:
+        self._internet.drop_expired(packet, self.name)
+        source = self.realm.get(packet.source.ip)
+        error = self._internet.error(self._inner_source, packet, TIME_EXCEEDED, self.name)
+        if error is not None and source is not None:
+            source.send_down(error, DEFAULT_TTL, self._world.now)
+
+    def _expire_going_down(self, packet: Packet) -> None:
+        """Drop a packet from above; only about one it would forward does the NAT say so."""
+        self._internet.drop_expired(packet, self.name)
+        nat = self._tables.get(packet.protocol)
+        if nat is None or not nat.is_expected(packet, self._world.now):
+            return
+        error = self._internet.error(self._outer_source, packet, TIME_EXCEEDED, self.name)
+        if error is not None:
+            self.uplink.send_up(error, DEFAULT_TTL)
 
     def _forward_ipv6(self, packet: Packet, ttl: int) -> None:
         if self.firewall is not None and not self.firewall.outbound(packet, self._world.now):

@@ -12,8 +12,10 @@ addresses mean something only in their realm, and two homes may use the same one
     laptop = internet.add_host("laptop", behind=home)
     dual = internet.add_host("dual", "linux-home-dual")         # with IPv6 past a firewall
 
-A datagram costs one event for each link that takes time. Knows no Trio: `natswarm/net/virtual.py`
-puts real nodes on a host; here a port is a callback. No fragmentation, no ICMP.
+A datagram costs one event for each link that takes time. Routers say what they cannot carry, by
+ICMP errors, as soon as anybody listens for them; until then none is made, and what worlds without
+listeners draw and cost does not depend on them. Knows no Trio: `natswarm/net/virtual.py` puts real
+nodes on a host; here a port is a callback. No fragmentation.
 """
 
 from __future__ import annotations
@@ -21,13 +23,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from natswarm.errors import ConfigurationError
-from natswarm.sim.addresses import CARRIER_NETWORK, GLOBAL_NETWORKS, address6, addresses
+from natswarm.sim.addresses import (
+    CARRIER_NETWORK,
+    GLOBAL_NETWORKS,
+    address6,
+    addresses,
+    core_router_address,
+    link_router_address,
+)
 from natswarm.sim.attachment import Attachment, ClatAttachment
-from natswarm.sim.host import DEFAULT_TTL, Host, SimPort
+from natswarm.sim.host import Host, SimPort
+from natswarm.sim.icmp import ErrorSource
 from natswarm.sim.link import IDEAL
 from natswarm.sim.nat import NatBehaviour
 from natswarm.sim.nat64 import Clat
-from natswarm.sim.packet import Packet
+from natswarm.sim.packet import DEFAULT_TTL, HOST_UNREACHABLE, TIME_EXCEEDED, Packet
 from natswarm.sim.presets import PRESETS, Preset, Site, Transition
 from natswarm.sim.presets6 import PRESETS6
 from natswarm.sim.router import NatRouter
@@ -54,8 +64,10 @@ class InternetCounters:
     """What became of datagrams, apart from what the NATs and links count themselves."""
 
     sent_count: int = 0
+    error_count: int = 0
+    """ICMP errors that routers and hosts made; not in `sent_count`."""
     delivered_count: int = 0
-    """To an open port."""
+    """To an open port, or to whoever takes packets and errors."""
     duplicated_count: int = 0
     """Copies that links made."""
     lost_count: int = 0
@@ -69,7 +81,7 @@ class InternetCounters:
     dropped_no_route: int = 0
     """Nobody has the address."""
     dropped_closed: int = 0
-    """The host has no such port."""
+    """The host has no such port, or nobody there for packets of this kind."""
 
 
 class Internet:
@@ -80,6 +92,8 @@ class Internet:
         counters: What became of datagrams.
         core_hops: Routers in the core, on every way.
         core_delay_s: One-way delay of the core.
+        has_error_listeners: Whether anybody ever set a host's `on_packet` or a port's `on_error`.
+            ICMP errors are made from then on.
         hosts: By name, in order of making.
         nats: By name, in order of making.
     """
@@ -90,6 +104,7 @@ class Internet:
         *,
         core_hops: int = DEFAULT_CORE_HOPS,
         core_delay_s: float = DEFAULT_CORE_DELAY_S,
+        core_answers: bool = True,
     ) -> None:
         self.world = world
         self.counters = InternetCounters()
@@ -98,6 +113,10 @@ class Internet:
         self.hosts: dict[str, Host] = {}
         self.nats: dict[str, NatRouter] = {}
         self.realm: dict[str, Attachment] = {}
+        self.has_error_listeners = False
+        self._core_answers = core_answers
+        self._core_routers: dict[int, ErrorSource] = {}
+        self._link_router_count = 0
         self._addresses = addresses(*GLOBAL_NETWORKS)
         self._home_count = 0
         self._prefix_count = 0
@@ -165,12 +184,48 @@ class Internet:
         ttl -= self.core_hops
         if ttl <= 0:
             self.drop_expired(packet, "core")
+            self._answer(packet, TIME_EXCEEDED, ttl + self.core_hops, departure)
             return
         target = self.realm.get(packet.destination.ip)
         if target is None:
             self.drop_unroutable(packet, "core")
+            self._answer(packet, HOST_UNREACHABLE, self.core_hops, departure)
             return
         target.send_down(packet, ttl, departure + self.core_delay_s)
+
+    def error(
+        self, source: ErrorSource | None, packet: Packet, data: bytes, where: str
+    ) -> Packet | None:
+        """Make an ICMP error about a packet that went no further; None where there shall be none.
+
+        Args:
+            source: Who says it; None for one who keeps silent.
+            packet: As it looks where it ended. IPv6 has no errors here.
+            data: Type and code.
+            where: For the trace.
+        """
+        if source is None or not self.has_error_listeners or ":" in packet.source.ip:
+            return None
+        error = source.error(packet, data, self.world.now)
+        if error is not None:
+            self.counters.error_count += 1
+            if self.world.trace is not None:
+                self.world.trace(self.world.now, "error", where, error)
+        return error
+
+    def _answer(self, packet: Packet, data: bytes, hop: int, departure: float) -> None:
+        """Say an error from the `hop`-th router of the core, as far in as that stands."""
+        if not self._core_answers:
+            return
+        hop = max(hop, 1)
+        router = self._core_routers.get(hop)
+        if router is None:
+            router = self._core_routers[hop] = ErrorSource(core_router_address(hop))
+        target = self.realm.get(packet.source.ip)
+        error = self.error(router, packet, data, "core")
+        if target is not None and error is not None:
+            delay_s = 2 * self.core_delay_s * hop / (self.core_hops + 1)
+            target.send_down(error, DEFAULT_TTL - hop + 1, departure + delay_s)
 
     def drop_expired(self, packet: Packet, where: str) -> None:
         """Count a packet whose hop limit ran out."""
@@ -234,6 +289,9 @@ class Internet:
         upload, download, hops = IDEAL, IDEAL, 0
         if has_access:
             upload, download, hops = preset.upload, preset.access, preset.access_hops
+        routers = behind.access_routers if behind is not None else []
+        if behind is None and preset.answers_ttl:
+            routers = [self._next_link_router() for _ in range(hops)]
         ip6 = self._next_address6(behind) if has_ipv6 else None
         transition = Transition.DUAL_STACK if behind is None else behind.transition
         if behind is not None and transition is Transition.XLAT464:
@@ -243,7 +301,11 @@ class Internet:
             ip = ip6
         else:
             ip = self.next_address(behind)
-        return Attachment(self, name, ip, behind, upload, download, hops, ip6)
+        return Attachment(self, name, ip, behind, upload, download, hops, ip6, routers)
+
+    def _next_link_router(self) -> ErrorSource:
+        self._link_router_count += 1
+        return ErrorSource(link_router_address(self._link_router_count))
 
     def _next_address6(self, behind: NatRouter | None) -> str:
         if behind is None:

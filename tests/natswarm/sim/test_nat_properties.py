@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from natswarm.address import Endpoint
 from natswarm.nat.behaviour import Filtering, Mapping, Poison, Pooling
 from natswarm.sim.load import BackgroundLoad
 from natswarm.sim.nat import Nat, NatBehaviour
-from natswarm.sim.packet import Packet
+from natswarm.sim.packet import ICMP, TIME_EXCEEDED, Packet
 from natswarm.sim.ports import Blocks, Preserving, ScaledBeta, Sequential, Uniform
 from natswarm.sim.rate import RateLimit
 
@@ -76,6 +77,19 @@ def assert_rate_holds(limit: RateLimit | None, times: list[float]) -> None:
             for last, end in enumerate(times[first:], first):
                 made = last - first + 1
                 assert made <= limit.burst + limit.per_s * (end - start) + 1e-6, times
+
+
+def state_of(nat: Nat) -> object:
+    """All that an ICMP error must leave as it was."""
+    sessions = [
+        (
+            *(session.internal, session.external, session.remote, session.expires),
+            *(session.is_open, session.is_replied, session.mapping.expires),
+            *(sorted(session.mapping.permitted), len(nat._due)),
+        )
+        for session in nat._outgoing.values()
+    ]
+    return (sessions, asdict(nat.counters), asdict(nat.load_counters), nat._rng.getstate())
 
 
 class NatMachine(RuleBasedStateMachine):
@@ -170,6 +184,44 @@ class NatMachine(RuleBasedStateMachine):
         speaking = self.nat.external_endpoint(internal, remote, self.now)
         if speaking is not None:
             self.passed_in[internal, speaking, remote] = self.now
+
+    @rule(
+        internal=st.sampled_from(INTERNALS),
+        remote=st.sampled_from(REMOTES),
+        index=st.integers(0, 1),
+        port=st.integers(2000, 2007),
+        choice=st.none() | st.integers(0, 1000),
+    )
+    def send_error(
+        self, internal: Endpoint, remote: Endpoint, index: int, port: int, choice: int | None
+    ) -> None:
+        """About any packet, or about one that was sent: to its sender alone, changing nothing."""
+        external = Endpoint(EXTERNAL_IPS[index % self.behaviour.address_count], port)
+        if choice is not None and self.sent_ever:
+            internal, external, remote = self.sent_ever[choice % len(self.sent_ever)]
+        before = state_of(self.nat)
+        router, own = (
+            Endpoint("192.0.2.1", 0),
+            self.nat.external_endpoint(internal, remote, self.now),
+        )
+        about = Packet(external, remote, b"x")
+        error = Packet(router, external, TIME_EXCEEDED, ICMP, about)
+        came_in = self.nat.error_inbound(error, self.now)
+        if came_in is not None and came_in.destination in INTERNALS:
+            sender = came_in.destination
+            assert self.nat.external_endpoint(sender, remote, self.now) == external
+            assert (sender, external, remote) in {*self.sent_ever, *self.passed_in}
+            assert came_in.about == Packet(sender, remote, b"x")
+        else:
+            assert own != external or (internal, external, remote) not in self.sent
+        about = Packet(remote, internal, b"x")
+        error = Packet(router, remote, TIME_EXCEEDED, ICMP, about)
+        went_out = self.nat.error_outbound(error, self.now)
+        if went_out is not None:
+            assert went_out.destination == remote
+            assert went_out.about == Packet(remote, own, b"x")
+            assert went_out.source == Endpoint(own.ip, 0)
+        assert state_of(self.nat) == before
 
     def _forget(self, external: Endpoint) -> None:
         """A stranger burned whatever was there."""
