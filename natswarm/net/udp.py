@@ -21,11 +21,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-import netifaces
 import trio
 
 from natswarm.address import AddressKind, Endpoint, address_kind
 from natswarm.errors import ConfigurationError
+from natswarm.net.device import address_on, tie_to_interface
+from natswarm.net.interfaces import inspect_interfaces
 from natswarm.net.port import Arrival, PortStatistics
 
 __all__ = ["UdpNetwork", "UdpPort", "UdpPortGroup"]
@@ -353,12 +354,20 @@ class UdpPortGroup:
 
 
 class UdpNetwork:
-    """The network of this machine, as `natswarm.net.port.Network`. Stateless."""
+    """The network of this machine, as `natswarm.net.port.Network`. Stateless.
+
+    Args:
+        interface: Send and receive through this one alone, such as `wwan0`; None follows the
+            system's routes.
+    """
+
+    def __init__(self, *, interface: str | None = None) -> None:
+        self._interface = interface
 
     def bind(self, local: Endpoint) -> UdpPort:
         """See `Network.bind`."""
         try:
-            sock = _open_socket(local.ip, local.port)
+            sock = self._open_socket(self._address(local.ip), local.port)
         except OSError as error:
             raise ConfigurationError(
                 f"cannot bind UDP {local}: {error.strerror}; {_bind_advice(error)}"
@@ -376,12 +385,15 @@ class UdpNetwork:
         """
         ports: list[UdpPort] = []
         try:
+            address = self._address(ip)
             for _ in range(count):
-                ports.append(UdpPort(_open_socket(ip, 0)))
+                ports.append(UdpPort(self._open_socket(address, 0)))
             return UdpPortGroup(ports)
-        except OSError as error:
+        except (OSError, ConfigurationError) as error:
             for port in ports:
                 port.close()
+            if isinstance(error, ConfigurationError):
+                raise
             raise ConfigurationError(
                 f"opened {len(ports)} of {count} UDP ports on {ip}: {error.strerror}; "
                 f"{_group_advice(error, count)}"
@@ -391,18 +403,30 @@ class UdpNetwork:
         """See `Network.local_addresses`; sorted, IPv4 before IPv6, so that the order is stable."""
         unusable = {AddressKind.LOOPBACK, AddressKind.LINK_LOCAL, AddressKind.UNUSABLE}
         found = {
-            ipaddress.ip_address(entry["addr"].partition("%")[0])
-            for interface in netifaces.interfaces()
-            for family in (netifaces.AF_INET, netifaces.AF_INET6)
-            for entry in netifaces.ifaddresses(interface).get(family, ())
-            if "addr" in entry
+            ipaddress.ip_address(address.ip)
+            for interface in inspect_interfaces().interfaces
+            for address in interface.addresses
+            if self._interface in (None, interface.name)
         }
         usable = [address for address in found if address_kind(str(address)) not in unusable]
         return [str(address) for address in sorted(usable, key=lambda ip: (ip.version, int(ip)))]
 
+    def _address(self, ip: str) -> str:
+        return ip if self._interface is None else address_on(self._interface, ip)
 
-def _open_socket(ip: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    def _open_socket(self, ip: str, port: int) -> socket.socket:
+        sock = _make_socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+        try:
+            if self._interface is not None:
+                tie_to_interface(sock, self._interface)
+            sock.bind((ip, port))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+def _make_socket(family: socket.AddressFamily) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
         sock.setblocking(False)
@@ -419,7 +443,6 @@ def _open_socket(ip: str, port: int) -> socket.socket:
             )
             with contextlib.suppress(OSError):
                 sock.setsockopt(level, option, PMTUDISC_PROBE)
-        sock.bind((ip, port))
     except BaseException:
         sock.close()
         raise
