@@ -26,10 +26,12 @@ from natswarm.lab.process import LabProcess
 __all__ = [
     "NAME_PREFIX",
     "Namespace",
+    "entered",
     "namespace_names",
     "new_prefix",
     "remove_all",
     "remove_stale",
+    "started_at",
 ]
 
 NAME_PREFIX = "nswlab"
@@ -135,27 +137,21 @@ class Namespace:
         with self.spawn(argv, env=env) as process:
             return process.wait(timeout_s=timeout_s)
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Have this thread in the namespace during the body: sockets made in it stay there.
+    def read_sysctl(self, key: str) -> str:
+        """Return a kernel parameter of it.
 
-        A socket belongs to the namespace it was made in for life, so one process can hold sockets
-        of many. The body must not yield to other tasks of the thread.
+        Raises:
+            LabError: This kernel has no such parameter.
         """
-        with contextlib.ExitStack() as stack:
-            # Threads may have different namespaces: ours, not that of the main thread.
-            home = stack.enter_context(
-                Path(f"/proc/self/task/{threading.get_native_id()}/ns/net").open("rb")
-            )
+        with self.entered():
             try:
-                there = stack.enter_context((NAMESPACES / self.full_name).open("rb"))
+                return Path("/proc/sys", *key.split(".")).read_text().strip()
             except OSError as error:
-                raise LabError(f"{self.name} is gone: {error}") from error
-            _set_namespace(there.fileno())
-            try:
-                yield
-            finally:
-                _set_namespace(home.fileno())
+                raise LabError(f"cannot read {key} in {self.name}: {error}") from error
+
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        """Have this thread in the namespace during the body; see `entered`."""
+        return entered(self.full_name)
 
     def remove(self) -> None:
         """Kill what runs in it and remove it with its links; idempotent.
@@ -169,10 +165,36 @@ class Namespace:
         _remove(self.full_name)
 
 
+@contextlib.contextmanager
+def entered(full_name: str) -> Iterator[None]:
+    """Have this thread in a namespace during the body: sockets made in it stay there.
+
+    A socket belongs to the namespace it was made in for life, so one process can hold sockets of
+    many. The body must not yield to other tasks of the thread.
+
+    Raises:
+        LabError: There is no such namespace.
+    """
+    with contextlib.ExitStack() as stack:
+        # Threads may have different namespaces: ours, not that of the main thread.
+        home = stack.enter_context(
+            Path(f"/proc/self/task/{threading.get_native_id()}/ns/net").open("rb")
+        )
+        try:
+            there = stack.enter_context((NAMESPACES / full_name).open("rb"))
+        except OSError as error:
+            raise LabError(f"the namespace {full_name} is gone: {error.strerror}") from error
+        _set_namespace(there.fileno())
+        try:
+            yield
+        finally:
+            _set_namespace(home.fileno())
+
+
 def new_prefix() -> str:
     """Return a prefix for the namespaces of one lab of this process."""
     pid = os.getpid()
-    return f"{NAME_PREFIX}-{pid}-{_started_at(pid)}-{next(_serials)}"
+    return f"{NAME_PREFIX}-{pid}-{started_at(pid)}-{next(_serials)}"
 
 
 def namespace_names(prefix: str = NAME_PREFIX) -> list[str]:
@@ -205,16 +227,23 @@ def remove_stale() -> None:
 
 def _maker_lives(full_name: str) -> bool:
     try:
-        _, pid, started_at, *_ = full_name.split("-")
-        return _started_at(int(pid)) == int(started_at)
+        _, pid, started, *_ = full_name.split("-")
+        return started_at(int(pid)) == int(started)
     except (ValueError, OSError):
         return False
 
 
-def _started_at(pid: int) -> int:
-    """Return when a process started, in clock ticks since boot; OSError if there is none."""
-    # proc(5): field 22; the second field is a name in brackets that may contain anything.
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[22 - 3])
+def started_at(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot: with its pid, one of a kind.
+
+    Raises:
+        OSError: There is no such process, or it is dead and nobody has waited for it.
+    """
+    # proc(5): fields 3 and 22; the second field is a name in brackets that may contain anything.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if fields[0] == "Z":
+        raise ProcessLookupError(f"process {pid} is dead")
+    return int(fields[22 - 3])
 
 
 def _remove(full_name: str) -> None:

@@ -1,0 +1,276 @@
+"""The process that keeps a lab: builds it, carries its packets, answers questions, ends it.
+
+    python -m natswarm.lab.supervisor < settings.json
+
+says `{"ready": ...}` or `{"error": ...}` on one line and lives until SIGTERM. `client.py` starts it
+and asks it; what it is asked comes over a socket that only root can open, one JSON object a line.
+
+| command | answer |
+|---|---|
+| `{"command": "status"}` | one object: devices, mappings, counters |
+| `{"command": "observers"}` | two public devices, made at the first call, for `verify` |
+| `{"command": "capture"}` | the packets that the core carries, as pcap, until the asker goes |
+
+Whatever ends it, nothing of the lab remains (`watchdog.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import trio
+
+from natswarm.errors import NatswarmError
+from natswarm.lab.builder import Device, make_device
+from natswarm.lab.emulation import LabInternet
+from natswarm.lab.ipv4 import encode_packet
+from natswarm.lab.namespace import new_prefix, remove_all, remove_stale, started_at
+from natswarm.lab.pcap import pcap_header, pcap_record
+from natswarm.lab.registry import DeviceState, LabState, Registry
+from natswarm.lab.settings import DevicePlan, LabPlan, LabSettings, make_plan
+from natswarm.lab.watchdog import Watchdog
+from natswarm.net.nursery import open_private_nursery
+from natswarm.net.virtual import run_world
+from natswarm.sim.packet import Packet
+
+__all__ = ["OBSERVERS", "keep_lab"]
+
+OBSERVERS = ("observer.1", "observer.2")
+"""Names that no device of a user can have."""
+
+# A capture that is not read is not worth holding packets up for.
+CAPTURE_QUEUE_PACKETS = 2000
+REQUEST_BYTES_MAX = 1000
+
+
+def keep_lab(
+    settings: LabSettings,
+    on_ready: Callable[[LabState], None],
+    registry: Registry | None = None,
+) -> None:
+    """Build a lab and keep it until SIGTERM, SIGHUP or Ctrl-C.
+
+    Args:
+        settings: What it is to be.
+        on_ready: Called once it is there.
+        registry: Where it is written down.
+
+    Raises:
+        ConfigurationError: The settings cannot be.
+        LabError: The system does not let us, or a lab of the name runs already.
+    """
+    registry = registry or Registry()
+    plan = make_plan(settings)
+    remove_stale()
+    prefix = new_prefix()
+
+    def clean_up() -> None:
+        registry.remove(plan.name, prefix)
+        remove_all(prefix)
+
+    watchdog = Watchdog(clean_up)
+    try:
+        trio.run(_Supervisor(plan, prefix, watchdog.pid, registry, on_ready).run)
+    finally:
+        try:
+            clean_up()
+        finally:
+            watchdog.close()
+
+
+class _Supervisor:
+    def __init__(
+        self,
+        plan: LabPlan,
+        prefix: str,
+        watchdog_pid: int,
+        registry: Registry,
+        on_ready: Callable[[LabState], None],
+    ) -> None:
+        self._plan = plan
+        self._prefix = prefix
+        self._watchdog_pid = watchdog_pid
+        self._registry = registry
+        self._on_ready = on_ready
+        self._internet = LabInternet(plan)
+        self._devices: list[Device] = []
+        self._started = time.monotonic()
+
+    async def run(self) -> None:
+        """Keep the lab until a signal ends it."""
+        # What is unfinished is taken apart by whoever runs this, processes and all.
+        with contextlib.ExitStack() as stack:
+            self._stack = stack
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+                async with run_world(self._internet.world), open_private_nursery() as nursery:
+                    self._nursery = nursery
+                    for device in self._plan.devices:
+                        self._add(device)
+                    state = self._state()
+                    self._registry.add(state)
+                    listener = await self._listen()
+                    nursery.start_soon(trio.serve_listeners, self._answer, [listener])
+                    self._on_ready(state)
+                    await anext(signals)
+                    nursery.cancel_scope.cancel()
+
+    def _add(self, plan: DevicePlan) -> Device:
+        index = len(self._devices)
+        device = make_device(self._prefix, self._internet, plan, index, self._stack)
+        self._devices.append(device)
+        self._nursery.start_soon(device.tun.run)
+        return device
+
+    def _state(self) -> LabState:
+        pid = os.getpid()
+        return LabState(
+            name=self._plan.name,
+            pid=pid,
+            started_at=started_at(pid),
+            watchdog_pid=self._watchdog_pid,
+            prefix=self._prefix,
+            devices=tuple(device.state for device in self._devices),
+        )
+
+    async def _listen(self) -> trio.SocketListener:
+        path = self._registry.socket_path(self._plan.name)
+        path.unlink(missing_ok=True)
+        listening = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        await listening.bind(str(path))
+        path.chmod(0o600)
+        listening.listen(8)
+        return trio.SocketListener(listening)
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        async with stream:
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                request = await stream.receive_some(REQUEST_BYTES_MAX)
+                command = msgspec.json.decode(request, type=dict[str, Any]).get("command")
+                match command:
+                    case "status":
+                        await self._reply(stream, self._status())
+                    case "observers":
+                        states = [msgspec.to_builtins(each) for each in self._observers()]
+                        await self._reply(stream, {"observers": states})
+                    case "capture":
+                        await self._capture(stream)
+                    case _:
+                        await self._reply(stream, {"error": f"no command {command!r}"})
+
+    @staticmethod
+    async def _reply(stream: trio.SocketStream, value: dict[str, Any]) -> None:
+        await stream.send_all(json.dumps(value).encode() + b"\n")
+
+    def _observers(self) -> list[DeviceState]:
+        known = {device.plan.name: device for device in self._devices}
+        return [(known.get(name) or self._add(DevicePlan(name, ()))).state for name in OBSERVERS]
+
+    async def _capture(self, stream: trio.SocketStream) -> None:
+        put, take = trio.open_memory_channel[bytes](CAPTURE_QUEUE_PACKETS)
+
+        def tap(packet: Packet, ttl: int) -> None:
+            with contextlib.suppress(trio.WouldBlock):
+                put.send_nowait(pcap_record(encode_packet(packet, ttl), time.time_ns()))
+
+        self._internet.taps.append(tap)
+        try:
+            async with open_private_nursery() as nursery:
+                nursery.start_soon(self._cancel_when_gone, stream, nursery.cancel_scope)
+                await stream.send_all(pcap_header())
+                async for record in take:
+                    await stream.send_all(record)
+        finally:
+            self._internet.taps.remove(tap)
+
+    @staticmethod
+    async def _cancel_when_gone(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+        """End a capture in whose time no packet comes when nobody is there to read it."""
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.receive_some(1)
+        scope.cancel()
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "name": self._plan.name,
+            "pid": os.getpid(),
+            "seed": self._plan.seed,
+            "up_s": round(time.monotonic() - self._started, 1),
+            "core": {
+                "hops": self._plan.hops,
+                "delay_s": self._plan.delay_s,
+                **{
+                    name: value
+                    for name, value in dataclasses.asdict(self._plan.core).items()
+                    if value
+                },
+            },
+            "counters": dataclasses.asdict(self._internet.counters),
+            "devices": [self._device_status(device) for device in self._devices],
+        }
+
+    def _device_status(self, device: Device) -> dict[str, Any]:
+        now = self._internet.world.now
+        nats: list[dict[str, Any]] = [
+            {
+                "preset": plan.preset,
+                "by": "emulator",
+                "external_ips": list(router.nat.external_ips),
+                "mappings": router.nat.mapping_count(now),
+                "counters": dataclasses.asdict(router.nat.counters),
+            }
+            for plan, router in zip(device.plan.nats, device.routers, strict=False)
+        ]
+        if device.kernel_router is not None:
+            count = device.kernel_router.read_sysctl("net.netfilter.nf_conntrack_count")
+            nats.append(
+                {
+                    "preset": device.plan.nats[-1].preset,
+                    "by": "kernel",
+                    "external_ips": [device.tun.ip],
+                    "mappings": int(count),
+                }
+            )
+        return {
+            "name": device.plan.name,
+            "ip": device.state.ip,
+            "namespace": device.state.namespace,
+            "external_ips": list(device.state.external_ips),
+            "nats": nats,
+            "counters": dataclasses.asdict(device.tun.counters),
+            "refused": dict(device.tun.refused),
+        }
+
+
+def main() -> None:
+    """Be the process that `client.start_lab` starts."""
+    output = os.fdopen(os.dup(1), "w")
+
+    def say(value: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            output.write(json.dumps(value) + "\n")
+            output.flush()
+        output.close()
+        # Whoever started us and waits for the end of our output need not wait for ours.
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(nowhere, standard)
+
+    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=LabSettings)
+    try:
+        keep_lab(settings, lambda state: say({"ready": msgspec.to_builtins(state)}))
+    except NatswarmError as error:
+        say({"error": str(error)})
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
