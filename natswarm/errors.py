@@ -12,12 +12,16 @@
     │   ├── HandshakeFailed    a path was there, but not the right peer at its end
     │   └── AlreadyConnecting  the peer is connecting to us at this moment, so it declined our wish
     ├── RequestRefused         the peer understood and said no; says why
+    ├── GatewayError           the gateway did not do what it was asked in one protocol; says why
+    ├── PortMappingFailed      the gateway made no port mapping in any protocol; says why for each
     └── ConnectionLost         a living connection ended (also a `trio.BrokenResourceError`)
 
 The text of each error says what happened, why, and what to do. Knows nothing else of the project.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import trio
 
@@ -28,11 +32,13 @@ __all__ = [
     "ConnectFailed",
     "ConnectionLost",
     "DecodeError",
+    "GatewayError",
     "HandshakeFailed",
     "IdentityError",
     "InviteError",
     "NatswarmError",
     "PeerNotFound",
+    "PortMappingFailed",
     "PunctureFailed",
     "RequestRefused",
 ]
@@ -106,6 +112,28 @@ class RequestRefused(NatswarmError):
     def __init__(self, reason: str, code: str = "") -> None:
         super().__init__(reason)
         self.code = code
+
+
+class GatewayError(NatswarmError):
+    """The gateway did not do what it was asked in one protocol; says why."""
+
+
+class PortMappingFailed(NatswarmError):
+    """The gateway made no mapping in any protocol.
+
+    Args:
+        gateway_ip: Who was asked.
+        reasons: Why not, by name of the protocol.
+    """
+
+    def __init__(self, gateway_ip: str, reasons: Mapping[str, str]) -> None:
+        super().__init__(
+            f"the gateway {gateway_ip} makes no port mapping: "
+            + "; ".join(f"{protocol}: {reason}" for protocol, reason in reasons.items())
+            + ". Switch one of them on in its settings, or go on without: puncturing needs none"
+        )
+        self.gateway_ip = gateway_ip
+        self.reasons = dict(reasons)
 
 
 class ConnectionLost(NatswarmError, trio.BrokenResourceError):

@@ -19,6 +19,7 @@ import pytest
 import trio
 
 from natswarm.address import Endpoint
+from natswarm.errors import PortMappingFailed
 from natswarm.lab.namespace import Namespace
 from natswarm.lab.nat import KernelNat, NatKind
 from natswarm.lab.process import LabProcess
@@ -27,7 +28,6 @@ from natswarm.net.gateway import (
     Gateway,
     MappingProtocol,
     PortMapping,
-    PortMappingFailed,
     Reach,
     inspect_gateway,
     open_port_mapping,
@@ -137,6 +137,7 @@ class NamespaceNetwork(UdpNetwork):
     """The network of one namespace of the lab."""
 
     def __init__(self, namespace: Namespace) -> None:
+        super().__init__()
         self._namespace = namespace
 
     def bind(self, local: Endpoint) -> UdpPort:
@@ -298,7 +299,7 @@ async def test_a_gateway_behind_another_nat_makes_none(home: Host, start_gateway
     with pytest.raises(PortMappingFailed) as caught:
         async with open_port_mapping(gateway, 5000, reach=reach_of(home)):
             pytest.fail("it made one")
-    assert set(caught.value.reasons) == set(MappingProtocol)
+    assert set(caught.value.reasons) == {each.value for each in MappingProtocol}
 
 
 def give_ipv6(lab: Lab, home: Host, stranger: Host) -> None:

@@ -101,7 +101,7 @@ async def test_an_interface_that_vanishes_loses_datagrams_and_nothing_else(phone
     assert port.statistics.send_failed_count == 1
     with (
         namespace.entered(),
-        pytest.raises(ConfigurationError, match="no interface 'wwan1'; it has .*wwan0"),
+        pytest.raises(ConfigurationError, match=r"no interface 'wwan1'; it has .*wwan0"),
     ):
         network.bind(Endpoint("0.0.0.0", 0))
     port.close()

@@ -17,23 +17,19 @@ means and what it exposes.
 from natswarm.net.gateway.hold import HeldPortMapping, inspect_gateway, open_port_mapping
 from natswarm.net.gateway.mapping import (
     Gateway,
-    GatewayError,
     GatewayReport,
     MappingProtocol,
     PortMapping,
-    PortMappingFailed,
     Reach,
     ServiceReport,
 )
 
 __all__ = [
     "Gateway",
-    "GatewayError",
     "GatewayReport",
     "HeldPortMapping",
     "MappingProtocol",
     "PortMapping",
-    "PortMappingFailed",
     "Reach",
     "ServiceReport",
     "inspect_gateway",

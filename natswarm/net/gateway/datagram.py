@@ -15,7 +15,7 @@ from typing import TypeVar
 import trio
 
 from natswarm.address import Endpoint
-from natswarm.errors import DecodeError
+from natswarm.errors import DecodeError, GatewayError
 from natswarm.nat.portmap import (
     NONCE_BYTES,
     OPCODE_ANNOUNCE,
@@ -41,7 +41,6 @@ from natswarm.nat.portmap import (
 )
 from natswarm.net.gateway.mapping import (
     Gateway,
-    GatewayError,
     MappingProtocol,
     PortMapping,
     Reach,

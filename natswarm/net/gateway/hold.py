@@ -14,16 +14,15 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from natswarm.errors import GatewayError, PortMappingFailed
 from natswarm.nat.portmap import RENEWAL_MIN_DELAY_S, renewal_delay_s
 from natswarm.net.gateway.datagram import NatPmpService, PcpService
 from natswarm.net.gateway.mapping import (
     Gateway,
-    GatewayError,
     GatewayReport,
     GatewayService,
     MappingProtocol,
     PortMapping,
-    PortMappingFailed,
     Reach,
     ServiceReport,
 )
@@ -196,11 +195,11 @@ class _Services:
                     await _unmap(service, None)
                     raise
         reasons = {
-            protocol: tried.get(protocol, report.detail)
-            for protocol, report in self.reports.items()
+            each.value: tried.get(each, self.reports[each].detail)
+            for each in MappingProtocol
+            if each in self.reports
         }
-        in_order = {each: reasons[each] for each in MappingProtocol if each in reasons}
-        raise PortMappingFailed(self.gateway, in_order)
+        raise PortMappingFailed(self.gateway.ip, reasons)
 
     async def _next_available(self, tried: dict[MappingProtocol, str]) -> GatewayService | None:
         """Return the best service that answers; None if none is left.

@@ -1,4 +1,4 @@
-"""What a port mapping at the gateway is, whom we ask for one, and what it is like to be refused.
+"""What a port mapping at the gateway is, and whom we ask for one.
 
 Types only, and the one seam to the operating system (`Reach`) that the drivers next door share.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import enum
 import os
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
 from natswarm.address import AddressKind, Endpoint, address_kind
-from natswarm.errors import ConfigurationError, NatswarmError
+from natswarm.errors import ConfigurationError, GatewayError
 from natswarm.nat.portmap import GATEWAY_CONTROL_PORT
 from natswarm.net.interfaces import AddressSpace, Interface
 from natswarm.net.port import DatagramPort, Network
@@ -23,12 +23,10 @@ from natswarm.net.udp import UdpNetwork
 
 __all__ = [
     "Gateway",
-    "GatewayError",
     "GatewayReport",
     "GatewayService",
     "MappingProtocol",
     "PortMapping",
-    "PortMappingFailed",
     "Reach",
     "ServiceReport",
 ]
@@ -42,28 +40,6 @@ class MappingProtocol(enum.Enum):
     PCP = "PCP"
     NAT_PMP = "NAT-PMP"
     UPNP_IGD = "UPnP-IGD"
-
-
-class GatewayError(NatswarmError):
-    """The gateway did not do what it was asked in one protocol; says why."""
-
-
-class PortMappingFailed(NatswarmError):
-    """The gateway made no mapping in any protocol.
-
-    Args:
-        gateway: Who was asked.
-        reasons: Why not, by protocol.
-    """
-
-    def __init__(self, gateway: Gateway, reasons: Mapping[MappingProtocol, str]) -> None:
-        super().__init__(
-            f"the gateway {gateway.ip} makes no port mapping: "
-            + "; ".join(f"{protocol.value}: {reason}" for protocol, reason in reasons.items())
-            + ". Switch one of them on in its settings, or go on without: puncturing needs none"
-        )
-        self.gateway = gateway
-        self.reasons = dict(reasons)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,12 @@ import contextlib
 import trio
 
 from natswarm.address import Endpoint
-from natswarm.errors import DecodeError
+from natswarm.errors import DecodeError, GatewayError
 from natswarm.net.gateway import igd
 from natswarm.net.gateway.http import HttpResponse, HttpResponseReader
 from natswarm.net.gateway.igd import ConnectionService, HttpTarget, SoapFault
 from natswarm.net.gateway.mapping import (
     Gateway,
-    GatewayError,
     MappingProtocol,
     PortMapping,
     Reach,

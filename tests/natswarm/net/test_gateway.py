@@ -15,12 +15,11 @@ import trio
 import trio.testing
 
 from natswarm.address import Endpoint
-from natswarm.errors import ConfigurationError
+from natswarm.errors import ConfigurationError, PortMappingFailed
 from natswarm.net.gateway import (
     Gateway,
     MappingProtocol,
     PortMapping,
-    PortMappingFailed,
     Reach,
     inspect_gateway,
     open_port_mapping,
@@ -371,9 +370,9 @@ async def test_nobody_answers(autojump_clock, fake, reach):
             pytest.fail("made of nothing")
     assert trio.current_time() - started_at <= 6
     assert caught.value.reasons == {
-        PCP: "no answer from UDP port 5351",
-        NAT_PMP: "no answer from UDP port 5351",
-        UPNP: "no answer from UDP port 1900",
+        "PCP": "no answer from UDP port 5351",
+        "NAT-PMP": "no answer from UDP port 5351",
+        "UPnP-IGD": "no answer from UDP port 1900",
     }
 
 
