@@ -16,6 +16,7 @@ import trio
 import typer
 from rich.console import Console
 
+from natswarm.cli.lab import lab_app
 from natswarm.cli.show import event_as_json, event_as_text, profile_as_json, profile_table
 from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(lab_app)
 
 TERMINATED = 128 + signal.SIGTERM  # as shells count
 

@@ -74,11 +74,7 @@ def start_lab(settings: LabSettings, registry: Registry | None = None) -> LabSta
     """
     make_plan(settings)
     registry = registry or Registry()
-    if any(lab.name == settings.name for lab in registry.labs()):
-        raise LabError(
-            f"a lab {settings.name!r} runs already; take another --name, or end it: natswarm lab "
-            f"down --name {settings.name}"
-        )
+    registry.check_free(settings.name)
     with tempfile.TemporaryFile() as errors:
         keeper = subprocess.Popen(
             [sys.executable, "-m", "natswarm.lab.supervisor"],

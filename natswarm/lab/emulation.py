@@ -84,7 +84,7 @@ class LabInternet(Internet):
 
 
 def add_host(internet: Internet, device: DevicePlan) -> tuple[Host, list[NatRouter]]:
-    """Add a device's emulated NATs and the host that meets its namespace.
+    """Add a device's emulated NATs, unless they are there, and the host that meets its namespace.
 
     Returns:
         The host, and the NATs from the internet inwards. Where the innermost NAT is the kernel's,
@@ -94,7 +94,9 @@ def add_host(internet: Internet, device: DevicePlan) -> tuple[Host, list[NatRout
     behind: NatRouter | None = None
     routers = []
     for index, nat in enumerate(emulated, start=1):
-        behind = internet.add_nat(f"{device.name}/{index}", nat.kind, behind=behind)
+        name = f"{device.beside or device.name}/{index}"
+        known = internet.nats.get(name)
+        behind = known or internet.add_nat(name, nat.kind, behind=behind)
         routers.append(behind)
     kind = PRESETS["public"]
     if device.kernel is not None:

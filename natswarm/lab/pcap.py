@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["pcap_header", "pcap_record"]
+__all__ = ["PCAP_RECORD_BYTES", "pcap_header", "pcap_record"]
 
 _MAGIC_NANOSECONDS = 0xA1B2_3C4D
 _VERSION = (2, 4)
@@ -15,7 +15,8 @@ _LINKTYPE_RAW = 101  # the packet begins with its IP header
 _SNAP_BYTES = 65_535
 
 _HEADER = struct.Struct("!IHHiIII")
-_RECORD = struct.Struct("!IIII")
+_RECORD = struct.Struct("!IIII")  # the third: how many bytes of the packet follow
+PCAP_RECORD_BYTES = _RECORD.size
 
 
 def pcap_header() -> bytes:

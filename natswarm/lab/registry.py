@@ -15,6 +15,7 @@ import msgspec
 
 from natswarm.lab.errors import LabError
 from natswarm.lab.namespace import started_at
+from natswarm.lab.settings import LabSettings
 
 __all__ = ["RUNTIME_FOLDER", "DeviceState", "LabState", "Registry"]
 
@@ -49,6 +50,7 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: Of the lab.
+        settings: What the user asked for.
         pid: Of the process that keeps it.
         started_at: When that started, in clock ticks since boot.
         watchdog_pid: Of the process that removes it if that dies.
@@ -57,6 +59,7 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
+    settings: LabSettings
     pid: int
     started_at: int
     watchdog_pid: int
@@ -130,6 +133,15 @@ class Registry:
             number += 1
         return name
 
+    def check_free(self, name: str) -> None:
+        """Refuse the name of a lab that runs.
+
+        Raises:
+            LabError: It does.
+        """
+        if any(lab.name == name for lab in self.labs()):
+            raise _taken(name)
+
     def add(self, state: LabState) -> None:
         """Write a lab down.
 
@@ -151,10 +163,7 @@ class Registry:
             finally:
                 partial.unlink()
         except FileExistsError:
-            raise LabError(
-                f"a lab {state.name!r} runs already; take another --name, or end it: "
-                f"natswarm lab down --name {state.name}"
-            ) from None
+            raise _taken(state.name) from None
         except OSError as error:
             raise LabError(f"cannot write {self._folder}: {error}") from error
 
@@ -188,3 +197,10 @@ class Registry:
             return msgspec.json.decode(path.read_bytes(), type=LabState)
         except (OSError, msgspec.DecodeError):
             return None
+
+
+def _taken(name: str) -> LabError:
+    return LabError(
+        f"a lab {name!r} runs already; take another --name, or end it: "
+        f"natswarm lab down --name {name}"
+    )

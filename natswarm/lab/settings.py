@@ -1,8 +1,8 @@
 """What a lab is to be: from what the user typed to a plan that can be built.
 
-A device is written `NAME=PRESET`, or `NAME=CARRIER,HOME` from the internet inwards. The text is
-what travels to the process that keeps the lab, and is read there again: one form, one reader.
-Pure.
+A device is written `NAME=PRESET`, `NAME=CARRIER,HOME` from the internet inwards, or `NAME=@OTHER`
+for one beside another behind the same NATs. The text is what travels to the process that keeps the
+lab, and is read there again: one form, one reader. Pure.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class LabSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: Of the lab.
-        devices: `NAME=PRESET[,PRESET...]` each.
+        devices: `NAME=PRESET[,PRESET...]` or `NAME=@OTHER` each.
         knobs: `NAME.KNOB=VALUE` or `NAME.PRESET.KNOB=VALUE` each.
         nat: Who carries out the NATs: a value of `NatChoice`.
         delay: One-way delay of the core.
@@ -111,10 +111,17 @@ class NatPlan:
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """One device: its name, and its NATs from the internet inwards; none for a public one."""
+    """One device.
+
+    Attributes:
+        name: Of the device.
+        nats: What it is behind, from the internet inwards; none for a public one.
+        beside: The device whose NATs these are; empty where they are its own.
+    """
 
     name: str
-    nats: tuple[NatPlan, ...]
+    nats: tuple[NatPlan, ...] = ()
+    beside: str = ""
 
     @property
     def kernel(self) -> KernelNat | None:
@@ -153,10 +160,14 @@ def make_plan(settings: LabSettings) -> LabPlan:
     check_name("lab", settings.name)
     knobs = [_parse_knob(text) for text in settings.knobs]
     used: set[int] = set()
-    devices = [
-        _parse_device(text, knobs, used, NatChoice(settings.nat), settings.seed)
-        for text in settings.devices
-    ]
+    devices: list[DevicePlan] = []
+    for text in settings.devices:
+        name, chain = _split_device(text)
+        if chain.startswith("@"):
+            devices.append(_beside(name, chain[1:], devices, knobs))
+        else:
+            nats = _parse_chain(name, chain, knobs, used, settings)
+            devices.append(DevicePlan(name, nats))
     names = [device.name for device in devices]
     if not devices:
         raise ConfigurationError("a lab needs a device: NAME=PRESET, such as a=kpn-nl")
@@ -230,9 +241,7 @@ def _parse_knob(text: str) -> _Knob:
     return parts[0], ALIASES.get(nat, nat), (parts[-1], value), text
 
 
-def _parse_device(
-    text: str, knobs: Sequence[_Knob], used: set[int], choice: NatChoice, seed: int
-) -> DevicePlan:
+def _split_device(text: str) -> tuple[str, str]:
     name, equals, chain = text.partition("=")
     if not equals or not chain:
         raise ConfigurationError(
@@ -241,6 +250,32 @@ def _parse_device(
     check_name("device", name)
     if name == CORE:
         raise ConfigurationError(f"{CORE!r} is the middle of the lab; call the device otherwise")
+    return name, chain
+
+
+def _beside(
+    name: str, other: str, devices: Sequence[DevicePlan], knobs: Sequence[_Knob]
+) -> DevicePlan:
+    """Return a device that stands beside another, behind the same NATs."""
+    for device in devices:
+        if device.name == other:
+            break
+    else:
+        raise ConfigurationError(f"{name}=@{other}: no device {other!r} is named before {name!r}")
+    if not device.nats:
+        raise ConfigurationError(f"{name}=@{other}: {other} is behind no NAT; write {name}=public")
+    for owner, _, _, text in knobs:
+        if owner == name:
+            raise ConfigurationError(
+                f"--set {text}: the NATs of {name} are those of {other}; set {other}'s knobs"
+            )
+    return DevicePlan(name, device.nats, device.beside or other)
+
+
+def _parse_chain(
+    name: str, chain: str, knobs: Sequence[_Knob], used: set[int], settings: LabSettings
+) -> tuple[NatPlan, ...]:
+    """Return the NATs of a device; note in `used` which knobs were theirs."""
     presets = [ALIASES.get(word, word) for word in chain.split(",")]
     for preset in presets:
         _check_preset(preset, presets)
@@ -257,10 +292,10 @@ def _parse_device(
             raise ConfigurationError(f"{name}, {preset}: {error}") from error
         kernel = None
         if index == len(presets) - 1:
-            rng = random.Random(f"{seed}/kernel/{name}")
-            kernel = _kernel(name, preset, behaviour, choice, rng)
+            rng = random.Random(f"{settings.seed}/kernel/{name}")
+            kernel = _kernel(name, preset, behaviour, NatChoice(settings.nat), rng)
         nats.append(NatPlan(preset, behaviour, kernel))
-    return DevicePlan(name, tuple(nats))
+    return tuple(nats)
 
 
 def _check_preset(preset: str, chain: Sequence[str]) -> None:

@@ -30,22 +30,25 @@ import msgspec
 import trio
 
 from natswarm.errors import NatswarmError
-from natswarm.lab.builder import Device, make_device
+from natswarm.lab.builder import Builder, Device
 from natswarm.lab.emulation import LabInternet
 from natswarm.lab.ipv4 import encode_packet
 from natswarm.lab.namespace import new_prefix, remove_all, remove_stale, started_at
 from natswarm.lab.pcap import pcap_header, pcap_record
 from natswarm.lab.registry import DeviceState, LabState, Registry
-from natswarm.lab.settings import DevicePlan, LabPlan, LabSettings, make_plan
+from natswarm.lab.settings import DevicePlan, LabSettings, NatPlan, make_plan
 from natswarm.lab.watchdog import Watchdog
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.virtual import run_world
-from natswarm.sim.packet import Packet
+from natswarm.sim.packet import ICMP, TCP, UDP, Packet
+from natswarm.sim.router import NatRouter
 
 __all__ = ["OBSERVERS", "keep_lab"]
 
 OBSERVERS = ("observer.1", "observer.2")
 """Names that no device of a user can have."""
+
+PROTOCOLS = {"udp": UDP, "tcp": TCP, "icmp": ICMP}
 
 # A capture that is not read is not worth holding packets up for.
 CAPTURE_QUEUE_PACKETS = 2000
@@ -70,6 +73,7 @@ def keep_lab(
     """
     registry = registry or Registry()
     plan = make_plan(settings)
+    registry.check_free(plan.name)
     remove_stale()
     prefix = new_prefix()
 
@@ -79,7 +83,7 @@ def keep_lab(
 
     watchdog = Watchdog(clean_up)
     try:
-        trio.run(_Supervisor(plan, prefix, watchdog.pid, registry, on_ready).run)
+        trio.run(_Supervisor(settings, prefix, watchdog.pid, registry, on_ready).run)
     finally:
         try:
             clean_up()
@@ -90,26 +94,26 @@ def keep_lab(
 class _Supervisor:
     def __init__(
         self,
-        plan: LabPlan,
+        settings: LabSettings,
         prefix: str,
         watchdog_pid: int,
         registry: Registry,
         on_ready: Callable[[LabState], None],
     ) -> None:
-        self._plan = plan
+        self._settings = settings
+        self._plan = plan = make_plan(settings)
         self._prefix = prefix
         self._watchdog_pid = watchdog_pid
         self._registry = registry
         self._on_ready = on_ready
         self._internet = LabInternet(plan)
-        self._devices: list[Device] = []
         self._started = time.monotonic()
 
     async def run(self) -> None:
         """Keep the lab until a signal ends it."""
         # What is unfinished is taken apart by whoever runs this, processes and all.
         with contextlib.ExitStack() as stack:
-            self._stack = stack
+            self._builder = Builder(self._prefix, self._internet, stack)
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
                 async with run_world(self._internet.world), open_private_nursery() as nursery:
                     self._nursery = nursery
@@ -124,21 +128,21 @@ class _Supervisor:
                     nursery.cancel_scope.cancel()
 
     def _add(self, plan: DevicePlan) -> Device:
-        index = len(self._devices)
-        device = make_device(self._prefix, self._internet, plan, index, self._stack)
-        self._devices.append(device)
-        self._nursery.start_soon(device.tun.run)
+        device = self._builder.add(plan)
+        if device.tun is not None:
+            self._nursery.start_soon(device.tun.run)
         return device
 
     def _state(self) -> LabState:
         pid = os.getpid()
         return LabState(
             name=self._plan.name,
+            settings=self._settings,
             pid=pid,
             started_at=started_at(pid),
             watchdog_pid=self._watchdog_pid,
             prefix=self._prefix,
-            devices=tuple(device.state for device in self._devices),
+            devices=tuple(device.state for device in self._builder.devices.values()),
         )
 
     async def _listen(self) -> trio.SocketListener:
@@ -171,8 +175,8 @@ class _Supervisor:
         await stream.send_all(json.dumps(value).encode() + b"\n")
 
     def _observers(self) -> list[DeviceState]:
-        known = {device.plan.name: device for device in self._devices}
-        return [(known.get(name) or self._add(DevicePlan(name, ()))).state for name in OBSERVERS]
+        known = self._builder.devices
+        return [(known.get(name) or self._add(DevicePlan(name))).state for name in OBSERVERS]
 
     async def _capture(self, stream: trio.SocketStream) -> None:
         put, take = trio.open_memory_channel[bytes](CAPTURE_QUEUE_PACKETS)
@@ -214,39 +218,48 @@ class _Supervisor:
                 },
             },
             "counters": dataclasses.asdict(self._internet.counters),
-            "devices": [self._device_status(device) for device in self._devices],
+            "devices": [self._device_status(each) for each in self._builder.devices.values()],
         }
 
     def _device_status(self, device: Device) -> dict[str, Any]:
-        now = self._internet.world.now
-        nats: list[dict[str, Any]] = [
-            {
-                "preset": plan.preset,
-                "by": "emulator",
-                "external_ips": list(router.nat.external_ips),
-                "mappings": router.nat.mapping_count(now),
-                "counters": dataclasses.asdict(router.nat.counters),
-            }
+        nats = [
+            self._nat_status(plan, router)
             for plan, router in zip(device.plan.nats, device.routers, strict=False)
         ]
-        if device.kernel_router is not None:
-            count = device.kernel_router.read_sysctl("net.netfilter.nf_conntrack_count")
+        home, tun = device.home, device.tun
+        if home is not None:
+            count = int(home.namespace.read_sysctl("net.netfilter.nf_conntrack_count"))
             nats.append(
                 {
                     "preset": device.plan.nats[-1].preset,
                     "by": "kernel",
-                    "external_ips": [device.tun.ip],
-                    "mappings": int(count),
+                    "external_ips": [home.ip],
+                    "mappings": {"in all": count},
+                    "counters": {},
                 }
             )
         return {
             "name": device.plan.name,
+            "beside": device.plan.beside,
             "ip": device.state.ip,
             "namespace": device.state.namespace,
             "external_ips": list(device.state.external_ips),
             "nats": nats,
-            "counters": dataclasses.asdict(device.tun.counters),
-            "refused": dict(device.tun.refused),
+            "counters": {} if tun is None else dataclasses.asdict(tun.counters),
+            "refused": {} if tun is None else dict(tun.refused),
+        }
+
+    def _nat_status(self, plan: NatPlan, router: NatRouter) -> dict[str, Any]:
+        now = self._internet.world.now
+        tables = {name: router.table(protocol) for name, protocol in PROTOCOLS.items()}
+        return {
+            "preset": plan.preset,
+            "by": "emulator",
+            "external_ips": list(router.nat.external_ips),
+            "mappings": {name: table.mapping_count(now) for name, table in tables.items() if table},
+            "counters": {
+                name: dataclasses.asdict(table.counters) for name, table in tables.items() if table
+            },
         }
 
 
