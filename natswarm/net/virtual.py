@@ -26,12 +26,14 @@ import trio
 
 from natswarm.address import Endpoint
 from natswarm.errors import ConfigurationError
+from natswarm.nat.path import PathAnswer
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.port import Arrival, PortStatistics
+from natswarm.sim.packet import TIME_EXCEEDED, Packet
 from natswarm.sim.topology import DEFAULT_TTL, Host, SimPort
 from natswarm.sim.world import World
 
-__all__ = ["VirtualNetwork", "VirtualPort", "VirtualPortGroup", "run_world"]
+__all__ = ["VirtualNetwork", "VirtualPort", "VirtualPortGroup", "VirtualProber", "run_world"]
 
 # As many full-sized datagrams as 4 MiB hold: what QUIC stacks ask for with SO_RCVBUF, and 40 ms of
 # 100 MB/s, longer than any task may hold the loop.
@@ -126,6 +128,12 @@ class VirtualNetwork:
                 f"{count} ports asked for, {len(ports)} were free: {error}"
             ) from error
         return VirtualPortGroup(ports)
+
+    async def open_prober(self, destination: Endpoint, ttl_max: int) -> VirtualProber:
+        """Open ports for a trace; see `PathNetwork.open_prober` (`natswarm/net/path.py`)."""
+        own = self._own_address(ANY_ADDRESS)
+        ports = [self._host.open_port(0, own) for _ in range(ttl_max)]
+        return VirtualProber(self._host, ports, destination)
 
     def local_addresses(self) -> list[str]:
         """Our own addresses, IPv4 first."""
@@ -245,6 +253,7 @@ class VirtualPort:
             raise trio.ClosedResourceError
         if not self._can_send(data, destination):
             self._statistics.send_failed_count += 1
+            self._statistics.last_refusal = "not a destination for this port"
             return
         self._world.catch_up()
         self._statistics.sent_count += 1
@@ -314,6 +323,10 @@ class VirtualPortGroup:
         """Send from port `index`; see `PortGroup.send`."""
         self._port(index).send(data, destination, ttl=ttl)
 
+    def statistics(self, index: int) -> PortStatistics:
+        """Return the counters of port `index` so far."""
+        return self._port(index).statistics
+
     async def receive_batch(self) -> list[tuple[int, Arrival]]:
         """Wait for datagrams on any port of the group; see `PortGroup.receive_batch`."""
         return await self._inbox.receive_batch()
@@ -348,6 +361,47 @@ class VirtualPortGroup:
 
     def _put(self, index: int, arrival: Arrival) -> None:
         self._inbox.put_nowait((index, arrival))
+
+
+class VirtualProber:
+    """A port of a virtual host for each hop limit of a trace: a `PathProber`."""
+
+    def __init__(self, host: Host, ports: Sequence[SimPort], destination: Endpoint) -> None:
+        self._world = host.internet.world
+        self._ports = ports
+        self._destination = destination
+        self._inbox: _Inbox[PathAnswer] = _Inbox()
+        for ttl, port in enumerate(ports, 1):
+            port.on_error = partial(self._take_error, ttl)
+            port.on_datagram = partial(self._take_datagram, ttl)
+
+    @property
+    def local_ip(self) -> str:
+        """See `PathProber.local_ip`."""
+        return self._ports[0].endpoint.ip
+
+    def send(self, ttl: int, data: bytes) -> None:
+        """See `PathProber.send`."""
+        self._world.catch_up()
+        self._ports[ttl - 1].send(data, self._destination, ttl)
+
+    async def receive(self) -> list[PathAnswer]:
+        """See `PathProber.receive`."""
+        return await self._inbox.receive_batch()
+
+    def close(self) -> None:
+        """See `PathProber.close`."""
+        for port in self._ports:
+            port.close()
+        self._inbox.close()
+
+    def _take_error(self, ttl: int, error: Packet) -> None:
+        is_end = error.data != TIME_EXCEEDED
+        self._inbox.put_nowait(PathAnswer(ttl, error.source.ip, is_end))
+
+    def _take_datagram(self, ttl: int, data: bytes, source: Endpoint) -> None:
+        if source == self._destination:
+            self._inbox.put_nowait(PathAnswer(ttl, source.ip, is_end=True))
 
 
 def _can_send(data: bytes, destination: Endpoint) -> bool:
