@@ -224,6 +224,11 @@ class Puncturer:
         """How many ports the machine wants beside the main port, as indices 1..count."""
         return self._plan.extra_port_count
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether an ACK came back: some path works both ways, agreed on or not."""
+        return self._is_answered
+
     def statistics(self) -> PunctureStatistics:
         """Return a copy of the counters."""
         return replace(self._statistics)
