@@ -129,10 +129,9 @@ class PathReport:
         not translate at them makes the count one too high: nothing on the way tells it apart.
         """
         count, outmost = 0, _realm(self.local_ip)
-        ips = [hop.ip for hop in self._way]
-        if self.reached and self.destination is not None:
-            ips.append(self.destination.ip)
-        for realm in map(_realm, ips):
+        theirs = [hop for hop in self.hops if hop.ip == self._theirs]
+        for hop in (*self._way, *theirs):
+            realm = _realm(hop.ip)
             if realm is None:
                 continue
             if outmost is not None and realm > outmost:
@@ -158,7 +157,7 @@ class PathReport:
         loop_ttl, way = self._loop_ttl, self._way
         if loop_ttl is not None:
             return f"the way turns in a circle at {self.hops[loop_ttl - 1].ip}, hop {loop_ttl}"
-        if not way and len(self.hops) != 1:
+        if not way and not (self.reached and len(self.hops) == 1):
             before = " before the destination" if self.reached else ""
             return f"no router on the way{before} says where a hop limit runs out"
         if self.reached:
@@ -167,6 +166,10 @@ class PathReport:
                 "peer that is further away"
             )
         return f"behind {way[-1].ip}, hop {way[-1].ttl}, nobody answers: there may be one more NAT"
+
+    @property
+    def _theirs(self) -> str | None:
+        return None if self.destination is None else self.destination.ip
 
     @property
     def _loop_ttl(self) -> int | None:
@@ -183,11 +186,10 @@ class PathReport:
     @property
     def _way(self) -> tuple[Hop, ...]:
         """The routers: what has the destination's address is it or its NAT; a loop is no way."""
-        theirs = None if self.destination is None else self.destination.ip
         loop_ttl = self._loop_ttl
         way: list[Hop] = []
         for hop in self.hops:
-            if hop.ttl == loop_ttl or (hop.ip is not None and hop.ip == theirs):
+            if hop.ttl == loop_ttl or hop.ip == self._theirs:
                 break
             way.append(hop)
         while way and way[-1].ip is None:

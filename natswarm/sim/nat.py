@@ -95,6 +95,7 @@ class Nat:
         self._exclusive = behaviour.exclusive_ports
         self._unreplied_s = behaviour.unreplied_lifetime_s
         self._replied_s = behaviour.replied_lifetime_s
+        self._replied_age_s = behaviour.replied_age_s
         self._inbound_refreshes = behaviour.refreshed_by_inbound
         self._has_helper = behaviour.tftp_helper
         self._mapping_key = _MAPPING_KEYS[behaviour.mapping]
@@ -206,7 +207,8 @@ class Nat:
 
     def _refresh(self, session: Session, now: float) -> None:
         mapping = session.mapping
-        expires = now + (self._replied_s if session.is_replied else self._unreplied_s)
+        is_replied = session.is_replied and now >= session.replied_from
+        expires = now + (self._replied_s if is_replied else self._unreplied_s)
         if expires > mapping.dies_at:
             expires = mapping.dies_at
         session.expires = expires
@@ -222,6 +224,7 @@ class Nat:
             if mapping is None:
                 return None
             session = self._add_session(mapping, remote, now + self._unreplied_s)
+            session.replied_from = now + self._replied_age_s
         self._permit(session)
         return session
 

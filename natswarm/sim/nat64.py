@@ -65,12 +65,13 @@ class Clat:
 
     def outbound(self, packet: Packet) -> Packet:
         """Translate an IPv4 packet of the host."""
-        source, destination, data, protocol, _ = packet
+        source, destination, data, protocol, about = packet
         return Packet(
             Endpoint(self.ip6, source.port),
             Endpoint(embed(destination.ip), destination.port),
             data,
             protocol,
+            about,
         )
 
     def inbound(self, packet: Packet) -> Packet:
@@ -79,10 +80,11 @@ class Clat:
         Raises:
             ValueError: It does not come from behind a NAT64.
         """
-        source, destination, data, protocol, _ = packet
+        source, destination, data, protocol, about = packet
         return Packet(
             Endpoint(extract(source.ip), source.port),
             Endpoint(CLAT_IP, destination.port),
             data,
             protocol,
+            about,
         )

@@ -37,6 +37,8 @@ class NatBehaviour:
             one of them moves to another when both want the same remote: this is Linux.
         unreplied_lifetime_s: Idle time after which a session dies that saw no inbound packet.
         replied_lifetime_s: The same for one that did; not shorter.
+        replied_age_s: How old a session of ours must be for that: until then it lives as if it saw
+            none. Linux waits 2 s for "some kind of UDP stream" (`nf_conntrack_proto_udp.c`).
         refreshed_by_inbound: Whether inbound packets restart the idle time too (RFC 4787 REQ-6).
         absolute_lifetime_s: Bounds of the age at which a mapping dies whatever its traffic, drawn
             uniformly for each; None where traffic keeps it alive for ever.
@@ -61,6 +63,7 @@ class NatBehaviour:
     overloading: bool = True
     unreplied_lifetime_s: float = 30.0
     replied_lifetime_s: float = 120.0
+    replied_age_s: float = 0.0
     refreshed_by_inbound: bool = True
     absolute_lifetime_s: tuple[float, float] | None = None
     preserves_parity: bool = False
@@ -77,6 +80,8 @@ class NatBehaviour:
     def __post_init__(self) -> None:
         if not 0 < self.unreplied_lifetime_s <= self.replied_lifetime_s:
             raise ValueError("lifetimes must be positive, and a reply must not shorten them")
+        if self.replied_age_s < 0:
+            raise ValueError(f"no session is {self.replied_age_s} s old")
         if self.absolute_lifetime_s is not None:
             low, high = self.absolute_lifetime_s
             if not 0 < low <= high:

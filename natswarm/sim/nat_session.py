@@ -38,6 +38,7 @@ class Session:
         "is_replied",
         "mapping",
         "remote",
+        "replied_from",
         "sequence",
         "tcp_seen",
     )
@@ -50,5 +51,6 @@ class Session:
         self.expires = expires
         self.is_open = False  # lets its filter key in; else it only pins the port of replies
         self.is_replied = False  # the remote has sent in
+        self.replied_from = 0.0  # when that begins to lengthen its life
         self.sequence = 0  # of its entry in the heap; any other entry of it is out of date
         self.tcp_seen = 0  # what a `TcpNat` saw of the connection

@@ -30,6 +30,7 @@ __all__ = [
     "HOME_LINE",
     "HOPS_4G",
     "LINK_4G",
+    "LINUX_REPLIED_AGE_S",
     "PRESETS",
     "Ipv6",
     "Preset",
@@ -115,6 +116,7 @@ LINK_4G: Final = LinkConditions(delay_s=0.025, jitter_s=0.020, loss=0.001)
 HOPS_4G: Final = 2  # assumed: phone - P-GW - one router - CGN
 HOME_LINE: Final = LinkConditions(delay_s=0.008)
 CELLULAR_LIFETIME_S: Final = 65.0
+LINUX_REPLIED_AGE_S: Final = 2.0
 
 _KOTLIN: Final = "OrestisKan/kotlin-birthday-connect"
 
@@ -194,6 +196,7 @@ PRESETS: Final[dict[str, Preset]] = {
             mapping=Mapping.EIM,
             filtering=Filtering.APDF,
             allocation=Preserving(),
+            replied_age_s=LINUX_REPLIED_AGE_S,
             tftp_helper=True,
         ),
         "kupson/udp-hole-punching",
@@ -227,12 +230,22 @@ PRESETS: Final[dict[str, Preset]] = {
         f"range assumed; {_LIFETIME}",
     ),
     "linux-home": _home(
-        NatBehaviour(mapping=Mapping.EIM, filtering=Filtering.APDF, allocation=Preserving()),
+        NatBehaviour(
+            mapping=Mapping.EIM,
+            filtering=Filtering.APDF,
+            allocation=Preserving(),
+            replied_age_s=LINUX_REPLIED_AGE_S,
+        ),
         "Linux `masquerade`, measured in network namespaces",
         "endpoint-independent until two endpoints want one port towards one remote",
     ),
     "linux-random": _home(
-        NatBehaviour(mapping=Mapping.APDM, filtering=Filtering.APDF, allocation=Uniform()),
+        NatBehaviour(
+            mapping=Mapping.APDM,
+            filtering=Filtering.APDF,
+            allocation=Uniform(),
+            replied_age_s=LINUX_REPLIED_AGE_S,
+        ),
         "Linux `masquerade random,fully-random`, measured in network namespaces",
     ),
     "cloud-natgw": Preset(

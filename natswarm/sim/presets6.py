@@ -18,6 +18,7 @@ from natswarm.sim.presets import (
     HOME_LINE,
     HOPS_4G,
     LINK_4G,
+    LINUX_REPLIED_AGE_S,
     Ipv6,
     Preset,
     Site,
@@ -37,7 +38,12 @@ PRESETS6: Final[dict[str, Preset]] = {
         ipv6=Ipv6(),
     ),
     "linux-home-dual": Preset(
-        NatBehaviour(mapping=Mapping.EIM, filtering=Filtering.APDF, allocation=Preserving()),
+        NatBehaviour(
+            mapping=Mapping.EIM,
+            filtering=Filtering.APDF,
+            allocation=Preserving(),
+            replied_age_s=LINUX_REPLIED_AGE_S,
+        ),
         Site.HOME,
         HOME_LINE,
         0,

@@ -204,16 +204,20 @@ class NatRouter:
 
     def _expire_going_up(self, packet: Packet) -> None:
         self._internet.drop_expired(packet, self.name)
-        source = self.realm.get(packet.source.ip)
+        device = self.realm.get(packet.source.ip)
+        if device is None:
+            return
         error = self._internet.error(self._inner_source, packet, TIME_EXCEEDED, self.name)
-        if error is not None and source is not None:
-            source.send_down(error, DEFAULT_TTL, self._world.now)
+        if error is not None:
+            device.send_down(error, DEFAULT_TTL, self._world.now)
 
     def _expire_going_down(self, packet: Packet) -> None:
         """Drop a packet from above; only about one it would forward does the NAT say so."""
         self._internet.drop_expired(packet, self.name)
         nat = self._tables.get(packet.protocol)
-        if nat is None or not nat.is_expected(packet, self._world.now):
+        if nat is None or ":" in packet.destination.ip:
+            return
+        if not nat.is_expected(packet, self._world.now):
             return
         error = self._internet.error(self._outer_source, packet, TIME_EXCEEDED, self.name)
         if error is not None:

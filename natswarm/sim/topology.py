@@ -215,17 +215,17 @@ class Internet:
 
     def _answer(self, packet: Packet, data: bytes, hop: int, departure: float) -> None:
         """Say an error from the `hop`-th router of the core, as far in as that stands."""
-        if not self._core_answers:
+        device = self.realm.get(packet.source.ip)
+        if device is None or not self._core_answers:
             return
         hop = max(hop, 1)
         router = self._core_routers.get(hop)
         if router is None:
             router = self._core_routers[hop] = ErrorSource(core_router_address(hop))
-        target = self.realm.get(packet.source.ip)
         error = self.error(router, packet, data, "core")
-        if target is not None and error is not None:
+        if error is not None:
             delay_s = 2 * self.core_delay_s * hop / (self.core_hops + 1)
-            target.send_down(error, DEFAULT_TTL - hop + 1, departure + delay_s)
+            device.send_down(error, DEFAULT_TTL - hop + 1, departure + delay_s)
 
     def drop_expired(self, packet: Packet, where: str) -> None:
         """Count a packet whose hop limit ran out."""

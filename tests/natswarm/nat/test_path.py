@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from natswarm.address import Endpoint
 from natswarm.nat.path import Hop, PathAnswer, PathReport, PathTrace
@@ -78,6 +80,7 @@ def test_where_our_nats_end(
         (OURS, [HOME, PEER.ip], 1, "before any router with a global address"),
         (OURS, [HOME, CARRIER, HOME, CARRIER], 1, "turns in a circle at 192.168.1.1, hop 3"),
         # The destination's own NAT says so: no router of ours, and not the destination.
+        (OURS, [PEER.ip, None], 1, "no router on the way says"),
         (OURS, [HOME, PEER.ip, None], 1, "behind 192.168.1.1, hop 1"),
     ],
 )
@@ -86,6 +89,7 @@ def test_what_cannot_be_known_says_why(
 ):
     found = report(local_ip, *ips)
     assert found.opener_ttl is None
+    assert found.nat_count_at_least == nat_count
     assert reason in found.reason
 
 
@@ -96,9 +100,32 @@ def test_a_destination_inside_our_own_network_has_no_nat_before_it():
     assert "further away" in found.reason
 
 
+def test_a_single_hop_that_is_the_nat_of_the_destination_is_no_router_of_ours():
+    found = PathReport(PEER, OURS, (Hop(1, PEER.ip),), reached=False)
+    assert found.opener_ttl is None
+    assert "no router on the way says" in found.reason
+
+
 def test_nothing_traced_says_why():
     found = PathReport(None, None, (), reached=False, trouble="no peer")
     assert (found.opener_ttl, found.nat_count_at_least, found.reason) == (None, 0, "no peer")
+
+
+IPS = st.sampled_from([None, HOME, "10.0.0.1", CARRIER, A, B, C, PEER.ip, "169.254.0.1"])
+
+
+@given(local_ip=IPS, ips=st.lists(IPS, max_size=8))
+def test_a_limit_lies_at_a_global_router_behind_all_of_ours_or_there_is_a_reason(
+    local_ip: str | None, ips: list[str | None]
+):
+    found = report(local_ip, *ips)
+    assert 0 <= found.nat_count_at_least <= 2
+    ttl = found.opener_ttl
+    assert (ttl is None) == bool(found.reason)
+    if ttl is not None:
+        assert ttl > found.inside_hop_count
+        assert ips[ttl - 1] in (A, B, C)
+        assert PEER.ip not in ips[:ttl]  # it dies before whoever is at the other end
 
 
 class TestTrace:

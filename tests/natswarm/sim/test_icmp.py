@@ -353,6 +353,43 @@ def test_ipv6_and_translators_send_no_errors():
         assert errors == []
 
 
+def test_what_dies_at_a_router_of_ipv6_dies_in_silence():
+    internet = Internet(World(1))
+    tracer = Tracer(internet.add_host("a"))  # somebody listens
+    server, home = (
+        internet.add_host(*each) for each in (("server", "public-dual"), ("b", "linux-home-dual"))
+    )
+    port = server.open_port(4000, server.ip6)
+    for ttl in range(1, 12):
+        port.send(b"", Endpoint(home.ip6, 9), ttl)
+    internet.world.run()
+    assert internet.counters.dropped_ttl == 9
+    assert (internet.counters.error_count, tracer.errors) == (0, [])
+
+
+def test_an_error_of_a_host_behind_a_clat_dies_at_its_nat64_and_changes_nothing():
+    internet = Internet(World(1))
+    tracer = Tracer(internet.add_host("a"), 5000)
+    phone = internet.add_host("phone", "xlat464-4g")
+    for link in (phone.uplink.upload, phone.uplink.download):
+        link.conditions = IDEAL
+    seen: list[Endpoint] = []
+    tracer.port.on_datagram = lambda data, source: seen.append(source)
+    port = phone.open_port(4000)
+    port.send(b"opens", tracer.port.endpoint)
+    internet.world.run()
+    port.close()
+    nat = internet.nats["phone-nat"]
+    before = nat.nat.counters.outbound_count
+    assert tracer.send(seen[0]) is None
+    assert internet.counters.dropped_closed == 1
+    assert (nat.nat.counters.outbound_count, nat.nat.counters.mapping_count) == (before, 1)
+    icmp = nat.table(ICMP)
+    assert icmp is not None
+    assert icmp.counters.mapping_count == 0
+    check(internet)
+
+
 @pytest.mark.parametrize("kind", [k for k, p in PRESETS.items() if p.behaviour is not None])
 def test_the_path_out_of_every_preset_shows_its_inside_and_the_core(kind: str):
     internet = Internet(World(3))
