@@ -17,6 +17,7 @@ import os
 from dataclasses import dataclass, field
 
 from natswarm.lab.emulation import LabInternet, TunPort, add_host
+from natswarm.lab.errors import LabError
 from natswarm.lab.namespace import Namespace
 from natswarm.lab.nat import KernelNat
 from natswarm.lab.registry import DeviceState
@@ -136,6 +137,9 @@ class Builder:
             "link set dev lan up",
         )
         router.sysctl("net.ipv4.ip_forward", 1)
+        # Devices beside each other are switched, not routed.
+        with contextlib.suppress(LabError):
+            router.sysctl("net.bridge.bridge-nf-call-iptables", 0)
         router.nft(nat.ruleset)
         for key, value in nat.sysctls.items():
             router.sysctl(key, value)

@@ -94,13 +94,13 @@ def start_lab(settings: LabSettings, registry: Registry | None = None) -> LabSta
                 readable, _, _ = select.select([keeper.stdout], [], [], START_TIMEOUT_S)
                 said = keeper.stdout.readline() if readable else b""
             except BaseException:
-                keeper.terminate()
+                _end_group(keeper)
                 raise
+        keeper.wait(STOP_TIMEOUT_S)
         answer = json.loads(said) if said else {}
         if "ready" in answer:
             return msgspec.convert(answer["ready"], LabState)
-        keeper.terminate()
-        keeper.wait(STOP_TIMEOUT_S)
+        _end_group(keeper)
         if "error" in answer:
             raise LabError(answer["error"])
         errors.seek(0)
@@ -181,6 +181,13 @@ def exec_in(device: DeviceState, argv: Sequence[str]) -> NoReturn:
         raise LabError(f"no program {argv[0]!r} is installed here, so none is in the lab")
     # It enters the namespace and becomes the program; nothing of it stays.
     os.execvp("ip", ["ip", "netns", "exec", device.namespace, *argv])
+
+
+def _end_group(keeper: subprocess.Popen[bytes]) -> None:
+    """End a lab that is not there yet, by the process group of whoever started to make it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(keeper.pid, signal.SIGTERM)
+    keeper.wait(STOP_TIMEOUT_S)
 
 
 def _connect(state: LabState, registry: Registry) -> socket.socket:

@@ -186,13 +186,10 @@ def _decode_icmp(source_ip: bytes, destination_ip: bytes, body: bytes) -> Packet
             ICMP,
         )
     if kind in ERRORS:
-        return Packet(
-            _endpoint(source_ip, 0),
-            _endpoint(destination_ip, 0),
-            body[:2] + body[4:8],
-            ICMP,
-            _decode_quoted(body[8:]),
-        )
+        about = _decode_quoted(body[8:])
+        destination = _endpoint(destination_ip, about.source.port)
+        data = body[:2] + body[4:8]
+        return Packet(_endpoint(source_ip, 0), destination, data, ICMP, about)
     raise DecodeError("ICMP that is neither a query, a reply nor an error")
 
 

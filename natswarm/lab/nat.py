@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from natswarm.nat.behaviour import Filtering, Mapping, Poison
 from natswarm.sim.nat_behaviour import NatBehaviour
 from natswarm.sim.ports import Allocation, Blocks, Preserving, Uniform
+from natswarm.sim.presets import LINUX_REPLIED_AGE_S
 
 __all__ = ["BLOCK_PORTS", "KernelNat", "NatKind", "kernel_nat", "loss_ruleset"]
 
@@ -167,6 +168,10 @@ def _beyond_the_kernel(behaviour: NatBehaviour) -> list[tuple[bool, str]]:
     return [
         (behaviour.filtering is not Filtering.APDF, f"{behaviour.filtering.value} filtering"),
         (not behaviour.overloading, "exclusive ports"),
+        (
+            behaviour.replied_age_s != LINUX_REPLIED_AGE_S,
+            f"replies that count from {behaviour.replied_age_s:g} s on, but from 2 s on",
+        ),
         (any(each % 1 for each in lifetimes), "lifetimes of parts of a second"),
         (not behaviour.refreshed_by_inbound, "lifetimes that inbound packets do not restart"),
         (behaviour.absolute_lifetime_s is not None, "absolute lifetimes"),

@@ -157,10 +157,33 @@ class Probe:
         return Filtering.APDF
 
     def external_endpoints(self, count: int) -> tuple[int, list[Address]]:
-        """Send from one port to `count` remotes; return our port, and what they see."""
+        """Send from one port to `count` remotes at one address; return our port, and what they see.
+
+        Raises:
+            LabError: Nothing arrived at one of them.
+        """
         udp = self.open(self.device)
         remotes = [self.open(self.first) for _ in range(count)]
-        return udp.getsockname()[1], [self.reach(udp, remote) for remote in remotes]
+        tokens = [self._token() for _ in remotes]
+        for remote, token in zip(remotes, tokens, strict=True):
+            udp.sendto(token, remote.getsockname())
+        seen = [
+            self._receive(remote, token) or self.reach(udp, remote)
+            for remote, token in zip(remotes, tokens, strict=True)
+        ]
+        return udp.getsockname()[1], seen
+
+    def settle(self) -> None:
+        """Wait until all that was sent between the device and the first observer is there.
+
+        By a round trip on ports of its own: links keep order.
+
+        Raises:
+            LabError: The round trip fails.
+        """
+        udp, remote = self.open(self.device), self.open(self.first)
+        if not self.answer(remote, self.reach(udp, remote), udp):
+            raise LabError(f"no answer from {self.first.ip} reached {self.device.ip}")
 
     def hops(self) -> int:
         """Return how many routers a datagram passes on its way to an observer."""
@@ -179,27 +202,43 @@ class Probe:
                 return 64 - left
         raise LabError(f"nothing from {self.device.ip} reached {self.first.ip}")
 
-    def expires_at(self, ttl: int, remote: Address) -> str | None:
+    def expires_at(self, udp: socket.socket, ttl: int, remote: Address) -> str | None:
         """Send with a low TTL; return the router that says the datagram died there, or None."""
-        udp = self.open(self.device)
         udp.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
         udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
-        return self.error_of(udp, remote)
-
-    def error_of(self, udp: socket.socket, remote: Address) -> str | None:
-        """Send one datagram where errors are asked for; return who says it died, or None."""
         udp.sendto(self._token(), remote)
         poll = select.poll()
-        poll.register(udp, select.POLLERR)
+        poll.register(udp, 0)  # errors alone
         if not poll.poll(1000 * self._wait_s):
             return None
         _, ancillary, _, _ = udp.recvmsg(DATAGRAM_BYTES, 512, socket.MSG_ERRQUEUE)
+        udp.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 0)
         for level, kind, data in ancillary:
             # struct sock_extended_err (16 bytes: errno, origin, type, ...), then a sockaddr_in.
             is_error = (level, kind) == (socket.IPPROTO_IP, _IP_RECVERR)
             if is_error and data[4] == _ORIGIN_ICMP and data[5] == _TIME_EXCEEDED:
                 return socket.inet_ntoa(data[20:24])
         return None
+
+    def comes_in(self, remote: socket.socket, mapped: Address, udp: socket.socket) -> bool:
+        """Return whether one datagram of a remote comes in. Does not wait where it does not.
+
+        Raises:
+            LabError: The round trip that would have come after it fails.
+        """
+        token = self._token()
+        remote.sendto(token, mapped)
+        self.settle()
+        return any(data == token for data, _ in self.drain(udp))
+
+    def wait_readable(self, udp: socket.socket) -> None:
+        """Wait until something is there to read.
+
+        Raises:
+            LabError: Nothing comes.
+        """
+        if not select.select([udp], [], [], self._wait_s)[0]:
+            raise LabError(f"nothing came to {':'.join(map(str, udp.getsockname()))}")
 
     def is_silent(self, udp: socket.socket, wait_s: float) -> bool:
         """Return whether nothing comes within `wait_s`."""

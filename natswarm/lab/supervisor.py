@@ -277,6 +277,9 @@ def main() -> None:
         for standard in (0, 1, 2):
             os.dup2(nowhere, standard)
 
+    # Whoever started us has nobody to wait for: init is our parent now.
+    if os.fork():
+        os._exit(0)
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=LabSettings)
     try:
         keep_lab(settings, lambda state: say({"ready": msgspec.to_builtins(state)}))

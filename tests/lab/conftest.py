@@ -7,6 +7,7 @@ is there to run them must not pass by leaving them out.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -14,15 +15,26 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from natswarm.lab.capability import missing_capability
+from natswarm.lab.client import start_lab, stop_lab
+from natswarm.lab.registry import LabState
+from natswarm.lab.settings import LabSettings
 from natswarm.lab.topology import Host, Lab
 
 OpenSocket = Callable[[Host], socket.socket]
 
 
+OpenLab = Callable[..., LabState]
+
+_serials = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def _capable_machine(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("lab") is None:
-        return
+    if request.node.get_closest_marker("lab") is not None:
+        require_capable_machine()
+
+
+def require_capable_machine() -> None:
     if (reason := missing_capability()) is None:
         return
     if os.environ.get("NATSWARM_LAB") == "require":
@@ -34,6 +46,22 @@ def _capable_machine(request: pytest.FixtureRequest) -> None:
 def lab(_capable_machine: None) -> Iterator[Lab]:
     with Lab() as lab:
         yield lab
+
+
+@pytest.fixture(scope="module")
+def open_lab() -> Iterator[OpenLab]:
+    """Make labs as `natswarm lab up` does; they are gone after the module."""
+    require_capable_machine()
+    with contextlib.ExitStack() as stack:
+
+        def open_one(*devices: str, **settings: object) -> LabState:
+            # Other runs on this machine have labs, too.
+            name = f"test-{os.getpid()}-{next(_serials)}"
+            state = start_lab(LabSettings(name=name, devices=devices, **settings))
+            stack.callback(stop_lab, state)
+            return state
+
+        yield open_one
 
 
 @pytest.fixture

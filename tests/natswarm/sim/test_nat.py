@@ -195,6 +195,19 @@ def test_sessions_die_of_idleness_sooner_without_a_reply():
     assert nat.nat.mapping_count(nat.now) == 1
 
 
+def test_a_reply_counts_from_an_age_on():
+    nat = script(Mapping.APDM, Filtering.APDF, replied_age_s=2.0)
+    young, old = nat.out(A, R1X), nat.out(A, R2X)
+    for nat.now in (0.5, 1.9):
+        assert nat.into(R1X, young) == nat.into(R2X, old) == A
+    nat.now = 2.0
+    assert nat.into(R2X, old) == A
+    nat.now = 31.9
+    assert nat.into(R1X, young) is None
+    nat.now = 121.9
+    assert nat.into(R2X, old) == A
+
+
 @pytest.mark.parametrize("refreshed_by_inbound", [False, True])
 def test_outbound_refreshes_always_and_inbound_when_told(refreshed_by_inbound: bool):
     nat = script(
