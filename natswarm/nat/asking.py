@@ -55,12 +55,14 @@ class Answer(NamedTuple):
         sent_at: When that try was sent, seconds.
         received_at: When it came.
         last_sent_at: When the last try was sent, that is when the mapping was last used.
+        try_count: How many tries were sent.
     """
 
     reply: Reply
     sent_at: float
     received_at: float
     last_sent_at: float
+    try_count: int
 
     @property
     def observed(self) -> Endpoint:
@@ -89,6 +91,11 @@ class Question:
     _try_count: int = 0
     _unsent_count: int = 0
     _task: _Task | None = None  # None: over
+
+    @property
+    def sent_times(self) -> list[float]:
+        """When each try so far was sent, seconds."""
+        return list(self._sent_at.values())
 
 
 Script = Generator[Question | float, Answer | None, _T]
@@ -162,7 +169,7 @@ class AskingTest:
             self._tokens[reply.sender, reply.observed.ip] = reply.token
             self.findings.tokens[reply.sender] = reply.token
         times = question._sent_at
-        answer = Answer(reply, times[reply.transaction], now, max(times.values()))
+        answer = Answer(reply, times[reply.transaction], now, max(times.values()), len(times))
         self._resume(self._forget(question), answer)
 
     def withdraw(self, transaction: bytes) -> None:
