@@ -36,6 +36,8 @@ from natswarm.errors import (
     NatswarmError,
 )
 from natswarm.identity import Identity, PeerId
+from natswarm.nat.findings import Findings, NatTest
+from natswarm.nat.inspection import QUICK
 from natswarm.nat.measurement import Observer
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
@@ -285,30 +287,46 @@ class Node:
             services=self._services,
         )
 
-    async def inspect(self) -> NatProfile:
+    @property
+    def inspection(self) -> Findings | None:
+        """What the newest `inspect` has found, with intervals and reasons; it grows meanwhile."""
+        return self._echo.findings
+
+    async def inspect(self, tests: Iterable[NatTest] = QUICK) -> NatProfile:
         """Find out what our NAT does by asking the peers we can reach.
 
         Without any it is what the interfaces tell: a global address of our own, or nothing known.
+        A test that cannot be carried out leaves unknowns, whose reasons are in `inspection`.
+
+        Args:
+            tests: What to find out; by default what takes seconds. The quick part is always done.
 
         Raises:
-            ConfigurationError: The system gives no ports to ask from.
             ConnectFailed: This node was closed meanwhile.
         """
         async with self._inspecting:
-            observers = await self._observers()
-            try:
-                profile = await self._echo.inspect(
-                    observers,
-                    host_candidates=self._host_candidates(),
-                    rng=self._rng,
-                    ask_neighbour=self._ask_neighbour_to_echo,
-                )
-            except trio.ClosedResourceError as error:
-                raise ConnectFailed("this node was closed") from error
-            self._profile = profile
-        self._emit(ProfileLearned(profile))
+            findings = await self._echo.inspect(
+                await self._observers(),
+                tests=tests,
+                host_candidates=self._host_candidates(),
+                rng=self._rng,
+                ask_neighbour=self._ask_neighbour_to_echo,
+            )
+            if self._is_closed:
+                raise ConnectFailed("this node was closed")
+        self._learn_profile(findings.profile)
         await self._share_record_with_all()
-        return profile
+        return findings.profile
+
+    def adopt_profile(self, profile: NatProfile) -> None:
+        """Go by a profile from now on, such as one that more was found out for; neighbours hear."""
+        self._learn_profile(profile)
+        if not self._is_closed:
+            self._nursery.start_soon(self._share_record_with_all)
+
+    def _learn_profile(self, profile: NatProfile) -> None:
+        self._profile = profile
+        self._emit(ProfileLearned(profile))
 
     async def find_peers(self) -> list[NodeRecord]:
         """Ask every neighbour for its neighbours; return all records, the newest of each peer."""

@@ -90,12 +90,14 @@ class PortSample:
         destination: Whom we sent to.
         external_port: What they saw.
         sent_at: When the datagram left, seconds.
+        external_ip: At which of our public addresses; empty where there is only one.
     """
 
     local_port: int
     destination: Endpoint
     external_port: int
     sent_at: float
+    external_ip: str = ""
 
 
 @dataclass(frozen=True, slots=True)

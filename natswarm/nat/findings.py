@@ -8,15 +8,30 @@ field that it could not fill why not.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from natswarm.identity import PeerId
-from natswarm.nat.classify import FilterTrial, Observation
+from natswarm.nat.classify import FilterTrial, Observation, classify
+from natswarm.nat.interval import Interval
 from natswarm.nat.measurement import Measurement, Observer
 from natswarm.nat.profile import NatProfile
 
 __all__ = ["Findings", "Interval", "NatTest", "TestRun"]
+
+
+# The fields of a profile that `classify` fills.
+CLASSIFIED = (
+    "mapping",
+    "filtering",
+    "allocation",
+    "public_ips",
+    "main_endpoint",
+    "is_translated",
+    "echo_count",
+    "observer_count",
+    "pooling",
+)
 
 
 class NatTest(enum.Enum):
@@ -33,13 +48,6 @@ class NatTest(enum.Enum):
     """Idle and absolute, and what refreshes; minutes, so only on request."""
 
 
-class Interval(NamedTuple):
-    """Where a figure lies with 90 %, both ends included."""
-
-    low: float
-    high: float
-
-
 @dataclass(slots=True)
 class Findings:
     """What the tests share.
@@ -50,8 +58,10 @@ class Findings:
         observations: Every echo so far that came back from where it was asked for, in order.
         filter_trials: Every try to get in from where nothing was sent to.
         tokens: The newest token of each observer.
-        intervals: Names of estimated figures -> where they lie.
+        intervals: Names of estimated figures -> where they lie: `idle_lifetime_s`, or with a dot
+            `allocation.high`.
         unknown: Names of the profile's fields that are not known -> why.
+        packet_counts: What each test has sent, over the network or by a neighbour.
     """
 
     observers: tuple[Observer, ...]
@@ -61,6 +71,24 @@ class Findings:
     tokens: dict[PeerId, bytes] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
+    packet_counts: dict[NatTest, int] = field(default_factory=dict)
+
+    def refit(self) -> None:
+        """Work out anew what follows from all observations and filter trials.
+
+        A test that adds observations need not call it: the inspection does, before `conclude`.
+        """
+        fitted = classify(
+            self.observations,
+            local_endpoints=self.profile.local_endpoints,
+            filter_trials=self.filter_trials,
+        )
+        inferred = [name for name in self.profile.inferred if name not in CLASSIFIED]
+        self.profile = replace(
+            self.profile,
+            **{name: getattr(fitted, name) for name in CLASSIFIED},
+            inferred=(*fitted.inferred, *inferred),
+        )
 
 
 class TestRun(Measurement, Protocol):

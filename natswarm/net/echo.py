@@ -1,48 +1,44 @@
 """Echoes: tell others what we see of them, and find out what they see of us.
 
-The answering half does for peers what STUN servers did. The asking half drives a `NatInspection`
-over the main port and a group of fresh ports that live for the inspection only.
+The answering half does for peers what STUN servers did, within limits: one answer for one request,
+never longer than it; to where the request came from, or to an address that the asker has shown that
+it receives at (`nat/address_token.py`); and only so many a second, for all together, for each
+prefix and for each address, so that a flood from one network leaves the others theirs. The asking
+half is an inspection (`net/inspection.py`).
 """
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import trio
 
 from natswarm.address import Endpoint
-from natswarm.errors import DecodeError, NatswarmError
-from natswarm.identity import Identity, PeerId
-from natswarm.nat.classify import (
-    FRESH_PORT_COUNT,
-    AnswerFrom,
-    EchoToSend,
-    NatInspection,
-    classify,
-)
+from natswarm.identity import Identity
+from natswarm.nat.address_token import AddressTokens
+from natswarm.nat.findings import Findings, NatTest
+from natswarm.nat.inspection import QUICK, NatInspection
 from natswarm.nat.measurement import Observer
-from natswarm.nat.profile import NatProfile
-from natswarm.net.budget import Budget
-from natswarm.net.nursery import open_private_nursery
-from natswarm.net.port import DatagramPort, Network, PortGroup
-from natswarm.wire import (
-    EchoReply,
-    EchoRequest,
-    decode_echo_reply_untrusted,
-    decode_echo_request_untrusted,
-)
+from natswarm.nat.votes import prefix_of
+from natswarm.net.budget import Budget, KeyedBudget
+from natswarm.net.inspection import AskNeighbour, InspectionDriver
+from natswarm.net.port import DatagramPort, Network
+from natswarm.wire import NO_TOKEN, EchoReply, EchoRequest, decode_echo_request_untrusted
 
 __all__ = ["AskNeighbour", "EchoService"]
 
-# An inspection asks about 40 times in all; this serves several newcomers a second. Each request
-# costs a signature and a verification, 0.15 ms together.
-ECHOES_PER_S = 200.0
+# An inspection asks up to 100 times a second, from one address. Each request costs a
+# signature and a verification, 0.15 ms together: at most 6 % of a core.
+ECHOES_PER_S = 400.0
+ECHOES_PER_ADDRESS_PER_S = 120.0
+# One inspection and a bit: whoever has many addresses in one network has one prefix.
+ECHOES_PER_PREFIX_PER_S = 160.0
 
 # Replies to somebody we never heard from, on the word of a neighbour: four for each newcomer.
 UNSOLICITED_ECHOES_PER_S = 20.0
-
-AskNeighbour = Callable[[PeerId, bytes, Endpoint], Awaitable[None]]
+UNSOLICITED_ECHOES_PER_PREFIX_PER_S = 10.0
 
 
 class EchoService:
@@ -70,8 +66,18 @@ class EchoService:
         self._main_port = main_port
         self._alternate_port = alternate_port
         self._budget = Budget(per_s=ECHOES_PER_S)
+        self._address_budgets = KeyedBudget(per_s=ECHOES_PER_ADDRESS_PER_S)
+        self._prefix_budgets = KeyedBudget(per_s=ECHOES_PER_PREFIX_PER_S)
         self._unsolicited_budget = Budget(per_s=UNSOLICITED_ECHOES_PER_S)
-        self._inspection: _Inspection | None = None
+        self._unsolicited_prefix_budgets = KeyedBudget(per_s=UNSOLICITED_ECHOES_PER_PREFIX_PER_S)
+        self._tokens = AddressTokens(os.urandom(32))
+        # Tokens count whole seconds in 32 bits from our start: a clock may stand anywhere.
+        self._started_at = trio.current_time()
+        self._driver: InspectionDriver | None = None
+        self.findings: Findings | None = None
+        """Of the newest inspection, also while it is under way; None before the first."""
+        self.refused_count = 0
+        """Requests that were over a budget, or named an address without a valid token."""
 
     # Answering ------------------------------------------------------------------------------------
 
@@ -83,26 +89,55 @@ class EchoService:
         Raises:
             DecodeError: Not an authentic request.
         """
-        if not self._budget.take(trio.current_time()):
+        now = trio.current_time()
+        # The narrowest first, so that a flood uses up its own budget and not everybody's.
+        if not (
+            self._address_budgets.take(source.ip, now)
+            and self._prefix_budgets.take(prefix_of(source.ip), now)
+            and self._budget.take(now)
+        ):
+            self.refused_count += 1
             return
         request = decode_echo_request_untrusted(data)
+        destination = request.deliver_to or source
+        age_s = max(0.0, now - self._started_at)
+        if request.deliver_to is not None and not self._tokens.is_valid(
+            request.token, request.sender, destination.ip, age_s
+        ):
+            self.refused_count += 1
+            return
+        token = NO_TOKEN
+        if destination.ip == source.ip:
+            token = self._tokens.issue(request.sender, source.ip, age_s)
         from_alternate = arrived_at_alternate or request.from_alternate_port
-        reply = EchoReply(
+        reply = self._reply(request, source, token, from_alternate=from_alternate)
+        if len(reply) <= len(data):
+            port = self._alternate_port if from_alternate else self._main_port
+            port.send(reply, destination)
+
+    def _reply(
+        self, request: EchoRequest, observed: Endpoint, token: bytes, *, from_alternate: bool
+    ) -> bytes:
+        return EchoReply(
             request.transaction,
             self._identity.peer_id,
-            source,
+            observed,
+            token,
             from_alternate_port=from_alternate,
-        )
-        port = self._alternate_port if from_alternate else self._main_port
-        port.send(reply.encode(self._identity), source)
+        ).encode(self._identity)
 
     def answer_for_neighbour(self, transaction: bytes, observed: Endpoint) -> None:
         """Send a reply to whoever asked a neighbour of ours, which vouches for the address."""
-        if self._unsolicited_budget.take(trio.current_time()):
+        now = trio.current_time()
+        if self._unsolicited_prefix_budgets.take(
+            prefix_of(observed.ip), now
+        ) and self._unsolicited_budget.take(now):
             reply = EchoReply(
                 transaction, self._identity.peer_id, observed, is_unsolicited=True
             ).encode(self._identity)
             self._main_port.send(reply, observed)
+        else:
+            self.refused_count += 1
 
     # Asking ---------------------------------------------------------------------------------------
 
@@ -112,122 +147,44 @@ class EchoService:
         Raises:
             DecodeError: Not an authentic reply.
         """
-        if self._inspection is not None:
-            self._inspection.receive_untrusted(0, data, source)
+        if self._driver is not None:
+            self._driver.receive_untrusted(0, data, source)
 
     async def inspect(
         self,
         observers: Sequence[Observer],
         *,
+        tests: Iterable[NatTest] = QUICK,
         host_candidates: Sequence[Endpoint],
         rng: random.Random,
         ask_neighbour: AskNeighbour,
-    ) -> NatProfile:
+    ) -> Findings:
         """Ask `observers` what they see of us; one inspection at a time.
 
-        Raises:
-            ConfigurationError: The system gives no fresh ports.
-            trio.ClosedResourceError: The main port was closed meanwhile.
+        Whatever keeps a test from going on (no more ports, an interface that vanishes, the main
+        port closed) ends that test, and shows as the reason of what is unknown. Cancelled, it
+        closes the fresh ports; `findings` has what was found by then.
 
         Args:
             observers: Whom to ask.
+            tests: What to find out.
             host_candidates: Our own addresses with the main port.
             rng: Draws transactions.
             ask_neighbour: Asks a neighbour that a third peer send a reply to an endpoint of ours.
         """
-        if not observers:
-            return classify([], local_endpoints=host_candidates)
-        group = self._network.bind_group(self._bind_ip, FRESH_PORT_COUNT)
-        try:
-            local_ports = [self._main_port.local_endpoint.port]
-            local_ports += [group.local_endpoint(index).port for index in range(group.count)]
-            inspection = NatInspection(
-                observers,
-                local_ports=local_ports,
-                local_endpoints=host_candidates,
-                rng=rng,
-                now=trio.current_time(),
-            )
-            self._inspection = _Inspection(
-                inspection, self._identity, self._main_port, group, ask_neighbour
-            )
-            return await self._inspection.run()
-        finally:
-            self._inspection = None
-            group.close()
-
-
-class _Inspection:
-    """The Trio driver of one `NatInspection`."""
-
-    def __init__(
-        self,
-        machine: NatInspection,
-        identity: Identity,
-        main_port: DatagramPort,
-        group: PortGroup,
-        ask_neighbour: AskNeighbour,
-    ) -> None:
-        self._machine = machine
-        self._identity = identity
-        self._main_port = main_port
-        self._group = group
-        self._ask_neighbour = ask_neighbour
-        self._wakeup = trio.Event()
-
-    async def run(self) -> NatProfile:
-        async with open_private_nursery() as nursery:
-            nursery.start_soon(self._receive)
-            while True:
-                now = trio.current_time()
-                for echo in self._machine.requests_to_send(now):
-                    self._send(echo, nursery)
-                if (profile := self._machine.result()) is not None:
-                    return profile
-                timer = self._machine.next_timer()
-                assert timer is not None, "something is under way where there is no result"
-                self._wakeup = trio.Event()
-                with trio.move_on_at(timer):
-                    await self._wakeup.wait()
-
-    def receive_untrusted(self, port_index: int, data: bytes, source: Endpoint) -> None:
-        reply = decode_echo_reply_untrusted(data)
-        self._machine.receive_reply(
-            port_index,
-            reply.transaction,
-            reply.observed,
-            source,
-            trio.current_time(),
-            sender=reply.sender,
+        machine = NatInspection(
+            observers,
+            tests=tests,
+            local_endpoints=host_candidates,
+            rng=rng,
+            now=trio.current_time(),
         )
-        self._wakeup.set()
-
-    def _send(self, echo: EchoToSend, nursery: trio.Nursery) -> None:
-        if echo.answer_from is AnswerFrom.THIRD_PEER:
-            if echo.observed is not None:
-                nursery.start_soon(self._ask, echo.observer, echo.transaction, echo.observed)
-            return
-        request = EchoRequest(
-            echo.transaction,
-            self._identity.peer_id,
-            from_alternate_port=echo.answer_from is AnswerFrom.ALTERNATE,
-        ).encode(self._identity)
-        if echo.port_index == 0:
-            self._main_port.send(request, echo.destination)
-        else:
-            self._group.send(echo.port_index - 1, request, echo.destination)
-
-    async def _ask(self, observer: PeerId, transaction: bytes, observed: Endpoint) -> None:
+        self.findings = machine.findings
+        self._driver = InspectionDriver(
+            machine, self._identity, self._network, self._bind_ip, self._main_port, ask_neighbour
+        )
         try:
-            await self._ask_neighbour(observer, transaction, observed)
-        except (NatswarmError, trio.BrokenResourceError):
-            self._machine.withdraw(transaction)
-            self._wakeup.set()
-
-    async def _receive(self) -> None:
-        while True:
-            for index, arrival in await self._group.receive_batch():
-                try:
-                    self.receive_untrusted(index + 1, arrival.data, arrival.source)
-                except DecodeError:
-                    continue
+            await self._driver.run()
+        finally:
+            self._driver = None
+        return machine.findings

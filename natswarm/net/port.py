@@ -31,6 +31,8 @@ class PortStatistics:
     received_count: int = 0
     send_failed_count: int = 0
     """The operating system took no datagram: buffer full, no route, not permitted."""
+    last_refusal: str = ""
+    """What it said to the last one it did not take; empty as long as it took all."""
 
 
 class DatagramPort(Protocol):
@@ -94,6 +96,10 @@ class PortGroup(Protocol):
         self, index: int, data: bytes, destination: Endpoint, *, ttl: int | None = None
     ) -> None:
         """As `DatagramPort.send`, from port `index`."""
+        ...
+
+    def statistics(self, index: int) -> PortStatistics:
+        """Counters of port `index` so far."""
         ...
 
     async def receive_batch(self) -> list[tuple[int, Arrival]]:

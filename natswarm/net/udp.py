@@ -114,10 +114,12 @@ class UdpPort:
                 self._socket.setsockopt(*self._ttl_option, wanted_ttl)
                 self._ttl = wanted_ttl
             self._socket.sendto(data, (destination.ip, destination.port))
-        except OSError:
+        except OSError as error:
             # EAGAIN, ENOBUFS: full; ENETUNREACH, EHOSTUNREACH: no route; EPERM: a firewall here;
-            # EMSGSIZE: longer than the interface takes. Lost on the way, as far as anyone can tell.
+            # EMSGSIZE: longer than the interface takes; ENETDOWN, ENODEV, EADDRNOTAVAIL: the
+            # interface is gone. Lost on the way, as far as the peer can tell.
             self._statistics.send_failed_count += 1
+            self._statistics.last_refusal = error.strerror or str(error)
         else:
             self._statistics.sent_count += 1
 
@@ -286,6 +288,10 @@ class UdpPortGroup:
             trio.ClosedResourceError: The group was closed, or the port taken out of it.
         """
         self._port(index).send(data, destination, ttl=ttl)
+
+    def statistics(self, index: int) -> PortStatistics:
+        """Return the counters of port `index` so far."""
+        return self._port(index).statistics
 
     def _port(self, index: int) -> UdpPort:
         port = self._ports[index]

@@ -253,6 +253,7 @@ class VirtualPort:
             raise trio.ClosedResourceError
         if not self._can_send(data, destination):
             self._statistics.send_failed_count += 1
+            self._statistics.last_refusal = "not a destination for this port"
             return
         self._world.catch_up()
         self._statistics.sent_count += 1
@@ -321,6 +322,10 @@ class VirtualPortGroup:
     ) -> None:
         """Send from port `index`; see `PortGroup.send`."""
         self._port(index).send(data, destination, ttl=ttl)
+
+    def statistics(self, index: int) -> PortStatistics:
+        """Return the counters of port `index` so far."""
+        return self._port(index).statistics
 
     async def receive_batch(self) -> list[tuple[int, Arrival]]:
         """Wait for datagrams on any port of the group; see `PortGroup.receive_batch`."""

@@ -7,20 +7,12 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated_inspection import peer_id
 
 from natswarm.address import Endpoint
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
-from natswarm.nat.classify import (
-    FILTER_TRIAL_COUNT,
-    AnswerFrom,
-    FilterTrial,
-    NatInspection,
-    Observation,
-    classify,
-)
-from natswarm.nat.measurement import Observer
+from natswarm.nat.classify import FilterTrial, Observation, classify
 from natswarm.nat.profile import NatProfile
+from tools.bench.simulated_inspection import peer_id
 
 LOCAL = Endpoint("192.168.1.7", 40_000)
 P1_P, P1_Q = Endpoint("198.51.100.1", 4000), Endpoint("198.51.100.1", 4001)
@@ -78,8 +70,8 @@ def test_mapping(observations: list[Observation], mapping: Mapping | None, port:
 
 def trials(alternate: str, third: str = "") -> list[FilterTrial]:
     return [
-        FilterTrial(kind, mark == "+")
-        for kind, marks in ((AnswerFrom.ALTERNATE, alternate), (AnswerFrom.THIRD_PEER, third))
+        FilterTrial(by_stranger, mark == "+")
+        for by_stranger, marks in ((False, alternate), (True, third))
         for mark in marks
     ]
 
@@ -206,128 +198,3 @@ def test_any_echoes_in_any_order_make_one_valid_profile(
         again = classified(*shuffled)
         assert (again.mapping, again.main_endpoint) == (profile.mapping, profile.main_endpoint)
         assert again.public_ips[:1] == profile.public_ips[:1]
-
-
-# The machine, by script ---------------------------------------------------------------------------
-
-
-OBSERVERS = [
-    Observer(peer_id("P1"), P1_P, P1_Q, is_neighbour=True),
-    Observer(peer_id("P2"), P2_P, is_neighbour=False),
-]
-LOCAL_PORTS = [40_000, 40_001, 40_002]
-
-
-def inspection(observers: list[Observer] = OBSERVERS) -> NatInspection:
-    return NatInspection(
-        observers,
-        local_ports=LOCAL_PORTS,
-        local_endpoints=[LOCAL],
-        rng=random.Random(1),
-        now=100.0,
-    )
-
-
-def test_without_observers_it_is_over_at_once() -> None:
-    machine = inspection([])
-    assert machine.next_timer() is None
-    assert machine.requests_to_send(100.0) == []
-    assert machine.result() == NatProfile.unknown([LOCAL])
-
-
-def test_requests_leave_spaced_and_come_again_until_given_up() -> None:
-    machine = inspection()
-    sent = []
-    while (timer := machine.next_timer()) is not None:
-        sent += [(timer, each) for each in machine.requests_to_send(timer)]
-    assert machine.result() == NatProfile.unknown([LOCAL])
-    first = [(each.port_index, each.destination) for _, each in sent[:5]]
-    assert first == [(0, P1_P), (0, P2_P), (0, P1_Q), (1, P1_P), (2, P2_P)]
-    assert len(sent) == 3 * 5, "three tries each"
-    assert all(each.answer_from is AnswerFrom.MAIN for _, each in sent)
-    assert len({each.transaction for _, each in sent}) == len(sent)
-    times = [time for time, each in sent if each.destination == P1_Q]
-    assert times == pytest.approx([100.03, 100.53, 101.33])
-
-
-def test_replies_from_elsewhere_unasked_or_forged_change_nothing() -> None:
-    machine = inspection()
-    (request,) = machine.requests_to_send(100.0)
-    good = (request.port_index, request.transaction, Endpoint(WAN, 1), P1_P, 100.1)
-    machine.receive_reply(0, b"whatever", Endpoint(WAN, 1), P1_P, 100.1)
-    machine.receive_reply(1, request.transaction, Endpoint(WAN, 1), P1_P, 100.1)
-    machine.receive_reply(0, request.transaction, Endpoint(WAN, 1), P1_Q, 100.1)
-    machine.receive_reply(0, request.transaction, Endpoint(WAN, 1), P2_P, 100.1)
-    machine.receive_reply(*good, sender=peer_id("P2"))
-    assert machine.ignored_count == 5
-    assert machine.observations == ()
-    machine.receive_reply(*good, sender=peer_id("P1"))
-    machine.receive_reply(*good, sender=peer_id("P1"))  # a duplicate
-    assert len(machine.observations) == 1
-    assert machine.ignored_count == 6
-
-
-def test_a_late_answer_to_an_earlier_try_counts() -> None:
-    machine = inspection()
-    (first,) = machine.requests_to_send(100.0)
-    machine.requests_to_send(100.6)
-    machine.receive_reply(0, first.transaction, Endpoint(WAN, 1), P1_P, 100.7)
-    (observation,) = machine.observations
-    assert observation.sent_at == 100.0
-
-
-def test_filter_trials_use_fresh_ports_that_only_talked_to_one_endpoint() -> None:
-    machine = inspection()
-    requests = machine.requests_to_send(100.1)
-    fresh = next(each for each in requests if each.port_index == 1)
-    machine.receive_reply(1, fresh.transaction, Endpoint(WAN, 7), P1_P, 100.2)
-    # A neighbour can find a third peer; that says most, so it comes first.
-    (trial,) = machine.requests_to_send(100.2)
-    assert trial.answer_from is AnswerFrom.THIRD_PEER
-    assert trial.observer == peer_id("P1")
-    assert trial.observed == Endpoint(WAN, 7)
-    second = next(each for each in requests if each.port_index == 2)
-    machine.receive_reply(2, second.transaction, Endpoint(WAN, 8), P2_P, 100.3)
-    (trial_2,) = machine.requests_to_send(100.3)
-    assert trial_2.answer_from is AnswerFrom.ALTERNATE, "P2 is no neighbour"
-    assert trial_2.destination == P2_P
-    # The main port's echoes start none: it has sent to both ports of P1.
-    for request in requests:
-        if request.port_index == 0:
-            machine.receive_reply(
-                0, request.transaction, Endpoint(WAN, 1), request.destination, 100.3
-            )
-    assert machine.requests_to_send(100.3) == []
-    # From P2's other port, but not the port that was asked; and from a stranger.
-    machine.receive_reply(2, trial_2.transaction, Endpoint(WAN, 8), P2_P, 100.4)
-    assert machine.ignored_count == 1
-    machine.receive_reply(2, trial_2.transaction, Endpoint(WAN, 8), P2_Q, 100.4)
-    assert machine.result() is None
-    assert machine.next_timer() == pytest.approx(101.7), "the silence of the third peer"
-    machine.handle_timer(101.7)
-    profile = machine.result()
-    assert profile is not None
-    assert profile.filtering is Filtering.ADF
-    assert profile.mapping is Mapping.EIM
-
-
-def test_trials_are_bounded() -> None:
-    ports = list(range(40_000, 40_033))
-    machine = NatInspection(OBSERVERS[:1], local_ports=ports, rng=random.Random(1), now=0.0)
-    trial_count = 0
-    now = 0.0
-    while (timer := machine.next_timer()) is not None:
-        now = timer
-        for request in machine.requests_to_send(now):
-            if request.answer_from is AnswerFrom.MAIN:
-                machine.receive_reply(
-                    request.port_index,
-                    request.transaction,
-                    Endpoint(WAN, 5000 + request.port_index),
-                    request.destination,
-                    now,
-                )
-            else:
-                trial_count += 1
-    assert trial_count == 2 * FILTER_TRIAL_COUNT
-    assert now < 3.0

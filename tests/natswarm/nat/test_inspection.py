@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from simulated_inspection import SimulatedInspection, SimulatedObserver
 
 from natswarm.address import Endpoint
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
@@ -18,6 +17,7 @@ from natswarm.sim.ports import Blocks, Sequential, Uniform
 from natswarm.sim.presets import PRESETS, Preset
 from natswarm.sim.topology import Internet
 from natswarm.sim.world import World
+from tools.bench.simulated_inspection import SimulatedInspection, SimulatedObserver
 
 SEEDS = 25
 
@@ -52,7 +52,7 @@ def test_every_preset_is_found_out(name: str, loss: float) -> None:
     requests, seconds = 0, 0.0
     for seed in range(SEEDS):
         profile, inspection = inspect(name, seed, loss=loss)
-        requests += inspection.request_count
+        requests += len(inspection.requests)
         seconds += inspection.world.now
         if behaviour is None:
             right += profile.is_translated is False and profile.accepts_strangers
@@ -95,4 +95,4 @@ def test_a_liar_among_three_observers_overwrites_nothing(name: str) -> None:
         assert profile.mapping is behaviour.mapping
         assert profile.filtering is behaviour.filtering
         assert profile.main_endpoint == honest.main_endpoint
-        assert "203.0.113.66" in {each.observed.ip for each in inspection.machine.observations}
+        assert "203.0.113.66" in {each.observed.ip for each in inspection.findings.observations}

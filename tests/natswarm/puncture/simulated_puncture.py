@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from simulated_inspection import SimulatedInspection, SimulatedObserver
-
 from natswarm.address import Endpoint
 from natswarm.identity import Identity, ProbeKeys
 from natswarm.nat.profile import NatProfile
@@ -20,6 +18,7 @@ from natswarm.sim.nat import NatBehaviour
 from natswarm.sim.presets import Preset
 from natswarm.sim.topology import Host, Internet, SimPort
 from natswarm.sim.world import World
+from tools.bench.simulated_inspection import SimulatedInspection, SimulatedObserver
 
 ATTEMPT = b"attempt1"
 
