@@ -13,7 +13,7 @@ On real systems the answers come in two ways:
                   MSG_ERRQUEUE): no privileges, no parsing, nobody else's errors. So it comes first
     raw socket    elsewhere, and only for root: all ICMP that comes to this machine, in which scapy
                   finds what is about our datagrams. It takes most of a second to import, which
-                  happens here alone, in a thread, when it is needed
+                  happens here alone, in a thread, when it is needed. Tested on Linux only
 
 Source: ip(7), recvmsg(2); RFC 792. Knows nothing of nodes; IPv6, which nobody translates, is not
 traced.
@@ -156,9 +156,20 @@ class SystemPaths:
     async def open_prober(self, destination: Endpoint, ttl_max: int) -> PathProber:
         """See `PathNetwork.open_prober`."""
         if sys.platform == "win32":
-            raise ConfigurationError("Windows does not tell programs what routers say")
+            raise ConfigurationError(
+                "Windows keeps from sockets what routers say: trace from Linux"
+            )
         if not self._has_error_queue:
             await trio.to_thread.run_sync(_load_scapy)
+        try:
+            return self._open_sockets(destination, ttl_max)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot send to {destination}: {error.strerror}; check the address to send from "
+                "and that the network is up"
+            ) from error
+
+    def _open_sockets(self, destination: Endpoint, ttl_max: int) -> PathProber:
         with contextlib.ExitStack() as stack:
             raw = None if self._has_error_queue else stack.enter_context(self._open_raw_socket())
             sockets = {
@@ -178,13 +189,8 @@ class SystemPaths:
                 _ask_for_errors(sock)
             # Sends nothing: chooses our address, and keeps away what others send to the port.
             sock.connect((destination.ip, destination.port))
-        except BaseException as error:
+        except BaseException:
             sock.close()
-            if isinstance(error, OSError):
-                raise ConfigurationError(
-                    f"cannot send to {destination}: {error.strerror}; check the address to send "
-                    "from and that the network is up"
-                ) from error
             raise
         return sock
 
@@ -192,10 +198,10 @@ class SystemPaths:
         try:
             sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
         except OSError as error:
-            advice = "run as root (sudo)" if error.errno in (errno.EPERM, errno.EACCES) else ""
+            needs_root = error.errno in (errno.EPERM, errno.EACCES)
             raise ConfigurationError(
                 "this system tells what routers say only to programs with a raw socket: "
-                f"{error.strerror}; {advice or 'trace from a Linux machine'}"
+                f"{error.strerror}; {'run as root (sudo)' if needs_root else 'trace from Linux'}"
             ) from error
         try:
             self._tie(sock)

@@ -9,7 +9,7 @@ from natswarm.address import Endpoint
 from natswarm.errors import ConfigurationError
 from natswarm.sim.attachment import Attachment
 from natswarm.sim.icmp import ErrorSource
-from natswarm.sim.packet import DEFAULT_TTL, ICMP, PORT_UNREACHABLE, UDP, Packet
+from natswarm.sim.packet import DEFAULT_TTL, ICMP, PORT_UNREACHABLE, UDP, Packet, make_packet
 
 if TYPE_CHECKING:
     from natswarm.sim.router import NatRouter
@@ -216,7 +216,7 @@ class SimPort:
 
     def send(self, data: bytes, destination: Endpoint, ttl: int = DEFAULT_TTL) -> None:
         """Send a datagram at the world's present time; it passes `ttl` - 1 routers at most."""
-        packet = Packet(self.endpoint, destination, data)
+        packet = make_packet(Packet, (self.endpoint, destination, data, UDP, None))
         self._counters.sent_count += 1
         if self._world.trace is not None:
             self._world.trace(self._world.now, "sent", self._host.name, packet)

@@ -40,7 +40,7 @@ from natswarm.sim.nat_behaviour import (
     NatCounters,
 )
 from natswarm.sim.nat_session import Key, PortMapping, Session
-from natswarm.sim.packet import ICMP, Packet
+from natswarm.sim.packet import ICMP, Packet, make_packet
 from natswarm.sim.pool import PORT_COUNT, make_pool
 from natswarm.sim.ports import IsFree
 from natswarm.sim.rate import TokenBuckets
@@ -131,7 +131,7 @@ class Nat:
         if self._has_helper and remote.port == TFTP_PORT and data[:2] in TFTP_REQUESTS:
             self._expectations[session.mapping.slot, remote.ip] = session
         self.counters.outbound_count += 1
-        return Packet(session.external, remote, data, protocol)
+        return make_packet(Packet, (session.external, remote, data, protocol, None))
 
     def inbound(self, packet: Packet, now: float) -> Packet | None:
         """Translate a packet from the outside; None when it is dropped.
@@ -153,7 +153,7 @@ class Nat:
         if self._inbound_refreshes:
             self._refresh(session, now)
         self.counters.inbound_count += 1
-        return Packet(remote, session.internal, data, protocol)
+        return make_packet(Packet, (remote, session.internal, data, protocol, None))
 
     def error_inbound(self, error: Packet, now: float) -> Packet | None:
         """Translate an ICMP error from the outside about a packet of the inside; changes nothing.

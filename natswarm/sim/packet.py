@@ -32,6 +32,7 @@ __all__ = [
     "TIME_EXCEEDED",
     "UDP",
     "Packet",
+    "make_packet",
 ]
 
 # IANA protocol numbers.
@@ -73,3 +74,7 @@ class Packet(NamedTuple):
 
 
 _PREFIXES = {TCP: " TCP", ICMP: " ICMP"}
+
+# make_packet(Packet, (source, destination, data, protocol, about)): as `Packet(...)`, which is a
+# function in Python around this; what every datagram passes takes this, and is 3 % faster for it.
+make_packet: Final = tuple.__new__
