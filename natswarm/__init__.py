@@ -2,13 +2,13 @@
 
     async with open_node(NodeConfig(identity=Identity.load_or_create(path))) as node:
         await node.connect(Invite.parse(text))      # somebody who takes strangers
-        await node.inspect()                        # what does our NAT do?
+        report = await inspect(node)                # what does our NAT do?
         peer = await node.connect(peer_id)          # introduced by a neighbour, punctured, secured
         stream = await peer.open_stream("chat/1")   # a trio.abc.HalfCloseableStream
 
 What is exported here is what users may rely on; everything else may move. General layout, lowest
 layer first: address, errors, identity, wire, message; nat; puncture, discovery; sim; net; node;
-cli. docs/architecture.md draws it.
+inspector; cli. docs/architecture.md draws it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,19 @@ from natswarm.errors import (
     RequestRefused,
 )
 from natswarm.identity import Identity, PeerId
+from natswarm.inspector import (
+    Evidence,
+    Finding,
+    InspectionReport,
+    LocalTest,
+    SignedProfile,
+    Surroundings,
+    inspect,
+    open_signed_profile_untrusted,
+)
 from natswarm.message import Message, Refusal
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
+from natswarm.nat.findings import NatTest
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
 from natswarm.net.message_stream import MessageStream
@@ -69,18 +80,23 @@ __all__ = [
     "ConnectionLost",
     "DecodeError",
     "Endpoint",
+    "Evidence",
     "Filtering",
+    "Finding",
     "HandshakeFailed",
     "Identity",
     "IdentityError",
+    "InspectionReport",
     "Internet",
     "Invite",
     "InviteError",
     "Limits",
+    "LocalTest",
     "Mapping",
     "Message",
     "MessageStream",
     "NatProfile",
+    "NatTest",
     "NatswarmError",
     "Network",
     "Node",
@@ -100,10 +116,14 @@ __all__ = [
     "PunctureStarted",
     "Refusal",
     "RequestRefused",
+    "SignedProfile",
     "Stream",
+    "Surroundings",
     "UdpNetwork",
     "VirtualNetwork",
     "World",
+    "inspect",
     "open_node",
+    "open_signed_profile_untrusted",
     "run_world",
 ]

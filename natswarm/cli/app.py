@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import platformdirs
 import segno
 import trio
 import typer
-from rich.console import Console
 
+from natswarm.cli.inspect import inspect
 from natswarm.cli.lab import lab_app
-from natswarm.cli.show import event_as_json, event_as_text, profile_as_json, profile_table
+from natswarm.cli.options import (
+    DEFAULT_STATE,
+    BindOption,
+    InterfaceOption,
+    JoinOption,
+    JsonOption,
+    StateOption,
+    console,
+    make_config,
+    print_json,
+    with_node,
+)
+from natswarm.cli.show import event_as_json, event_as_text
 from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
-from natswarm.net.nursery import open_private_nursery
-from natswarm.node import Node, NodeConfig, NodeEvent, open_node
+from natswarm.node import Node, NodeConfig, NodeEvent
 
 __all__ = ["app"]
 
@@ -33,29 +40,10 @@ app = typer.Typer(
 )
 app.add_typer(lab_app)
 
-TERMINATED = 128 + signal.SIGTERM  # as shells count
-
-DEFAULT_STATE = platformdirs.user_state_path("natswarm", appauthor=False)
-
-StateOption = Annotated[
-    Path,
-    typer.Option("--state", help="Folder of the identity, one per device.", show_default=False),
-]
 NameOption = Annotated[str, typer.Option("--name", help="What other peers see, 64 characters.")]
-BindOption = Annotated[
-    str, typer.Option("--bind", help="Local address to use, such as that of one SIM's interface.")
-]
 PortOption = Annotated[
     int, typer.Option("--port", min=0, max=65_535, help="UDP port; 0 lets the system choose.")
 ]
-JoinOption = Annotated[
-    list[str] | None,
-    typer.Option("--join", help="Invite of a peer that takes strangers; may be given twice."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-
-# An invite must survive copy and paste: never wrapped, never styled.
-console = Console(soft_wrap=True, highlight=False)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -84,6 +72,7 @@ def up(
     state: StateOption = DEFAULT_STATE,
     name: NameOption = "",
     bind: BindOption = "0.0.0.0",
+    interface: InterfaceOption = None,
     port: PortOption = 0,
     join: JoinOption = None,
     qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code, too.")] = False,
@@ -94,7 +83,14 @@ def up(
     A node that others can reach (a public address, or a NAT that lets strangers in) is all that a
     new swarm needs: give its invite to the others.
     """
-    config = _config(state, name, bind, port, _event_printer(as_json))
+    config = make_config(
+        state,
+        name=name,
+        bind=bind,
+        port=port,
+        interface=interface,
+        on_event=_event_printer(as_json),
+    )
 
     async def body(node: Node) -> None:
         invite = await node.invite()
@@ -106,29 +102,10 @@ def up(
                 segno.make(str(invite), error="l").terminal(compact=True)
         await trio.sleep_forever()
 
-    trio.run(_with_node, config, join, body)
+    trio.run(_joined, config, join, body)
 
 
-@app.command()
-def inspect(
-    join: JoinOption = None,
-    state: StateOption = DEFAULT_STATE,
-    bind: BindOption = "0.0.0.0",
-    as_json: JsonOption = False,
-) -> None:
-    """Find out what the NATs between here and the swarm do, by asking ordinary peers."""
-    config = _config(state, "", bind, 0, lambda _event: None)
-
-    async def body(node: Node) -> None:
-        profile = node.profile or await node.inspect()
-        if not join:
-            typer.echo("Nobody was asked: give --join the invite of a reachable peer.", err=True)
-        if as_json:
-            print_json(profile_as_json(profile))
-        else:
-            console.print(profile_table(profile))
-
-    trio.run(_with_node, config, join, body)
+app.command()(inspect)
 
 
 @app.command()
@@ -137,33 +114,17 @@ def connect(
     join: JoinOption = None,
     state: StateOption = DEFAULT_STATE,
     bind: BindOption = "0.0.0.0",
+    interface: InterfaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Puncture to one peer and report how it went."""
     target = Invite.parse(peer) if peer.startswith("natswarm:") else PeerId.parse(peer)
-    config = _config(state, "", bind, 0, _event_printer(as_json))
+    config = make_config(state, bind=bind, interface=interface, on_event=_event_printer(as_json))
 
     async def body(node: Node) -> None:
         await node.connect(target)
 
-    trio.run(_with_node, config, join, body)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """Print one object on one line, at once."""
-    print(json.dumps(value), flush=True)  # noqa: T201 - this is the command line's output
-
-
-def _config(
-    state: Path, name: str, bind: str, port: int, on_event: Callable[[NodeEvent], None]
-) -> NodeConfig:
-    return NodeConfig(
-        identity=Identity.load_or_create(state / "identity"),
-        name=name,
-        bind_ip=bind,
-        port=port,
-        on_event=on_event,
-    )
+    trio.run(_joined, config, join, body)
 
 
 def _event_printer(as_json: bool) -> Callable[[NodeEvent], None]:
@@ -178,24 +139,17 @@ def _event_printer(as_json: bool) -> Callable[[NodeEvent], None]:
     return print_event
 
 
-async def _with_node(
-    config: NodeConfig, join: list[str] | None, body: Callable[[Node], Any]
+async def _joined(
+    config: NodeConfig, join: list[str] | None, body: Callable[[Node], Awaitable[None]]
 ) -> None:
+    """Run `body` with a node that has met its peers and knows its NAT."""
     invites = [Invite.parse(text) for text in join or ()]
-    with trio.CancelScope() as scope:
-        async with open_private_nursery() as nursery, open_node(config) as node:
-            nursery.start_soon(_cancel_on_terminate, scope)
-            for invite in invites:
-                await node.connect(invite)
-            if invites:
-                await node.inspect()
-            await body(node)
-    if scope.cancelled_caught:
-        raise typer.Exit(TERMINATED)
 
+    async def meet(node: Node) -> None:
+        for invite in invites:
+            await node.connect(invite)
+        if invites:
+            await node.inspect()
+        await body(node)
 
-async def _cancel_on_terminate(scope: trio.CancelScope) -> None:
-    """Leave as on Ctrl-C when a service manager says so: peers are told goodbye."""
-    with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async for _ in signals:
-            scope.cancel()
+    await with_node(config, meet)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from natswarm.nat.profile import NatProfile
 from natswarm.node import (
@@ -18,7 +17,7 @@ from natswarm.node import (
     PunctureStarted,
 )
 
-__all__ = ["event_as_json", "event_as_text", "profile_as_json", "profile_table"]
+__all__ = ["event_as_json", "event_as_text", "profile_as_json"]
 
 
 def event_as_text(event: NodeEvent) -> str:
@@ -77,15 +76,6 @@ def profile_as_json(profile: NatProfile) -> dict[str, Any]:
         "echoes": profile.echo_count,
         "observers": profile.observer_count,
     }
-
-
-def profile_table(profile: NatProfile) -> Table:
-    """Return the same as a table for people."""
-    table = Table(title="Your NAT", show_header=False, title_justify="left")
-    for key, value in profile_as_json(profile).items():
-        text = ", ".join(value) if isinstance(value, list) else str(value)
-        table.add_row(key, "unknown" if value is None else text)
-    return table
 
 
 def _peer_text(peer: Peer) -> str:

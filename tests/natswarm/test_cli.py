@@ -23,7 +23,7 @@ from natswarm import (
     VirtualNetwork,
 )
 from natswarm import cli as command_line
-from natswarm.cli.show import event_as_text, profile_table
+from natswarm.cli.show import event_as_text
 from natswarm.nat.profile import NatProfile
 
 # `natswarm.cli.app` is the module's name and, inside the package, that of the app in it.
@@ -61,16 +61,27 @@ def test_the_identity_stays(run):
 
 
 def test_inspect_alone(run):
-    status, out, _ = run("inspect", "--state", "{state}", "--bind", "127.0.0.1", "--json")
-    assert status == 0
-    assert json.loads(out)["observers"] == 0
-    status, out, err = run("inspect", "--state", "{state}", "--bind", "127.0.0.1")
-    assert status == 0
-    assert "unknown" in out
-    assert "give --join" in err
+    options = ["--state", "{state}", "--bind", "127.0.0.1", "--skip", "gateway", "--skip", "lease"]
+    status, out, err = run("inspect", *options, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["observers"] == []
+    assert report["nat"]["mapping"]["evidence"] == "unknown"
+    status, out, err = run("inspect", *options)
+    assert (status, err) == (0, "")
+    assert "not known" in out
+    assert "Nobody was asked" in out
 
 
-FORGED = NodeRecord(Identity(b"a" * 32).peer_id, 0.0, "", NatProfile()).seal(Identity(b"m" * 32))
+def test_a_peer_that_cannot_be_asked_is_a_warning(run):
+    nowhere = NodeRecord(Identity(b"m" * 32).peer_id, 0.0, "hub", NatProfile())
+    invite = str(Invite.of(nowhere, Identity(b"m" * 32)))
+    options = ["--state", "{state}", "--only", "behaviour", "--quick", "--json"]
+    status, out, err = run("inspect", "--join", invite, *options)
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert [each for each in report["warnings"] if each.startswith("hub could not be asked: ")]
+    assert report["tests"]["behaviour"]["state"] == "failed"
 
 
 @pytest.mark.parametrize(
@@ -81,9 +92,14 @@ FORGED = NodeRecord(Identity(b"a" * 32).peer_id, 0.0, "", NatProfile()).seal(Ide
         (["connect", "natswarm:abc"], "the invite is damaged"),
         (["connect", "natswarm:abc\x1b[31m\nand more"], "the invite is damaged"),
         (["up", "--join", "http://example"], "an invite starts with"),
-        (["inspect", "--join", str(Invite.of(
-            NodeRecord(Identity(b"a" * 32).peer_id, 0.0, "", NatProfile()), Identity(b"m" * 32)
-        ))], "no way|not known|peer"),
+        (["inspect", "--join", "natswarm:abc"], "the invite is damaged"),
+        (["inspect", "--interface", "nosuch0"], "this machine has no interface 'nosuch0'; it has"),
+        (["inspect", "--only", "weather"], "there is no test 'weather'; there are gateway, lease"),
+        (["inspect", "--skip", "weather"], "there is no test 'weather'"),
+        (["inspect", "--quick", "--lifetimes"], "choose one"),
+        (["inspect", "--only", "path", "--skip", "path"], "every test is left out"),
+        (["inspect", "--show", "/nonexistent/file"], "cannot read /nonexistent/file"),
+        (["inspect", "--only", "path", "--export", "/nonexistent/file"], "cannot write"),
         (["up", "--name", "x" * 65], "at most 64"),
         (["up", "--name", "bell\a"], "printable"),
         (["inspect", "--bind", "localhost"], "names are not looked up"),
@@ -187,7 +203,7 @@ async def test_what_a_command_prints_of_a_puncture(
 
         capsys.readouterr()
         config = config_on(swarm, "phone", "linux-home", as_json=as_json)
-        await app_module._with_node(config, invites, body)
+        await app_module._joined(config, invites, body)
         out, err = capsys.readouterr()
         assert err == ""
         assert [record for record in caplog.records if record.name.startswith("natswarm")] == []
@@ -204,7 +220,5 @@ async def test_what_a_command_prints_of_a_puncture(
         # Names of strangers are not markup.
         peer = swarm.peer("obs0", "b")
         peer.record = swarm.nodes["b"].record()
-        table = profile_table(swarm.nodes["b"].profile)
-        assert table.row_count == 8
         for event in swarm.events["b"]:
             assert event_as_text(event)

@@ -19,7 +19,7 @@ from llmload.swarm.route import parse_blocks
 from llmload.swarm.stage import StageServer
 from llmload.weights import bundled_model_path
 from natswarm import Identity, Invite, NodeConfig, open_node
-from natswarm.cli.app import print_json
+from natswarm.cli.options import print_json
 from natswarm.cli.show import event_as_json
 
 __all__ = ["main"]

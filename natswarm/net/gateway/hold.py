@@ -84,9 +84,11 @@ async def inspect_gateway(
     *,
     protocols: Sequence[MappingProtocol] = ALL_PROTOCOLS,
     reach: Reach | None = None,
+    timeout_s: float = PROBE_TIMEOUT_S,
 ) -> GatewayReport:
-    """Ask which mapping services a gateway has, making no mapping. Takes at most 6 s."""
+    """Ask which mapping services a gateway has, making no mapping. Takes `timeout_s` at most."""
     services = _Services(gateway, 0, protocols, reach or Reach())  # no port: nothing is mapped
+    services.probe_timeout_s = min(timeout_s, PROBE_TIMEOUT_S)
     async with trio.open_nursery() as nursery:
         services.start_probes(nursery)
     return GatewayReport(gateway, tuple(services.reports[each] for each in protocols))
@@ -150,6 +152,7 @@ class _Services:
         allow_permanent_lease: bool = False,
     ) -> None:
         self.gateway = gateway
+        self.probe_timeout_s = PROBE_TIMEOUT_S
         self.reports: dict[MappingProtocol, ServiceReport] = {}
         self._services: dict[MappingProtocol, GatewayService] = {}
         self._reported = trio.Event()
@@ -230,10 +233,10 @@ class _Services:
 
     async def _probe(self, service: GatewayService) -> None:
         try:
-            with trio.fail_after(PROBE_TIMEOUT_S):
+            with trio.fail_after(self.probe_timeout_s):
                 report = await service.probe()
         except trio.TooSlowError:
-            detail = f"no whole answer in {PROBE_TIMEOUT_S:g} s"
+            detail = f"no whole answer in {self.probe_timeout_s:.3g} s"
             report = ServiceReport(service.protocol, False, detail)
         except GatewayError as error:
             report = ServiceReport(service.protocol, False, str(error))
