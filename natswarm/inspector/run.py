@@ -59,8 +59,8 @@ JOIN_TIMEOUT_S = 15.0
 JOIN_SHARE = 0.4
 # How often progress is looked at: it is for people.
 PROGRESS_INTERVAL_S = 0.1
-# Of a limited time, what is left to gather the answers that came.
-FINISHING_S = 0.1
+# The same for the gateway, which is near: silence must not last until the very end.
+GATEWAY_SHARE = 0.7
 LEFT_OUT = "it was left out"
 
 ProgressCallback = Callable[[Outcome], None]
@@ -115,7 +115,7 @@ async def inspect(
         on_progress: Called as tests begin and end, at once; must return quickly and not raise.
 
     Raises:
-        ConfigurationError: There is no such interface, or the system gives no ports to ask from.
+        ConfigurationError: There is no such interface.
         ConnectFailed: The node was closed meanwhile.
     """
     if surroundings is None:
@@ -240,7 +240,7 @@ class _Run:
         async def ask() -> GatewayFindings:
             if interface is None:
                 raise ConfigurationError("no interface leads out, so there is no gateway")
-            timeout_s = self._deadline - trio.current_time() - FINISHING_S
+            timeout_s = GATEWAY_SHARE * self._limit_s
             return await ask_services(Gateway.of(interface), reach, timeout_s=timeout_s)
 
         self._gateway = services = await self._carry_out(LocalTest.GATEWAY, ask)
