@@ -100,9 +100,9 @@ def up(
     as_json: JsonOption = False,
 ) -> None:
     """Make a lab, and print what was made. It stays until `natswarm lab down`."""
-    check_capable()
+    registry = _registry()
     settings = LabSettings(
-        name=name if name is not None else Registry().free_name(),
+        name=name if name is not None else registry.free_name(),
         devices=tuple(devices),
         knobs=tuple(knobs or ()),
         nat=nat.value,
@@ -131,16 +131,14 @@ def run_program(
     name: LabOption = None,
 ) -> None:
     """Run a program on a device, with this terminal, environment, folder and exit status."""
-    check_capable()
-    state = Registry().find(name)
+    state = _registry().find(name)
     exec_in(state.device(device), command)
 
 
 @lab_app.command()
 def verify(name: LabOption = None, as_json: JsonOption = False) -> None:
     """Probe each device from both sides: does it behave as its presets say? Status 1 if not."""
-    check_capable()
-    state = Registry().find(name)
+    state = _registry().find(name)
     table = Table("device", "what", "expected", "seen", "", title=f"lab {state.name}")
     checks = []
     for check in verify_lab(state):
@@ -167,8 +165,7 @@ def capture(
     name: LabOption = None,
 ) -> None:
     """Write packets down as pcap until Ctrl-C, for tcpdump -r, Wireshark and the like."""
-    check_capable()
-    state = Registry().find(name)
+    state = _registry().find(name)
     take = _capturer(state, device)
     if out == "-" and sys.stdout.isatty():
         raise ConfigurationError(
@@ -196,8 +193,7 @@ def capture(
 @lab_app.command()
 def status(name: LabOption = None, as_json: JsonOption = False) -> None:
     """Show the labs that run: devices, addresses, mappings, what passed and what was dropped."""
-    check_capable()
-    registry = Registry()
+    registry = _registry()
     labs = [registry.find(name)] if name is not None else registry.labs()
     answers = [ask(lab, "status") for lab in labs]
     if as_json:
@@ -215,13 +211,23 @@ def down(
     every: Annotated[bool, typer.Option("--all", help="All labs.")] = False,
 ) -> None:
     """End a lab: what still runs in it is killed, everything is removed."""
-    check_capable()
-    registry = Registry()
+    registry = _registry()
     for state in registry.labs() if every else [registry.find(name)]:
         stop_lab(state)
         typer.echo(f"lab {state.name} is gone")
-    remove_stale()
+
+
+def _registry() -> Registry:
+    """Return the labs that run, once what others left behind is gone.
+
+    Raises:
+        LabError: No lab can be here.
+    """
+    check_capable()
+    registry = Registry()
     registry.remove_stale()
+    remove_stale()
+    return registry
 
 
 def _capturer(state: LabState, device: str) -> Callable[..., int]:
