@@ -51,8 +51,13 @@ class SignedProfile:
     profile: NatProfile
 
     def seal(self, identity: Identity) -> str:
-        """Return the signed text; `identity` is that of `peer_id`."""
-        assert identity.peer_id == self.peer_id, "nobody else can sign for it"
+        """Return the signed text.
+
+        Raises:
+            ValueError: `identity` is not that of `peer_id`.
+        """
+        if identity.peer_id != self.peer_id:
+            raise ValueError(f"{identity!r} cannot sign for {self.peer_id!r}")
         body = _Body(inspected_at_s=self.inspected_at_s, profile=self.profile.encode())
         sealed = identity.seal(CONTEXT, encode_message(body))
         return SCHEME + base64.urlsafe_b64encode(sealed).decode().rstrip("=")
