@@ -21,12 +21,14 @@ from dataclasses import dataclass
 
 from natswarm.address import AddressKind, Endpoint
 from natswarm.identity import PeerId
-from natswarm.nat.allocation import PortSample, fit_allocation
+from natswarm.nat.allocation import PortSample
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Pooling
+from natswarm.nat.fit import allocation_intervals, fit_allocation
+from natswarm.nat.interval import Interval
 from natswarm.nat.profile import LOCAL_ENDPOINTS_MAX, PUBLIC_IPS_MAX, NatProfile
 from natswarm.nat.votes import elect, elected_among
 
-__all__ = ["FilterTrial", "Observation", "classify"]
+__all__ = ["FilterTrial", "Observation", "classify", "port_intervals"]
 
 # Fewer tries than this leave a filter open: at 10 % loss each way three are all lost once in 145.
 FILTER_TRIAL_COUNT_MIN = 3
@@ -143,6 +145,21 @@ def classify(
         pooling=_pooling(believed, len(ips)),
         inferred=tuple(name for name, is_so in inferred.items() if is_so),
     )
+
+
+def port_intervals(observations: Sequence[Observation], profile: NatProfile) -> dict[str, Interval]:
+    """Return where the estimated figures of `profile.allocation` lie: name -> interval.
+
+    Args:
+        observations: Those the profile was made from.
+        profile: What `classify` made of them.
+    """
+    if profile.allocation is None:
+        return {}
+    usable = _usable(observations)
+    ips = _public_ips(usable)
+    believed = [each for each in usable if each.observed.ip in ips]
+    return allocation_intervals(_samples(believed), profile.allocation)
 
 
 def _usable(observations: Sequence[Observation]) -> list[Observation]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from natswarm.identity import PeerId
-from natswarm.nat.classify import FilterTrial, Observation, classify
+from natswarm.nat.classify import FilterTrial, Observation, classify, port_intervals
 from natswarm.nat.interval import Interval
 from natswarm.nat.measurement import Measurement, Observer
 from natswarm.nat.profile import NatProfile
@@ -89,6 +89,9 @@ class Findings:
             **{name: getattr(fitted, name) for name in CLASSIFIED},
             inferred=(*fitted.inferred, *inferred),
         )
+        for name in [name for name in self.intervals if name.startswith("allocation.")]:
+            del self.intervals[name]
+        self.intervals.update(port_intervals(self.observations, self.profile))
 
 
 class TestRun(Measurement, Protocol):

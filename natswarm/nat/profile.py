@@ -12,13 +12,19 @@ Source: RFC 4787 sections 4 and 5. Found by `classify.py`; used by `natswarm/pun
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import get_type_hints
 
 import msgspec
 
 from natswarm.address import AddressKind, Endpoint, address_kind
 from natswarm.errors import AddressError, DecodeError
-from natswarm.nat.allocation import BLOCK_SIZES, BLOCKS_MAX, PortAllocation
+from natswarm.nat.allocation import (
+    BLOCK_SIZE_MAX,
+    BLOCK_SIZE_MIN,
+    BLOCKS_MAX,
+    PortAllocation,
+)
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Poison, Pooling
 
 __all__ = ["NatProfile", "decode_profile_untrusted"]
@@ -252,15 +258,14 @@ def _check_allocation(allocation: PortAllocation) -> None:
         and allocation.low <= seen[0] <= seen[1] <= allocation.high
     ):
         raise DecodeError("ports seen outside of the range")
-    if allocation.law is AllocationLaw.BLOCK:
-        size = allocation.block_size
-        if size not in BLOCK_SIZES or not 1 <= len(allocation.blocks) <= BLOCKS_MAX:
-            raise DecodeError("not blocks of ports")
-        distinct = len(dict.fromkeys(allocation.blocks)) == len(allocation.blocks)
-        if not distinct or any(
-            base % size or not 0 <= base <= 65_536 - size for base in allocation.blocks
-        ):
-            raise DecodeError("blocks of ports are aligned and distinct")
+    if allocation.law is AllocationLaw.BLOCK or allocation.block_size is not None:
+        _check_blocks(allocation.block_size, allocation.blocks)
+    elif allocation.blocks:
+        raise DecodeError("blocks of ports have a size")
+    if allocation.shape is not None and not all(0 < each <= 1e3 for each in allocation.shape):
+        raise DecodeError("not a Beta law")
+    if allocation.law_probability is not None and not 0 <= allocation.law_probability <= 1:
+        raise DecodeError("not a probability")
     if allocation.law is AllocationLaw.SEQUENTIAL:
         if allocation.last_port is None or not 1 <= allocation.last_port <= 65_535:
             raise DecodeError("a counter has a last port")
@@ -270,3 +275,15 @@ def _check_allocation(allocation: PortAllocation) -> None:
         raise DecodeError("a rate of other subscribers' mappings out of bounds")
     if not 0 <= allocation.sample_count < 2**31:
         raise DecodeError("a count out of bounds")
+
+
+def _check_blocks(size: int | None, bases: tuple[int, ...]) -> None:
+    if size is None or not BLOCK_SIZE_MIN <= size <= BLOCK_SIZE_MAX:
+        raise DecodeError("not blocks of ports")
+    if not 1 <= len(bases) <= BLOCKS_MAX:
+        raise DecodeError(f"1 to {BLOCKS_MAX} blocks of ports")
+    ascending = sorted(bases)
+    if ascending[0] < 0 or ascending[-1] > 65_536 - size:
+        raise DecodeError("a block outside of all ports")
+    if any(after - before < size for before, after in pairwise(ascending)):
+        raise DecodeError("blocks of ports do not overlap")

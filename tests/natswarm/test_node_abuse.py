@@ -12,7 +12,6 @@ from natswarm import (
     ConfigurationError,
     ConnectFailed,
     Endpoint,
-    NatswarmError,
     PunctureEnded,
     PunctureFailed,
     RequestRefused,

@@ -31,8 +31,9 @@ from dataclasses import dataclass
 from natswarm.address import Endpoint
 from natswarm.errors import PunctureFailed
 from natswarm.identity import PeerId, ProbeKeys
-from natswarm.nat.allocation import PortAllocation, PortSample, fit_allocation
+from natswarm.nat.allocation import PortAllocation, PortSample
 from natswarm.nat.behaviour import AllocationLaw, Mapping
+from natswarm.nat.fit import fit_allocation
 from natswarm.nat.profile import NatProfile
 from natswarm.puncture.plan import plan_puncture
 from natswarm.puncture.puncturer import PathFound, Puncturer

@@ -14,10 +14,11 @@ from dataclasses import replace
 from natswarm.address import ENDPOINT_BYTES, Endpoint
 from natswarm.identity import PeerId
 from natswarm.nat.address_token import AddressTokens
-from natswarm.nat.allocation import PortSample, fit_allocation
+from natswarm.nat.allocation import PortSample
 from natswarm.nat.asking import AskingTest, Script
 from natswarm.nat.behaviour import Filtering, Mapping
 from natswarm.nat.findings import Findings
+from natswarm.nat.fit import fit_allocation
 from natswarm.nat.measurement import (
     AskThirdPeer,
     Observer,

@@ -19,11 +19,11 @@ from natswarm.nat.allocation import (
     PortAllocation,
     PortRange,
     PortSample,
-    fit_allocation,
     predict_ports,
     shuffled_ports,
 )
 from natswarm.nat.behaviour import AllocationLaw
+from natswarm.nat.fit import fit_allocation
 
 SEEDS = 400
 OBSERVER = Endpoint("198.51.100.1", 4000)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from natswarm.address import Endpoint
 from natswarm.errors import DecodeError
-from natswarm.nat.allocation import BLOCK_SIZES, BLOCKS_MAX, PortAllocation
+from natswarm.nat.allocation import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, BLOCKS_MAX, PortAllocation
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Poison, Pooling
 from natswarm.nat.profile import NatProfile, decode_profile_untrusted
 
@@ -34,14 +34,20 @@ def uniform_allocations() -> st.SearchStrategy[PortAllocation]:
     ends = st.lists(st.integers(1, 65_535), min_size=4, max_size=4).map(sorted)
     return ends.map(
         lambda e: PortAllocation(
-            AllocationLaw.UNIFORM, low=e[0], seen_low=e[1], seen_high=e[2], high=e[3]
+            AllocationLaw.UNIFORM,
+            low=e[0],
+            seen_low=e[1],
+            seen_high=e[2],
+            high=e[3],
+            shape=(2.0, 5.0) if e[1] % 2 else None,
+            law_probability=e[1] / 65_535,
         )
     )
 
 
 @st.composite
 def block_allocations(draw: st.DrawFn) -> PortAllocation:
-    size = draw(st.sampled_from(BLOCK_SIZES))
+    size = draw(st.integers(BLOCK_SIZE_MIN, BLOCK_SIZE_MAX))
     indices = draw(
         st.lists(st.integers(1, 65_536 // size - 1), min_size=1, max_size=8, unique=True)
     )
@@ -191,9 +197,14 @@ def test_the_largest_profile_fits() -> None:
         ("allocation", {"law": "uniform", "low": 0}),
         ("allocation", {"law": "uniform", "seen_low": 5}),
         ("allocation", {"law": "uniform", "seen_low": 1, "seen_high": 9}),
-        ("allocation", {"law": "block", "block_size": 100, "blocks": (100,)}),
+        ("allocation", {"law": "block", "block_size": 15, "blocks": (1500,)}),
+        ("allocation", {"law": "block", "block_size": 8193, "blocks": (8193,)}),
         ("allocation", {"law": "block", "block_size": 256, "blocks": ()}),
-        ("allocation", {"law": "block", "block_size": 256, "blocks": (100,)}),
+        ("allocation", {"law": "block", "block_size": 256, "blocks": (512, 767)}),
+        ("allocation", {"law": "sequential", "step": 1, "last_port": 7, "blocks": (512,)}),
+        ("allocation", {"law": "sequential", "step": 1, "last_port": 7, "block_size": 128}),
+        ("allocation", {"law": "uniform", "shape": (0.0, 1.0)}),
+        ("allocation", {"law": "uniform", "law_probability": 1.5}),
         ("allocation", {"law": "block", "block_size": 256, "blocks": (512, 512)}),
         ("allocation", {"law": "block", "block_size": 256, "blocks": (65_536,)}),
         ("allocation", {"law": "block", "block_size": 256, "blocks": tuple(range(0, 2304, 256))}),
