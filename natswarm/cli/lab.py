@@ -279,21 +279,27 @@ def _show_status(answer: dict[str, Any]) -> None:
             )
     console.print(title)
     Console().print(table)
-    dropped = {
-        name.removeprefix("dropped_").removesuffix("_count"): count
+    words = [
+        f"{count} {_words(name)}"
         for name, count in answer["counters"].items()
         if count and name not in ("sent_count", "delivered_count")
-    }
-    console.print("elsewhere: " + (", ".join(f"{n} {word}" for word, n in dropped.items()) or "-"))
+    ]
+    console.print(f"elsewhere: {', '.join(words) or 'nothing to tell'}")
 
 
 def _drops_of_nat(nat: dict[str, Any]) -> list[str]:
     return [
-        f"{count} {protocol} {name.removeprefix('dropped_').replace('_', ' ')}"
+        f"{count} {protocol} {_words(name)}"
         for protocol, counters in nat.get("counters", {}).items()
         for name, count in counters.items()
         if name.startswith("dropped_") and count
     ]
+
+
+def _words(counter: str) -> str:
+    """Return the name of a counter as people say it."""
+    word = counter.removesuffix("_count").removeprefix("dropped_").replace("_", " ")
+    return {"ttl": "out of hops", "error": "ICMP errors"}.get(word, word)
 
 
 def _print_json(value: dict[str, Any]) -> None:

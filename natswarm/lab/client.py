@@ -131,14 +131,14 @@ def stop_lab(state: LabState, registry: Registry | None = None) -> None:
     remove_stale()
 
 
-def ask(state: LabState, command: str, registry: Registry | None = None) -> dict[str, Any]:
-    """Ask a lab; see `supervisor.py` for the commands.
+def ask(state: LabState, request: str, registry: Registry | None = None) -> dict[str, Any]:
+    """Ask a lab; see `supervisor.py` for the requests.
 
     Raises:
         LabError: It does not answer.
     """
     with _connect(state, registry or Registry()) as connection:
-        connection.sendall(json.dumps({"command": command}).encode())
+        connection.sendall(request.encode())
         with connection.makefile("rb") as lines:
             try:
                 answer = json.loads(lines.readline())
@@ -166,7 +166,7 @@ def open_core_capture(state: LabState, registry: Registry | None = None) -> Iter
         LabError: It does not answer.
     """
     with _connect(state, registry or Registry()) as connection:
-        connection.sendall(json.dumps({"command": "capture"}).encode())
+        connection.sendall(b"capture")
         connection.settimeout(None)
         yield connection
 

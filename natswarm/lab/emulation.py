@@ -142,7 +142,7 @@ class TunPort:
         host.on_packet = self._deliver
 
     async def run(self) -> None:
-        """Carry packets until cancelled."""
+        """Carry packets until cancelled, or until the device is no more."""
         while True:
             await trio.lowlevel.wait_readable(self._descriptor)
             self._world.catch_up()
@@ -151,6 +151,8 @@ class TunPort:
                     datagram = os.read(self._descriptor, MTU)
                 except BlockingIOError:
                     break
+                except OSError:
+                    return  # somebody in the namespace has deleted the device
                 self._send(datagram)
 
     def _send(self, datagram: bytes) -> None:

@@ -167,10 +167,11 @@ class Probe:
         tokens = [self._token() for _ in remotes]
         for remote, token in zip(remotes, tokens, strict=True):
             udp.sendto(token, remote.getsockname())
-        seen = [
-            self._receive(remote, token) or self.reach(udp, remote)
-            for remote, token in zip(remotes, tokens, strict=True)
-        ]
+        deadline = time.monotonic() + self._wait_s
+        seen = []
+        for remote, token in zip(remotes, tokens, strict=True):
+            left_s = max(0.0, deadline - time.monotonic())
+            seen.append(self._receive(remote, token, wait_s=left_s) or self.reach(udp, remote))
         return udp.getsockname()[1], seen
 
     def settle(self) -> None:

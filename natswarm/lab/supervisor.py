@@ -3,13 +3,13 @@
     python -m natswarm.lab.supervisor < settings.json
 
 says `{"ready": ...}` or `{"error": ...}` on one line and lives until SIGTERM. `client.py` starts it
-and asks it; what it is asked comes over a socket that only root can open, one JSON object a line.
+and asks it, over a socket that only root can open. A request is a word:
 
-| command | answer |
+| request | answer |
 |---|---|
-| `{"command": "status"}` | one object: devices, mappings, counters |
-| `{"command": "observers"}` | two public devices, made at the first call, for `verify` |
-| `{"command": "capture"}` | the packets that the core carries, as pcap, until the asker goes |
+| `status` | a line of JSON: devices, mappings, counters |
+| `observers` | a line of JSON: two public devices, made at the first request, for `verify` |
+| `capture` | the packets that the core carries, as pcap, until the asker goes |
 
 Whatever ends it, nothing of the lab remains (`watchdog.py`).
 """
@@ -52,7 +52,7 @@ PROTOCOLS = {"udp": UDP, "tcp": TCP, "icmp": ICMP}
 
 # A capture that is not read is not worth holding packets up for.
 CAPTURE_QUEUE_PACKETS = 2000
-REQUEST_BYTES_MAX = 1000
+REQUEST_BYTES_MAX = 100
 
 
 def keep_lab(
@@ -158,21 +158,24 @@ class _Supervisor:
         async with stream:
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 request = await stream.receive_some(REQUEST_BYTES_MAX)
-                command = msgspec.json.decode(request, type=dict[str, Any]).get("command")
-                match command:
-                    case "status":
-                        await self._reply(stream, self._status())
-                    case "observers":
-                        states = [msgspec.to_builtins(each) for each in self._observers()]
-                        await self._reply(stream, {"observers": states})
-                    case "capture":
-                        await self._capture(stream)
-                    case _:
-                        await self._reply(stream, {"error": f"no command {command!r}"})
+                if request == b"capture":
+                    await self._capture(stream)
+                    return
+                try:
+                    answer = self._answer_to(request)
+                except NatswarmError as error:
+                    # Whoever asks for what cannot be done must not end the lab.
+                    answer = {"error": str(error)}
+                await stream.send_all(json.dumps(answer).encode() + b"\n")
 
-    @staticmethod
-    async def _reply(stream: trio.SocketStream, value: dict[str, Any]) -> None:
-        await stream.send_all(json.dumps(value).encode() + b"\n")
+    def _answer_to(self, request: bytes | bytearray) -> dict[str, Any]:
+        match request:
+            case b"status":
+                return self._status()
+            case b"observers":
+                return {"observers": [msgspec.to_builtins(each) for each in self._observers()]}
+            case _:
+                return {"error": f"a lab does not know the request {bytes(request)!r}"}
 
     def _observers(self) -> list[DeviceState]:
         known = self._builder.devices
