@@ -76,7 +76,7 @@ def inspect(
         bool, typer.Option("--costs", help="List the tests and what each costs; do nothing.")
     ] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Inspect again and again; mark what is new.")
+        bool, typer.Option("--watch", help="Inspect again and again; mark what changed.")
     ] = False,
     every: Annotated[
         float, typer.Option("--every", min=1, metavar="SECONDS", help="Pause of --watch.")

@@ -25,6 +25,7 @@ from natswarm.inspector import (
     Part,
     ServiceFindings,
     SignedProfile,
+    is_known,
 )
 from natswarm.nat.allocation import PortAllocation
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Poison, Pooling
@@ -41,7 +42,7 @@ LABELS = {
     "allocation": "law of ports",
     "main_endpoint": "your endpoint",
     "pooling": "pooling",
-    "nat_count": "NATs, at least",
+    "nat_count": "NATs at least",
     "opener_ttl": "opener's hop limit",
     "hairpinning": "hairpinning",
     "poison": "poison",
@@ -51,9 +52,9 @@ LABELS = {
     "mapping_rate_per_s": "new mappings a second",
     "mapping_burst": "new mappings at once",
     "remotes_seen": "remotes at once",
-    "idle_unreplied_s": "idle, unanswered",
-    "idle_lifetime_s": "idle, answered",
-    "absolute_lifetime_s": "lifetime at all",
+    "idle_unreplied_s": "idle lifetime unanswered",
+    "idle_lifetime_s": "idle lifetime answered",
+    "absolute_lifetime_s": "absolute lifetime",
     "inbound_refreshes": "inbound refreshes",
 }
 _MEANINGS: dict[enum.Enum, str] = {
@@ -71,7 +72,7 @@ _MEANINGS: dict[enum.Enum, str] = {
     Poison.BURNS_MAPPING: "a refused packet ends the mapping",
 }
 _SECONDS = ("idle_unreplied_s", "idle_lifetime_s", "absolute_lifetime_s")
-_CHANGED = "[bold reverse] new [/]"
+_CHANGED = "[bold reverse]changed[/]"
 
 
 def report_view(report: InspectionReport, changed: Collection[str] = ()) -> RenderableType:
@@ -97,7 +98,7 @@ def report_view(report: InspectionReport, changed: Collection[str] = ()) -> Rend
 def _grid(*headers: str) -> Table:
     table = Table(box=None, pad_edge=False, show_header=bool(headers), header_style="dim")
     for header in headers:
-        table.add_column(header)
+        table.add_column(header, overflow="fold")
     return table
 
 
@@ -311,8 +312,8 @@ def profile_view(signed: SignedProfile) -> RenderableType:
     at = datetime.datetime.fromtimestamp(signed.inspected_at_s, datetime.UTC)
     table = _grid("property", "value", "evidence")
     for name, label in LABELS.items():
-        value = getattr(signed.profile, name)
-        if value not in (None, ()):
+        if is_known(signed.profile, name):
+            value = getattr(signed.profile, name)
             is_inferred = name in signed.profile.inferred
             evidence = Evidence.INFERRED if is_inferred else Evidence.MEASURED
             table.add_row(label, _value(name, value), evidence.value)

@@ -19,6 +19,7 @@
 """
 
 from natswarm.inspector.changes import changes
+from natswarm.inspector.evidence import is_known
 from natswarm.inspector.offers import FULL, QUICK, QUICK_LIMIT_S, Offer, all_offers, find_test
 from natswarm.inspector.report import (
     Evidence,
@@ -61,5 +62,6 @@ __all__ = [
     "changes",
     "find_test",
     "inspect",
+    "is_known",
     "open_signed_profile_untrusted",
 ]

@@ -30,7 +30,7 @@ from natswarm.nat.path import PathReport
 from natswarm.nat.profile import NatProfile
 from natswarm.net.interfaces import Interface, InterfaceKind, InterfaceReport
 
-__all__ = ["Evidences", "reason_of", "same_prefix"]
+__all__ = ["Evidences", "is_known", "reason_of", "same_prefix"]
 
 # Whose property is what: the order is that of the report.
 TESTS_OF_FIELDS: dict[str, Test] = {
@@ -56,6 +56,9 @@ TESTS_OF_FIELDS: dict[str, Test] = {
     "absolute_lifetime_s": NatTest.LIFETIMES,
     "inbound_refreshes": NatTest.LIFETIMES,
 }
+
+# Of what was looked at: none means that nobody looked.
+_COUNTS = ("mappings_seen", "remotes_seen")
 
 # An observer this near may stand behind the same NAT or filter as we do.
 NEAR_PREFIX_LENGTH = 24
@@ -109,8 +112,8 @@ class Evidences:
                 bounds.append((1, f"the router's external address {external} is global"))
         if (path := self.path.result) is not None and path.nat_count_at_least:
             count = path.nat_count_at_least
-            where = "once" if count == 1 else f"{count} times"
-            bounds.append((count, f"the addresses on the way change their kind {where}"))
+            times = {1: "once", 2: "twice"}.get(count, f"{count} times")
+            bounds.append((count, f"the addresses on the way change their kind {times}"))
         return bounds
 
     def profile(self) -> NatProfile:
@@ -153,11 +156,7 @@ class Evidences:
             for figure, interval in self.findings.intervals.items()
             if figure == name or figure.startswith(f"{name}.")
         )
-        if (
-            value is None
-            or value == ()
-            or (value == 0 and name in ("mappings_seen", "remotes_seen"))
-        ):
+        if not is_known(profile, name):
             why = self._why_unknown(name, test)
             return Finding(name, None, Evidence.UNKNOWN, why, (), test)
         reason = ""
@@ -290,6 +289,12 @@ class Evidences:
             return None
         external = gateway.external_ip
         return None if external is None or external in self._local_ips() else external
+
+
+def is_known(profile: NatProfile, name: str) -> bool:
+    """Return whether a profile says anything of a property."""
+    value = getattr(profile, name)
+    return value not in (None, ()) and not (value == 0 and name in _COUNTS)
 
 
 def reason_of(test: NatTest, findings: Findings) -> str:

@@ -102,7 +102,7 @@ def evidences(profile=BEHIND_NAT, **options):
             {"path": path("192.168.1.1", "100.64.0.1", "198.51.100.254", "198.51.100.253")},
             2,
             Evidence.MEASURED,
-            "change their kind 2 times",
+            "change their kind twice",
         ),
         (
             {"path": path("192.168.1.1", "100.64.0.1")},

@@ -121,5 +121,5 @@ async def test_a_home_behind_a_carrier(open_swarm, autojump_clock, surround):
     # Home router, two routers of the carrier's, its NAT; what is one further on is outside.
     assert (profile.nat_count, profile.opener_ttl) == (2, 5)
     assert report.finding("nat_count").evidence is Evidence.MEASURED
-    assert "change their kind 2 times" in report.finding("nat_count").reason
+    assert "change their kind twice" in report.finding("nat_count").reason
     assert [hop.ip for hop in report.path.result.hops[:4:3]] == [home.inside_ip, cgn.inside_ip]
