@@ -20,9 +20,13 @@ from dataclasses import dataclass
 from natswarm.address import Endpoint
 from natswarm.nat.classify import classify
 from natswarm.nat.findings import Findings, NatTest, TestRun
+from natswarm.nat.hairpinning import HairpinningTest
+from natswarm.nat.lifetime import LifetimeTest
 from natswarm.nat.measurement import Observer, Reply, Request
+from natswarm.nat.poison import PoisonTest
 from natswarm.nat.profile import NatProfile
 from natswarm.nat.quick import BehaviourTest
+from natswarm.nat.tftp_helper import TftpHelperTest
 from natswarm.wire import NO_TOKEN
 
 __all__ = ["QUICK", "TESTS", "NatInspection", "TestOffer"]
@@ -57,6 +61,24 @@ TESTS: dict[NatTest, TestOffer] = {
         lambda _: BehaviourTest.PORT_COUNT,
         BehaviourTest.packets,
         BehaviourTest.duration_s,
+    ),
+    NatTest.HAIRPINNING: TestOffer(
+        HairpinningTest,
+        lambda _: HairpinningTest.PORT_COUNT,
+        HairpinningTest.packets,
+        HairpinningTest.duration_s,
+    ),
+    NatTest.POISON: TestOffer(
+        PoisonTest, lambda _: PoisonTest.PORT_COUNT, PoisonTest.packets, PoisonTest.duration_s
+    ),
+    NatTest.TFTP_HELPER: TestOffer(
+        TftpHelperTest,
+        TftpHelperTest.port_count,
+        TftpHelperTest.packets,
+        TftpHelperTest.duration_s,
+    ),
+    NatTest.LIFETIMES: TestOffer(
+        LifetimeTest, LifetimeTest.port_count, LifetimeTest.packets, LifetimeTest.duration_s
     ),
 }
 
