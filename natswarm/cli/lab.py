@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -18,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from natswarm.errors import ConfigurationError
+from natswarm.lab.capability import check_capable
 from natswarm.lab.capture import capture_core, capture_device
-from natswarm.lab.client import ask, check_capable, exec_in, start_lab, stop_lab
+from natswarm.lab.client import ask, exec_in, start_lab, stop_lab
 from natswarm.lab.namespace import remove_stale
 from natswarm.lab.registry import LabState, Registry
 from natswarm.lab.settings import CORE, LabSettings, NatChoice
@@ -166,28 +166,22 @@ def capture(
 ) -> None:
     """Write packets down as pcap until Ctrl-C, for tcpdump -r, Wireshark and the like."""
     state = _registry().find(name)
-    take = _capturer(state, device)
+    if device == CORE:
+        pieces = capture_core(state, count=count, seconds=seconds)
+    else:
+        pieces = capture_device(state.device(device), count=count, seconds=seconds)
     if out == "-" and sys.stdout.isatty():
         raise ConfigurationError(
             "a capture is no text for a terminal: give --out FILE, or pipe it: | tcpdump -nr -"
         )
-    number = 0
-    with _output(out) as file:
-
-        def write(data: bytes) -> None:
-            nonlocal number
-            file.write(data)
+    packets = -1  # the first piece is the file's header
+    with _output(out) as file, suppress(KeyboardInterrupt):
+        for piece in pieces:
+            file.write(piece)
             file.flush()
-            number += 1
-
-        try:
-            take(write, count=count, seconds=seconds)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            if out != "-":
-                # The first that was written is the file's header.
-                typer.echo(f"{max(0, number - 1)} packets in {out}", err=True)
+            packets += 1
+    if out != "-":
+        typer.echo(f"{max(packets, 0)} packets in {out}", err=True)
 
 
 @lab_app.command()
@@ -230,16 +224,8 @@ def _registry() -> Registry:
     return registry
 
 
-def _capturer(state: LabState, device: str) -> Callable[..., int]:
-    if device == CORE:
-        return lambda write, **limits: capture_core(state, write, **limits)
-    found = state.device(device)
-    return lambda write, **limits: capture_device(found, write, **limits)
-
-
-def _output(out: str) -> Any:
-    output: IO[bytes] = sys.stdout.buffer
-    return nullcontext(output) if out == "-" else Path(out).open("wb")
+def _output(out: str) -> AbstractContextManager[IO[bytes]]:
+    return nullcontext(sys.stdout.buffer) if out == "-" else Path(out).open("wb")
 
 
 def _show_made(state: LabState, as_json: bool) -> None:

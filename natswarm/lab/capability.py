@@ -1,4 +1,4 @@
-"""Whether this machine can run the laboratory, and if not, why: asked before tests are skipped."""
+"""Whether this machine can run a lab, and if not, why."""
 
 from __future__ import annotations
 
@@ -10,10 +10,32 @@ import sys
 from natswarm.lab.errors import LabError
 from natswarm.lab.nat import KernelNat, NatKind
 from natswarm.lab.topology import Lab
+from natswarm.lab.tun import open_tun
 
-__all__ = ["missing_capability"]
+__all__ = ["check_capable", "missing_capability"]
 
 PROGRAMS = {"ip": "iproute2", "nft": "nftables"}  # and the Debian packages that hold them
+
+
+def check_capable() -> None:
+    """Refuse to go on where no lab can be.
+
+    Raises:
+        LabError: Says what is missing, and what to do.
+    """
+    if sys.platform != "linux":
+        raise LabError(
+            "a lab needs Linux's network namespaces; elsewhere `natswarm demo` shows the same "
+            "carriers inside one process"
+        )
+    if os.geteuid():
+        raise LabError(
+            "a lab makes network namespaces, which takes root: run it with sudo. Without root, "
+            "`natswarm demo` shows the same carriers inside one process"
+        )
+    missing = [package for name, package in PROGRAMS.items() if shutil.which(name) is None]
+    if missing:
+        raise LabError(f"a lab needs more programs: apt-get install {' '.join(missing)}")
 
 
 @functools.cache
@@ -22,17 +44,15 @@ def missing_capability() -> str | None:
 
     Builds a small lab to find out: what a container forbids shows only when it is tried.
     """
-    if sys.platform != "linux":
-        return "network namespaces need Linux"
-    if os.geteuid():
-        return "network namespaces need root: run as root (sudo)"
-    missing = [package for name, package in PROGRAMS.items() if shutil.which(name) is None]
-    if missing:
-        return f"not installed: apt-get install {' '.join(missing)}"
+    try:
+        check_capable()
+    except LabError as error:
+        return str(error)
     try:
         with Lab(loss=0.5) as lab:
             for kind in NatKind:
-                lab.add_client(kind.value, KernelNat(kind))
+                lab.add_client(kind.value, KernelNat(kind, has_tftp_helper=True))
+            os.close(open_tun(lab.core, "tun"))
     except LabError as error:
         return f"this system does not let us make namespaces with NAT: {error}"
     return None

@@ -9,13 +9,13 @@ import math
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from natswarm.lab.client import open_core_capture
 from natswarm.lab.errors import LabError
 from natswarm.lab.namespace import entered
 from natswarm.lab.pcap import PCAP_RECORD_BYTES, pcap_header, pcap_record
-from natswarm.lab.registry import DeviceState, LabState, Registry
+from natswarm.lab.registry import DeviceState, LabState
 
 __all__ = ["capture_core", "capture_device"]
 
@@ -27,60 +27,49 @@ BUFFER_BYTES = 8 << 20
 
 
 def capture_device(
-    device: DeviceState,
-    write: Callable[[bytes], object],
-    *,
-    count: int | None = None,
-    seconds: float | None = None,
-) -> int:
-    """Hand out what a device's interface sends and receives, as pcap, and return how many packets.
+    device: DeviceState, *, count: int | None = None, seconds: float | None = None
+) -> Iterator[bytes]:
+    """Yield what a device's interface sends and receives: the header of a capture, then records.
 
     Args:
         device: Whose.
-        write: Gets the header, then each packet's record.
         count: So many packets; None for any number.
-        seconds: For so long; None until an exception, such as Ctrl-C.
+        seconds: For so long; None for ever.
     """
+    deadline = _deadline(seconds)
     with entered(device.namespace):
         packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
     with packets:
         packets.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         packets.bind((device.interface, ETH_P_ALL))
-        write(pcap_header())
-        number, deadline = 0, _deadline(seconds)
+        yield pcap_header()
+        number = 0
         while (count is None or number < count) and _wait(packets, deadline):
             packet, address = packets.recvfrom(PACKET_BYTES_MAX)
             if address[1] == ETH_P_IP:
-                write(pcap_record(packet, time.time_ns()))
+                yield pcap_record(packet, time.time_ns())
                 number += 1
-    return number
 
 
 def capture_core(
-    state: LabState,
-    write: Callable[[bytes], object],
-    *,
-    count: int | None = None,
-    seconds: float | None = None,
-    registry: Registry | None = None,
-) -> int:
-    """Hand out what the core of a lab carries; as `capture_device`.
+    state: LabState, *, count: int | None = None, seconds: float | None = None
+) -> Iterator[bytes]:
+    """Yield what the core of a lab carries; as `capture_device`.
 
     Raises:
         LabError: The lab does not answer, or ended.
     """
     deadline = _deadline(seconds)
-    with open_core_capture(state, registry) as connection:
-        write(connection.recv(len(pcap_header()), socket.MSG_WAITALL))
+    with open_core_capture(state) as connection:
+        yield connection.recv(len(pcap_header()), socket.MSG_WAITALL)
         number = 0
         while (count is None or number < count) and _wait(connection, deadline):
             head = connection.recv(PCAP_RECORD_BYTES, socket.MSG_WAITALL)
             if len(head) < PCAP_RECORD_BYTES:
                 raise LabError(f"lab {state.name} ended, and the capture with it")
             size = int.from_bytes(head[8:12], "big")
-            write(head + connection.recv(size, socket.MSG_WAITALL))
+            yield head + connection.recv(size, socket.MSG_WAITALL)
             number += 1
-    return number
 
 
 def _deadline(seconds: float | None) -> float:

@@ -28,7 +28,6 @@ from natswarm.lab.settings import LabSettings, make_plan
 
 __all__ = [
     "ask",
-    "check_capable",
     "exec_in",
     "observers",
     "open_core_capture",
@@ -36,36 +35,13 @@ __all__ = [
     "stop_lab",
 ]
 
-PROGRAMS = {"ip": "iproute2", "nft": "nftables"}  # and the Debian packages that hold them
-
 # Python starts in a second, a device is made in 50 ms; these bound a hang on a machine that swaps.
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 10.0
 
 
-def check_capable() -> None:
-    """Refuse to go on where no lab can be.
-
-    Raises:
-        LabError: Says what is missing, and what to do.
-    """
-    if sys.platform != "linux":
-        raise LabError(
-            "a lab needs Linux's network namespaces; elsewhere `natswarm demo` shows the same "
-            "carriers inside one process"
-        )
-    if os.geteuid():
-        raise LabError(
-            "a lab makes network namespaces, which takes root: run it with sudo. Without root, "
-            "`natswarm demo` shows the same carriers inside one process"
-        )
-    missing = [package for name, package in PROGRAMS.items() if shutil.which(name) is None]
-    if missing:
-        raise LabError(f"a lab needs more programs: apt-get install {' '.join(missing)}")
-
-
-def start_lab(settings: LabSettings, registry: Registry | None = None) -> LabState:
+def start_lab(settings: LabSettings) -> LabState:
     """Start the process that keeps a lab, and wait until the lab is there.
 
     Raises:
@@ -73,8 +49,7 @@ def start_lab(settings: LabSettings, registry: Registry | None = None) -> LabSta
         LabError: The system does not let us, or a lab of the name runs already.
     """
     make_plan(settings)
-    registry = registry or Registry()
-    registry.check_free(settings.name)
+    Registry().check_free(settings.name)
     with tempfile.TemporaryFile() as errors:
         keeper = subprocess.Popen(
             [sys.executable, "-m", "natswarm.lab.supervisor"],
@@ -108,7 +83,7 @@ def start_lab(settings: LabSettings, registry: Registry | None = None) -> LabSta
         raise LabError(f"the lab did not come up; its process said: {text[-2000:] or 'nothing'}")
 
 
-def stop_lab(state: LabState, registry: Registry | None = None) -> None:
+def stop_lab(state: LabState) -> None:
     """End a lab, whatever runs in it, and wait until nothing of it is left.
 
     Raises:
@@ -126,18 +101,18 @@ def stop_lab(state: LabState, registry: Registry | None = None) -> None:
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    (registry or Registry()).remove(state.name, state.prefix)
+    Registry().remove(state.name, state.prefix)
     remove_all(state.prefix)
     remove_stale()
 
 
-def ask(state: LabState, request: str, registry: Registry | None = None) -> dict[str, Any]:
+def ask(state: LabState, request: str) -> dict[str, Any]:
     """Ask a lab; see `supervisor.py` for the requests.
 
     Raises:
         LabError: It does not answer.
     """
-    with _connect(state, registry or Registry()) as connection:
+    with _connect(state) as connection:
         connection.sendall(request.encode())
         with connection.makefile("rb") as lines:
             try:
@@ -149,23 +124,23 @@ def ask(state: LabState, request: str, registry: Registry | None = None) -> dict
     return dict(answer)
 
 
-def observers(state: LabState, registry: Registry | None = None) -> list[DeviceState]:
+def observers(state: LabState) -> list[DeviceState]:
     """Return two public devices that watch what others look like; made where there are none.
 
     Raises:
         LabError: It does not answer.
     """
-    return msgspec.convert(ask(state, "observers", registry)["observers"], list[DeviceState])
+    return msgspec.convert(ask(state, "observers")["observers"], list[DeviceState])
 
 
 @contextlib.contextmanager
-def open_core_capture(state: LabState, registry: Registry | None = None) -> Iterator[socket.socket]:
+def open_core_capture(state: LabState) -> Iterator[socket.socket]:
     """Have what the core carries come out of a socket, as pcap.
 
     Raises:
         LabError: It does not answer.
     """
-    with _connect(state, registry or Registry()) as connection:
+    with _connect(state) as connection:
         connection.sendall(b"capture")
         connection.settimeout(None)
         yield connection
@@ -190,11 +165,11 @@ def _end_group(keeper: subprocess.Popen[bytes]) -> None:
     keeper.wait(STOP_TIMEOUT_S)
 
 
-def _connect(state: LabState, registry: Registry) -> socket.socket:
+def _connect(state: LabState) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(ANSWER_TIMEOUT_S)
     try:
-        connection.connect(str(registry.socket_path(state.name)))
+        connection.connect(str(Registry().socket_path(state.name)))
     except OSError as error:
         connection.close()
         raise LabError(f"lab {state.name} does not answer: {error}") from error

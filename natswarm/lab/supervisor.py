@@ -55,23 +55,18 @@ CAPTURE_QUEUE_PACKETS = 2000
 REQUEST_BYTES_MAX = 100
 
 
-def keep_lab(
-    settings: LabSettings,
-    on_ready: Callable[[LabState], None],
-    registry: Registry | None = None,
-) -> None:
+def keep_lab(settings: LabSettings, on_ready: Callable[[LabState], None]) -> None:
     """Build a lab and keep it until SIGTERM, SIGHUP or Ctrl-C.
 
     Args:
         settings: What it is to be.
         on_ready: Called once it is there.
-        registry: Where it is written down.
 
     Raises:
         ConfigurationError: The settings cannot be.
         LabError: The system does not let us, or a lab of the name runs already.
     """
-    registry = registry or Registry()
+    registry = Registry()
     plan = make_plan(settings)
     registry.check_free(plan.name)
     remove_stale()
@@ -83,7 +78,7 @@ def keep_lab(
 
     watchdog = Watchdog(clean_up)
     try:
-        trio.run(_Supervisor(settings, prefix, watchdog.pid, registry, on_ready).run)
+        trio.run(_Supervisor(settings, prefix, watchdog.pid, on_ready).run)
     finally:
         try:
             clean_up()
@@ -97,14 +92,13 @@ class _Supervisor:
         settings: LabSettings,
         prefix: str,
         watchdog_pid: int,
-        registry: Registry,
         on_ready: Callable[[LabState], None],
     ) -> None:
         self._settings = settings
         self._plan = plan = make_plan(settings)
         self._prefix = prefix
         self._watchdog_pid = watchdog_pid
-        self._registry = registry
+        self._registry = Registry()
         self._on_ready = on_ready
         self._internet = LabInternet(plan)
         self._started = time.monotonic()

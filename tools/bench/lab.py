@@ -21,7 +21,8 @@ import time
 from dataclasses import asdict, dataclass
 
 from natswarm.errors import NatswarmError
-from natswarm.lab.client import check_capable, start_lab, stop_lab
+from natswarm.lab.capability import check_capable
+from natswarm.lab.client import start_lab, stop_lab
 from natswarm.lab.namespace import entered
 from natswarm.lab.registry import LabState, Registry
 from natswarm.lab.settings import LabSettings

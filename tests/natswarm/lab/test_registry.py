@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from natswarm.lab.client import ask, check_capable
+from natswarm.lab.capability import check_capable
+from natswarm.lab.client import ask
 from natswarm.lab.errors import LabError
 from natswarm.lab.namespace import started_at
 from natswarm.lab.registry import DeviceState, LabState, Registry
@@ -107,7 +108,7 @@ def test_what_is_not_there_is_said(registry: Registry):
     with pytest.raises(LabError, match="no device 'b'; it has a"):
         registry.find("one").device("b")
     with pytest.raises(LabError, match="does not answer"):
-        ask(registry.find("one"), "status", registry)
+        ask(registry.find("one"), "status")
 
 
 def test_the_state_is_plain_text(registry: Registry, tmp_path: Path):
@@ -129,6 +130,6 @@ def test_where_no_lab_can_be_it_is_said_why(
 ):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr(f"natswarm.lab.client.{attribute}", value)
+    monkeypatch.setattr(f"natswarm.lab.capability.{attribute}", value)
     with pytest.raises(LabError, match=error):
         check_capable()
