@@ -170,8 +170,17 @@ class Overlay:
             plan = LookupPlan(Mode.CLOSEST, self._alpha)
         return self._look(plan, FindClosest(self._new_name(), target), Closest, now)
 
-    def ask(self, peer_id: PeerId, body: bytes, now: float) -> bytes:
+    def ask(
+        self, peer_id: PeerId, body: bytes, now: float, *, path_count: int | None = None
+    ) -> bytes:
         """Ask a peer something; ends in one Told answer or none.
+
+        Args:
+            peer_id: Whom.
+            body: What; at most some 4,900 bytes.
+            now: The time.
+            path_count: Paths to try at most; `alpha` by default. One will do where it hardly
+                matters whether this very peer is reached.
 
         Raises:
             ValueError: That is ourselves.
@@ -179,7 +188,11 @@ class Overlay:
         if peer_id == self.peer_id:
             raise ValueError("a node does not ask itself")
         plan = LookupPlan(
-            Mode.EXACT, self._alpha, stagger_s=STAGGER_S, enough=1, patience_s=PATIENCE_MAX_S
+            Mode.EXACT,
+            path_count or self._alpha,
+            stagger_s=STAGGER_S,
+            enough=1,
+            patience_s=PATIENCE_MAX_S,
         )
         return self._look(plan, Ask(self._new_name(), peer_id.key, body), Told, now)
 

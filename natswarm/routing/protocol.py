@@ -74,8 +74,8 @@ BODY_BYTES_MAX = 6 * 1024
 
 # A million nodes take 20 hops if each mends one bit, and 8 in practice; the rest is for detours.
 HOPS_MAX = 32
-# Steps away from the target where nobody nearer is left. More only find what two do not, rarely.
-DETOURS_MAX = 2
+# Steps away from the target where nobody nearer is left.
+DETOURS_MAX = 1
 # The longest anybody works on a request; an introduction may wait for a look at a NAT, 5 s.
 PATIENCE_MAX_S = 15.0
 
@@ -100,6 +100,7 @@ class Reason(IntEnum):
     TAKEN = 1  # on another path of this lookup already, or on this: a loop
     BUSY = 2  # too many requests from the asking neighbour, or from all
     BOUNCED = 3  # a walk's coin said: stay where you are
+    ABSENT = 4  # nobody nearer to the target, and it is not there
 
 
 class Forward(Message, frozen=True):

@@ -56,6 +56,8 @@ SHARE = 0.7
 PATIENCE_MIN_S = 0.1
 # Tries of one hop: who failed with four neighbours will fail with the fifth.
 TRIES_MAX = 4
+# Neighbours that a node asks for a target which it should know and does not.
+DETOUR_TRIES_MAX = 2
 # Steps of a walk that end at a neighbour which declined them don't count as tries, but are bounded.
 BOUNCES_MAX = 64
 
@@ -131,6 +133,7 @@ class _Passage:
     upstream: bytes | None
     deadline: float
     tried: list[bytes] = field(default_factory=list)
+    tried_before: int = 0  # of these, by other paths
     is_at_origin: bool = False
     has_arrived: bool = False
     neighbour: bytes | None = None
@@ -139,6 +142,8 @@ class _Passage:
     due: float = math.inf
     steps_left: int = 0
     bounce_count: int = 0
+    detour_count: int = 0
+    is_uncertain: bool = False  # somebody was silent or busy
 
 
 class Router:
@@ -201,6 +206,7 @@ class Router:
         self._note_seen(lookup, now)
         passage = self._new_passage(forward, None, now + min(patience_s, PATIENCE_MAX_S))
         passage.tried.extend(tried)
+        passage.tried_before = len(tried)
         # Our own id is nearest to us: whoever looks for it means its neighbourhood.
         passage.is_at_origin = bool(tried) or target == self._table.own_id
         self._pass_on(passage, now)
@@ -264,6 +270,7 @@ class Router:
             if passage.has_arrived:
                 del self._passages[label]  # nobody waits for it any more
                 continue
+            passage.is_uncertain = True
             link = None if passage.neighbour is None else self._table.link(passage.neighbour)
             if link is not None:
                 if passage.is_accepted:
@@ -332,6 +339,7 @@ class Router:
         accept_s = min(max(ACCEPT_FACTOR * link.round_trip_s, ACCEPT_MIN_S), ACCEPT_MAX_S)
         passage.neighbour, passage.is_accepted, passage.sent_at = link.node_id, False, now
         passage.tried.append(link.node_id)
+        passage.detour_count += is_detour
         self._arm(passage, now + min(patience_s, accept_s))
         self._outbox.append(
             (
@@ -353,7 +361,7 @@ class Router:
 
     def _next_link(self, passage: _Passage) -> tuple[Link | None, bool]:
         """Return the best neighbour not tried yet, and whether it leads away from the target."""
-        if len(passage.tried) >= TRIES_MAX + (3 if passage.is_at_origin else 0):
+        if len(passage.tried) - passage.tried_before >= TRIES_MAX:
             return None, False
         if passage.steps_left <= 0:
             return None, False
@@ -373,9 +381,8 @@ class Router:
             return suspect, False
         if farther is not None and passage.is_at_origin:
             return farther, False
-        if farther is not None and passage.forward.detours_left > 0:
-            return farther, True
-        return None, False
+        can_detour = passage.forward.detours_left > 0 and passage.detour_count < DETOUR_TRIES_MAX
+        return (farther, True) if can_detour else (None, False)
 
     def _random_link(self, passage: _Passage) -> Link | None:
         links = [link for link in self._table.links() if link.strikes == 0]
@@ -392,6 +399,11 @@ class Router:
         if passage.forward.mode == Mode.WALK and reason == Reason.BOUNCED:
             passage.steps_left -= 1
             passage.bounce_count += 1
+        elif reason == Reason.ABSENT and not passage.detour_count:
+            # Whoever is nearest says so; the origin does not rely on one such word, but we do.
+            self._fail(passage)
+            return
+        passage.is_uncertain |= reason in (Reason.BUSY, Reason.NO_ROUTE)
         self._pass_on(passage, now)
 
     def _arrive(self, passage: _Passage) -> bool:
@@ -405,7 +417,9 @@ class Router:
         if passage.upstream is None:
             self.events.append(PathFailed(passage.label))
         else:
-            self._decline(passage.upstream, passage.forward.label, Reason.NO_ROUTE)
+            # Where all say "taken", other paths are at it: trying on here would search them again.
+            reason = Reason.NO_ROUTE if passage.is_uncertain else Reason.ABSENT
+            self._decline(passage.upstream, passage.forward.label, reason)
         return False
 
     def _deliver(self, passage: _Passage, answer: bytes) -> None:
