@@ -218,15 +218,18 @@ def _nat(report: InspectionReport, changed: Collection[str]) -> RenderableType:
 
 def finding_row(finding: Finding) -> tuple[str, str, str, str]:
     """Return a finding's label, value, evidence, and how sure it is, as on the screen."""
-    intervals = "; ".join(
+    sure = [
         f"{name.replace('_', ' ')} {_interval(finding.name, interval)}".strip()
         for name, interval in finding.intervals
-    )
+    ]
+    if isinstance(finding.value, PortAllocation) and finding.value.law_probability is not None:
+        # Rounded down: nothing is ever certain.
+        sure.insert(0, f"{int(1000 * finding.value.law_probability) / 10:g} % sure of the law")
     return (
         LABELS[finding.name],
         "" if finding.value is None else _value(finding.name, finding.value),
         finding.evidence.value,
-        "; ".join(each for each in (intervals, finding.reason) if each),
+        "; ".join(each for each in (*sure, finding.reason) if each),
     )
 
 

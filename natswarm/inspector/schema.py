@@ -191,6 +191,8 @@ def _allocation(allocation: PortAllocation) -> dict[str, Any]:
         "step": allocation.step,
         "others_per_s": plain(allocation.others_per_s),
         "last_port": allocation.last_port,
+        "shape": plain(allocation.shape),
+        "law_probability": plain(allocation.law_probability),
         "overloading": allocation.is_overloading,
         "ports": allocation.port_count,
         "samples": allocation.sample_count,

@@ -20,6 +20,7 @@ import trio
 
 from natswarm.address import Endpoint
 from natswarm.errors import PortMappingFailed
+from natswarm.inspector.gateway import ask_leases, ask_services
 from natswarm.lab.namespace import Namespace
 from natswarm.lab.nat import KernelNat, NatKind
 from natswarm.lab.process import LabProcess
@@ -369,3 +370,20 @@ async def test_interfaces_of_the_lab_name_the_gateway(home: Host):
     printed = home.namespace.run([sys.executable, "-c", script], timeout_s=30)
     gateway_ip = f"{home.ip.rpartition('.')[0]}.1"
     assert printed == f"{InterfaceKind.LAN.value} {gateway_ip} {home.ip}"
+
+
+async def test_an_inspection_shows_the_leases_and_leaves_nothing(
+    home: Host, start_gateway: StartGateway
+):
+    gateway, reach = start_gateway(home), reach_of(home)
+    services = await ask_services(gateway, reach, timeout_s=6)
+    found = await ask_leases(services, reach)
+    assert [each.is_available for each in found.services] == [True] * 3
+    assert [each.lease_problem for each in found.services] == [""] * 3
+    assert [each.lease_s for each in found.services] == [3600] * 3
+    assert found.external_ip == EXTERNAL_IP
+    assert home.router is not None
+    rules = home.router.run(
+        ["nft", "list", "chain", "inet", "upnp", "prerouting_miniupnpd"], timeout_s=10
+    )
+    assert "dnat" not in rules

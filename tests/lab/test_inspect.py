@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from natswarm.lab.errors import LabError
 from natswarm.lab.nat import KernelNat, NatKind
-from natswarm.lab.topology import Lab
+from natswarm.lab.topology import Host, Lab
 from tools.lab.pair import NATSWARM
 
 pytestmark = pytest.mark.lab
+
+NATS = {
+    "preserving": (KernelNat(NatKind.PRESERVING), "EIM", "preserving"),
+    "random": (KernelNat(NatKind.RANDOM), "APDM", "uniform"),
+    "block": (KernelNat(NatKind.BLOCK), "APDM", "block 1024 at 40960..41983"),
+}
 
 
 def start_observer(lab: Lab, name: str, state: Path) -> str:
@@ -22,21 +30,65 @@ def start_observer(lab: Lab, name: str, state: Path) -> str:
     return json.loads(line)["invite"]
 
 
-def test_each_nat_is_found_out(lab: Lab, tmp_path: Path):
-    nats = {
-        "preserving": (KernelNat(NatKind.PRESERVING), "EIM", "preserving"),
-        "random": (KernelNat(NatKind.RANDOM), "APDM", "uniform"),
-        "block": (KernelNat(NatKind.BLOCK), "APDM", "block 1024 at 40960..41983"),
-    }
+@pytest.fixture
+def joins(lab: Lab, tmp_path: Path) -> list[str]:
     invites = [start_observer(lab, name, tmp_path) for name in ("first", "second")]
-    joins = [option for invite in invites for option in ("--join", invite)]
-    for name, (nat, mapping, allocation) in nats.items():
+    return [option for invite in invites for option in ("--join", invite)]
+
+
+def inspect(client: Host, state: Path, *options: str) -> dict[str, Any]:
+    command = [*NATSWARM, "inspect", "--json", "--state", str(state / "client"), *options]
+    return json.loads(client.namespace.run(command, timeout_s=60))
+
+
+def test_each_nat_is_found_out(lab: Lab, tmp_path: Path, joins: list[str]):
+    for name, (nat, mapping, allocation) in NATS.items():
         client = lab.add_client(name, nat)
-        printed = client.namespace.run(
-            [*NATSWARM, "inspect", "--json", "--state", str(tmp_path / name), *joins], timeout_s=60
-        )
-        profile = json.loads(printed)
-        assert profile["mapping"] == mapping
-        assert profile["filtering"] == "APDF"
-        assert profile["allocation"].startswith(allocation)
-        assert profile["public_ips"] == [client.public_ip]
+        report = inspect(client, tmp_path / name, "--quick", *joins)
+        found = {field: finding["value"] for field, finding in report["nat"].items()}
+        assert (found["mapping"], found["filtering"]) == (mapping, "APDF")
+        assert found["allocation"]["text"].startswith(allocation)
+        assert found["public_ips"] == [client.public_ip]
+        assert (found["is_translated"], found["nat_count"], found["opener_ttl"]) == (True, 1, 2)
+        assert report["interface"] == "lan"
+        assert report["path"]["hops"][0]["ip"] == report["gateway"]["ip"]
+        assert report["duration_s"] < 3
+        assert report["tests"]["behaviour"]["packets"] <= 60
+
+
+def test_one_interface_of_several(lab: Lab, tmp_path: Path, joins: list[str]):
+    client = lab.add_client("phone", KernelNat(NatKind.PRESERVING))
+    # A second SIM that leads nowhere, and that the system prefers.
+    client.namespace.ip(
+        "link add name wwan0 type veth peer name nowhere",
+        "address add 10.9.0.2/24 dev wwan0",
+        "link set dev nowhere up",
+        "link set dev wwan0 up",
+        f"route replace default via {client.ip.removesuffix('2')}1 dev lan metric 100",
+        "route del default metric 0",
+        "route add default via 10.9.0.1 metric 1",
+    )
+    report = inspect(client, tmp_path, "--quick", "--interface", "lan", *joins)
+    assert report["interface"] == "lan"
+    assert report["nat"]["mapping"]["value"] == "EIM"
+    assert report["nat"]["opener_ttl"]["value"] == 2
+    assert any("wwan0 leads out, too" in each for each in report["warnings"])
+    report = inspect(client, tmp_path, "--quick", "--interface", "wwan0", *joins)
+    assert report["interface"] == "wwan0"
+    assert report["nat"]["mapping"]["evidence"] == "unknown"
+    assert len([each for each in report["warnings"] if "could not be asked" in each]) == 2
+    with pytest.raises(LabError, match="no interface 'wwan1'; it has"):
+        inspect(client, tmp_path, "--quick", "--interface", "wwan1", *joins)
+
+
+def test_an_interface_that_vanishes_meanwhile(lab: Lab, tmp_path: Path, joins: list[str]):
+    client = lab.add_client("phone", KernelNat(NatKind.RANDOM))
+    options = ["--json", "--state", str(tmp_path / "client"), "--skip", "lease", *joins]
+    command = client.namespace.spawn([*NATSWARM, "inspect", "--watch", "--every", "1", *options])
+    first = json.loads(command.wait_line(lambda _line: True, timeout_s=60))
+    assert first["nat"]["mapping"]["value"] == "APDM"
+    client.namespace.ip("link delete dev lan")
+    line = command.wait_line(lambda line: "interfaces" in json.loads(line)["changed"], timeout_s=60)
+    report = json.loads(line)
+    assert report["interface"] is None or any("vanished" in each for each in report["warnings"])
+    assert command.error_text() == ""
