@@ -82,7 +82,7 @@ class Survival:
                 if index == len(weights) - 1:
                     break
                 before, after = edges[index], edges[index + 1]
-                return before * (after / before) ** (wanted / weight)
+                return float(before * (after / before) ** (wanted / weight))
             wanted -= weight
         return math.inf
 

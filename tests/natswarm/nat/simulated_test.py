@@ -14,11 +14,10 @@ from dataclasses import replace
 from natswarm.address import ENDPOINT_BYTES, Endpoint
 from natswarm.identity import PeerId
 from natswarm.nat.address_token import AddressTokens
-from natswarm.nat.allocation import PortSample
 from natswarm.nat.asking import AskingTest, Script
 from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.classify import classify
 from natswarm.nat.findings import Findings
-from natswarm.nat.fit import fit_allocation
 from natswarm.nat.measurement import (
     AskThirdPeer,
     Observer,
@@ -153,13 +152,8 @@ class Laboratory:
 
     def survey(self, port_count: int = 16) -> None:
         """Find out the law of ports from fresh ports, as the quick part does."""
-        test = self.run(_Survey, port_count)
-        fitted = fit_allocation(
-            [
-                PortSample(each.local_port, each.destination, each.observed.port, each.sent_at)
-                for each in test.findings.observations
-            ]
-        )
+        self.run(_Survey, port_count)
+        fitted = classify(self.findings.observations).allocation
         self.findings.profile = replace(self.findings.profile, allocation=fitted)
 
     def _act(self) -> None:
