@@ -103,6 +103,8 @@ class PortAllocation:
         sample_count: How many ports the fit rests on.
         shape: UNIFORM: (alpha, beta) of a Beta law over `low`..`high` where ports are drawn
             unevenly; None: evenly, or not enough ports to tell.
+        preserves_parity: Whether even ports of ours get even external ones and odd ones odd (RFC
+            4787 section 4.2.2); None: too few ports to tell, or the port is kept anyway.
         law_probability: How sure the law is, 0..1, given that it is one of these; None: not said.
     """
 
@@ -119,6 +121,7 @@ class PortAllocation:
     is_overloading: bool | None = None
     sample_count: int = 0
     shape: tuple[float, float] | None = None
+    preserves_parity: bool | None = None
     law_probability: float | None = None
 
     @property

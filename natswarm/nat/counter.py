@@ -17,9 +17,12 @@ round in a block.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+from natswarm.nat.cross_traffic import Gap
 
 __all__ = ["Chain", "follow"]
 
@@ -46,16 +49,14 @@ class Chain:
     Attributes:
         step: From one mapping to the next, not 0.
         evidence: Natural logarithm of how likely it makes the ports.
-        skip_count: Steps that others took between ours.
-        duration_s: How long that took.
+        gaps: Steps that others took between two of ours, and how long that took.
         jumps: (port before, port after) wherever it went on from elsewhere.
         ports: The ports on the chain, in the order of asking.
     """
 
     step: int
     evidence: float
-    skip_count: int
-    duration_s: float
+    gaps: tuple[Gap, ...]
     jumps: tuple[tuple[int, int], ...]
     ports: tuple[int, ...]
 
@@ -170,25 +171,23 @@ def _chain(
     step: int,
     mean: float,
 ) -> Chain:
-    skip_count = 0
-    duration_s = 0.0
+    gaps: list[Gap] = []
+    ascending = sorted(ports)
     jumps = []
     costs = START_COST
-    gap_count = 0
-    skips_seen = []
     for a, b in pairwise(path):
         gap, displaced = sign * (ports[b] - ports[a]), b - a - 1
         if _is_jump(gap, displaced, step, mean):
             jumps.append((ports[a], ports[b]))
             costs += JUMP_COST
             continue
-        skips = max(0, gap // step - 1 - displaced)
-        skips_seen.append(skips)
-        skip_count += skips
-        duration_s += times[b] - times[a]
-        gap_count += 1
-    fitted_mean = skip_count / gap_count if gap_count else 0.0
-    costs += sum(_gap_cost(skips, fitted_mean) for skips in skips_seen)
+        # Those of ours that lie in between are no steps of others, whenever they were seen: who
+        # asks again after a lost answer sees a port of earlier.
+        low, high = min(ports[a], ports[b]), max(ports[a], ports[b])
+        ours = bisect_left(ascending, high) - bisect_right(ascending, low)
+        gaps.append((max(0, gap // step - 1 - ours), times[b] - times[a]))
+    fitted_mean = sum(count for count, _ in gaps) / len(gaps) if gaps else 0.0
+    costs += sum(_gap_cost(skips, fitted_mean) for skips, _ in gaps)
     costs += _displaced_cost(fitted_mean) * (len(ports) - len(path))
     evidence = (
         -costs
@@ -199,8 +198,7 @@ def _chain(
     return Chain(
         sign * step,
         evidence,
-        skip_count,
-        duration_s,
+        tuple(gaps),
         tuple(jumps),
         tuple(ports[index] for index in path),
     )

@@ -20,6 +20,7 @@ Source: RFC 6888 REQ-14 and RFC 7753 for blocks, RFC 7422 for sizes that are no 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -33,8 +34,8 @@ from natswarm.nat.allocation import (
 )
 from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.counter import Chain, follow
+from natswarm.nat.cross_traffic import rate_interval
 from natswarm.nat.interval import Interval
-from natswarm.nat.quantile import poisson_mean_interval
 from natswarm.nat.shape import fit_shape
 
 __all__ = ["allocation_intervals", "fit_allocation"]
@@ -49,6 +50,9 @@ RANGE_SAMPLES_MIN = 6
 
 # Ranges narrower than two of the largest blocks have not been seen; what looks like one is a block.
 RANGE_PORTS_MIN = 8192
+
+# By chance so many ports in a row have the parity of ours once in 4,096 times.
+PARITY_SAMPLES_MIN = 12
 
 # From this many ports on their shape is asked for: `shape.py` says why not from fewer.
 SHAPE_SAMPLES_MIN = 48
@@ -146,6 +150,7 @@ def fit_allocation(samples: Sequence[PortSample]) -> PortAllocation | None:
         chosen,
         is_overloading=is_overloading,
         sample_count=count,
+        preserves_parity=_preserves_parity(mappings),
         law_probability=probability,
     )
 
@@ -156,17 +161,16 @@ def allocation_intervals(
     """Return where the estimated figures of a fitted law lie with 90 %.
 
     For a range (H - highest) / (highest - lowest) has a known law, P(more than t) = (1 + t)^-(n-1),
-    whatever the range is: each end alone is exact. A rate of a Poisson process: `quantile.py`.
+    whatever the range is: each end alone is exact. A rate of others' steps: `cross_traffic.py`.
     Everything else (step, size, base) is either right or not, with `law_probability`.
     """
     mappings = _distinct_mappings(samples)
     if allocation.law is AllocationLaw.SEQUENTIAL:
-        chains = _chains(mappings)
-        duration_s = sum(chain.duration_s for chain in chains)
-        if duration_s <= 0:
+        gaps = [gap for chain in _chains(mappings) for gap in chain.gaps]
+        if sum(seconds for _, seconds in gaps) <= 0:
             return {}
-        low, high = poisson_mean_interval(sum(chain.skip_count for chain in chains))
-        return {"allocation.others_per_s": Interval(low / duration_s, high / duration_s)}
+        keeps_parity = bool(allocation.preserves_parity)
+        return {"allocation.others_per_s": rate_interval(gaps, keeps_parity=keeps_parity)}
     is_range = allocation.law is AllocationLaw.UNIFORM and allocation.shape is None
     if not is_range or len(mappings) < RANGE_SAMPLES_MIN:
         return {}
@@ -190,6 +194,12 @@ def _distinct_mappings(samples: Sequence[PortSample]) -> list[PortSample]:
         key = (sample.local_port, sample.external_ip, sample.external_port)
         found.setdefault(key, sample)
     return list(found.values())
+
+
+def _preserves_parity(mappings: Sequence[PortSample]) -> bool | None:
+    if any((each.local_port - each.external_port) % 2 for each in mappings):
+        return False
+    return True if len(mappings) >= PARITY_SAMPLES_MIN else None
 
 
 # Ranges ------------------------------------------------------------------------------------------
@@ -255,13 +265,14 @@ def _uniform(ports: Sequence[int]) -> PortAllocation:
 def _block_log_evidence(mappings: Sequence[PortSample], grid: _Grid) -> float:
     """Blocks drawn at random among all of the grid, ports at random inside them."""
     blocks = {(each.external_ip, grid.base_of(each.external_port)) for each in mappings}
-    block_count = len(blocks)
+    # Each address has blocks of its own, and which one a mapping has is no matter of ports.
+    block_counts = Counter(ip for ip, _ in blocks)
     return (
         math.log(grid.prior)
-        - block_count * math.log(65_536 // grid.size)
+        - len(blocks) * math.log(65_536 // grid.size)
         # Each further block is half as likely as the one before.
-        - block_count * math.log(2)
-        - len(mappings) * math.log(block_count * grid.size)
+        - len(blocks) * math.log(2)
+        - sum(math.log(block_counts[each.external_ip] * grid.size) for each in mappings)
     )
 
 
@@ -311,8 +322,9 @@ def _chains(mappings: Sequence[PortSample]) -> list[Chain]:
 def _counter(chains: Sequence[Chain]) -> PortAllocation:
     # The usual address comes first; its counter is the one to predict.
     chain = max(chains, key=lambda each: len(each.ports))
-    skip_count = sum(each.skip_count for each in chains)
-    duration_s = sum(each.duration_s for each in chains)
+    gaps = [gap for each in chains for gap in each.gaps]
+    skip_count = sum(count for count, _ in gaps)
+    duration_s = sum(seconds for _, seconds in gaps)
     counter = PortAllocation(
         AllocationLaw.SEQUENTIAL,
         step=chain.step,

@@ -58,7 +58,7 @@ class TestOffer:
 TESTS: dict[NatTest, TestOffer] = {
     NatTest.BEHAVIOUR: TestOffer(
         BehaviourTest,
-        lambda _: BehaviourTest.PORT_COUNT,
+        BehaviourTest.port_count,
         BehaviourTest.packets,
         BehaviourTest.duration_s,
     ),

@@ -5,7 +5,7 @@ What is drawn (independently, unless said):
     mapping, filtering   each of three with the same probability
     law                  35 % blocks, 20 % each a counter and an even range, 15 % kept ports,
                          10 % a Beta law
-      blocks             80 % powers of two 64..4096, three in four of them aligned; else sizes of RFC
+      blocks             80 % powers of two 64..4096, three in four aligned; else sizes of RFC
                          7422 or round ones, from port 1024 up; 1, 2, 4 or 8 blocks; 30 % counted
                          inside; the newest one kept, or not
       counter            step +1 (55 %), -1, +2, -2; over all ports or (30 %) a range; no cross
@@ -14,12 +14,14 @@ What is drawn (independently, unless said):
     overloading          half
     lifetimes            unreplied 20..200 s log-uniform, replied 1..4 times that; absolute 15 %,
                          from 45..120 s to up to 1.5 times that; refreshed by inbound packets: half
-    parity               preserved: 15 %, where the law can
+    parity               preserved: 15 %, where the law can (not with even steps, which change it
+                         once a round)
     addresses            one (80 %), or 2..4 with either pooling
     quota, rate          25 %: 64..2,000 mappings; 15 %: 20..200 a second, 20..200 at once
     hairpinning, TFTP    30 %, 20 %
     poison               each kind that goes with the filter: 40 % together
-    load                 15 %, not with a counter: 5..50 subscribers with 1..50 flows a second
+    load                 15 %, not with a counter: 5..50 subscribers with 1..50 flows a second, but
+                         not so many that they own half of all blocks
 
 And the host has made up to 20 mappings before. The access link is a carrier's: 15..60 ms one way
 and up to 20 ms of jitter, 1 % loss each way.
@@ -50,9 +52,12 @@ def expected_mapping(behaviour: NatBehaviour) -> Mapping:
     """Return the mapping behaviour that can be seen.
 
     A NAT that keeps ports and overloads them shows one endpoint to everybody, whatever its table
-    looks like inside: Linux is one.
+    looks like inside: Linux is one. But a filter by address cannot tell two mappings of one port
+    towards one address apart, so one of them moves; and with arbitrary pooling addresses differ.
     """
-    if isinstance(behaviour.allocation, Preserving) and not behaviour.exclusive_ports:
+    keeps_ports = isinstance(behaviour.allocation, Preserving) and not behaviour.exclusive_ports
+    is_told_apart = behaviour.filtering is Filtering.APDF or behaviour.mapping is Mapping.ADM
+    if keeps_ports and is_told_apart and behaviour.pooling is Pooling.PAIRED:
         return Mapping.EIM
     return behaviour.mapping
 
@@ -102,13 +107,15 @@ def draw_behaviour(rng: random.Random) -> NatBehaviour:
         behaviour = replace(
             behaviour, address_count=rng.randint(2, 4), pooling=rng.choice(list(Pooling))
         )
-    if rng.random() < 0.15:
+    is_even = isinstance(law, Sequential) and law.step % 2 == 0
+    if rng.random() < 0.15 and not is_even:
         behaviour = _if_possible(behaviour, preserves_parity=True)
     if rng.random() < 0.4:
         behaviour = _if_possible(behaviour, poison=rng.choice(list(Poison)))
     if rng.random() < 0.15:
         load = BackgroundLoad(rng.randint(5, 50), _log_uniform(rng, 1, 50), rng.uniform(10, 60))
-        if not isinstance(law, Sequential):
+        has_room = not isinstance(law, Blocks) or len(law.bases()) > 2 * load.subscriber_count
+        if not isinstance(law, Sequential) and has_room:
             behaviour = _if_possible(behaviour, load=load)
     return behaviour
 
