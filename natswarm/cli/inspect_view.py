@@ -223,8 +223,9 @@ def finding_row(finding: Finding) -> tuple[str, str, str, str]:
         for name, interval in finding.intervals
     ]
     if isinstance(finding.value, PortAllocation) and finding.value.law_probability is not None:
-        # Rounded down: nothing is ever certain.
-        sure.insert(0, f"{int(1000 * finding.value.law_probability) / 10:g} % sure of the law")
+        probability = finding.value.law_probability
+        text = "over 99.9 %" if probability > 0.999 else f"{100 * probability:.1f} %"
+        sure.insert(0, f"{text} sure of the law")
     return (
         LABELS[finding.name],
         "" if finding.value is None else _value(finding.name, finding.value),

@@ -95,6 +95,29 @@ async def test_preset(kind, open_swarm, autojump_clock, surround):
     assert "is in the same /24 as the observer" in warning
 
 
+@pytest.mark.parametrize("kind", EXPECTED)
+async def test_all_tests_but_lifetimes(kind, open_swarm, autojump_clock, surround):
+    """Whatever is not asked for in a hurry: right or unknown with its reason, never wrong."""
+    async with open_swarm() as swarm:
+        invites = [await node.invite() for node in await swarm.add_observers()]
+        node = await swarm.add("me", kind)
+        report = await inspect(node, invites=invites, surroundings=surround(swarm.hosts["me"]))
+        behaviour = swarm.hosts["me"].nat.preset.behaviour
+    assert report.duration_s < 180
+    found = {each.name: each.value for each in report.findings}
+    assert found["hairpinning"] in (behaviour.hairpinning, None)
+    assert found["poison"] in (behaviour.poison, None)
+    assert found["tftp_helper"] in (behaviour.tftp_helper, None)
+    if behaviour.mapping is EIM:
+        assert found["hairpinning"] is not None
+        # Who lets in anybody refuses nothing.
+        assert (found["poison"] is None) == (behaviour.filtering is EIF)
+        if behaviour.filtering is APDF:
+            assert found["tftp_helper"] is not None
+    for finding in report.findings:
+        assert (finding.evidence is not Evidence.UNKNOWN) or finding.reason
+
+
 async def test_without_a_nat(open_swarm, autojump_clock, surround):
     async with open_swarm() as swarm:
         await swarm.add("me", "public")
