@@ -323,15 +323,20 @@ def _knobs_by_nat(
         if device != name:
             continue
         used.add(index)
-        places = [place for place, preset in enumerate(presets) if nat in ("", preset)]
         if not presets:
             raise ConfigurationError(f"--set {text}: {name} has no NAT to set knobs of")
+        places = [
+            place for place, preset in enumerate(presets) if nat in ("", preset, str(place + 1))
+        ]
         if not places:
             raise ConfigurationError(
                 f"--set {text}: {name} is not behind {nat}, but behind {', '.join(presets)}"
             )
         if len(places) > 1:
-            options = " or ".join(f"{name}.{preset}.{setting[0]}" for preset in presets)
+            options = " or ".join(
+                f"{name}.{preset if presets.count(preset) == 1 else place}.{setting[0]}"
+                for place, preset in enumerate(presets, start=1)
+            )
             raise ConfigurationError(f"--set {text}: which NAT of {name}? Write {options}")
         result[places[0]].append(setting)
     return result

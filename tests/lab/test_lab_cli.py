@@ -329,6 +329,18 @@ def test_labs_run_side_by_side(open_lab: OpenLab):
     assert "several labs run" in natswarm("verify", status=1)
 
 
+def test_a_device_that_loses_its_interface_harms_no_other(open_lab: OpenLab):
+    state = open_lab("a=home", "b=kpn-nl", "s=public", delay="1ms")
+    with inside(state, "s", *PYTHON, UDP_SERVER) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline()
+        output(state, "b", "ip", "link", "delete", "wan")
+        answer = output(state, "a", *PYTHON, UDP_CLIENT, state.device("s").ip, "5")
+        assert answer == f"5 {state.device('a').external_ips[0]}"
+        server.kill()
+    assert ask(state, "status")["devices"][1]["counters"]["overflow_count"] == 0
+
+
 def start_and_forget() -> LabState:
     return start_lab(LabSettings(name=new_name(), devices=("a=kpn-nl", "b=home")))
 

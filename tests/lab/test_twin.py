@@ -276,59 +276,68 @@ def test_a_closed_port_refuses(twins: Twins):
     assert twins.both("home", look)
 
 
-class Lifetimes:
-    """Sessions of one device that are used at times of their own, seconds after the start."""
+# When each session is used after its start, seconds, and whether from inside. Unreplied they live
+# 2 s, replied 5 s, and that only from an age of 2 s on.
+LIFETIME_STEPS = (
+    (0.2, "young", False),
+    (0.2, "replied", False),
+    (0.2, "replied, late", False),
+    (1.2, "unreplied", False),
+    (1.4, "inbound", False),
+    (1.4, "replied", True),
+    (1.4, "replied, late", True),
+    (2.5, "replied", True),
+    (2.5, "replied, late", True),
+    (2.8, "unreplied, late", False),
+    (2.9, "inbound", False),
+    (3.4, "young", False),
+    (6.2, "replied", False),
+    (8.4, "replied, late", False),
+)
+# Each step has that much time before it means something else; a busy machine may need more tries.
+LATENESS_MAX_S = 0.4
+LIFETIME_TRIES = 4
+
+
+class Sessions:
+    """Sessions of one device, each used at times of its own."""
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
-        self._started = time.monotonic()
-        self._sessions: dict[str, tuple[socket.socket, socket.socket, tuple[str, int]]] = {}
+        self._ends: dict[str, tuple[socket.socket, socket.socket, tuple[str, int]]] = {}
         self.seen: dict[str, bool] = {}
+        for name in {name: None for _, name, _ in LIFETIME_STEPS}:
+            udp, remote = probe.open(probe.device), probe.open(probe.first)
+            self._ends[name] = (udp, remote, probe.reach(udp, remote))
 
-    def start(self, *names: str) -> None:
-        for name in names:
-            udp, remote = self._probe.open(self._probe.device), self._probe.open(self._probe.first)
-            self._sessions[name] = (udp, remote, self._probe.reach(udp, remote))
-
-    def use(self, name: str, *, outbound: bool = False) -> None:
-        """Note whether a datagram of the remote comes in, or send one out."""
-        udp, remote, mapped = self._sessions[name]
+    def use(self, name: str, *, outbound: bool) -> None:
+        """Send a datagram out, or note whether one of the remote comes in."""
+        udp, remote, mapped = self._ends[name]
         if outbound:
             assert self._probe.reach(udp, remote) == mapped
         else:
             self.seen[name] = self._probe.comes_in(remote, mapped, udp)
 
 
-def test_lifetimes(twins: Twins):
-    """Unreplied 2 s, replied 5 s; the steps of all sessions in both labs side by side."""
-    both = [Lifetimes(probe) for probe in twins.probes("short")]
-    names = ("unreplied", "unreplied, late", "inbound", "replied", "replied, late", "young")
-    steps: list[tuple[float, str, bool]] = [
-        (0.2, "young", False),
-        (0.2, "replied", False),
-        (0.2, "replied, late", False),
-        (1.2, "unreplied", False),
-        (1.4, "inbound", False),
-        (1.4, "replied", True),
-        (1.4, "replied, late", True),
-        (2.4, "replied", True),
-        (2.4, "replied, late", True),
-        (2.8, "unreplied, late", False),
-        (2.9, "inbound", False),
-        (3.4, "young", False),
-        (6.2, "replied", False),
-        (8.4, "replied, late", False),
-    ]
+def try_lifetimes(twins: Twins) -> list[dict[str, bool]] | None:
+    """Return what is seen of the sessions in both labs; None when the machine was too slow."""
     started = time.monotonic()
-    for lifetimes in both:
-        lifetimes.start(*names)
+    both = [Sessions(probe) for probe in twins.probes("short")]
     quiet = twins.probes("home")[0]
     nothing = quiet.open(quiet.device)
-    for at, name, outbound in steps:
+    for at, name, outbound in LIFETIME_STEPS:
         assert quiet.is_silent(nothing, max(0.0, started + at - time.monotonic()))
-        for lifetimes in both:
-            lifetimes.use(name, outbound=outbound)
-    kernel, emulated = (lifetimes.seen for lifetimes in both)
+        for sessions in both:
+            sessions.use(name, outbound=outbound)
+        if time.monotonic() - started > at + LATENESS_MAX_S:
+            return None
+    return [sessions.seen for sessions in both]
+
+
+def test_lifetimes(twins: Twins):
+    seen = next(filter(None, (try_lifetimes(twins) for _ in range(LIFETIME_TRIES))), None)
+    assert seen is not None, "this machine is too busy to tell seconds apart"
+    kernel, emulated = seen
     assert kernel == {
         "unreplied": True,
         "unreplied, late": False,

@@ -88,6 +88,11 @@ def test_a_knob_of_one_nat_of_several():
     assert inner.kernel == KernelNat(NatKind.PRESERVING, is_poisonable=True)
 
 
+def test_a_knob_of_one_of_two_alike():
+    outer, inner = plan("a=home,home", knobs=("a.1.hairpinning=yes",)).devices[0].nats
+    assert (outer.behaviour.hairpinning, inner.behaviour.hairpinning) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("devices", "settings", "error"),
     [
@@ -125,6 +130,11 @@ def test_a_knob_of_one_nat_of_several():
         (("a=public",), {"knobs": ("a.hairpinning=yes",)}, "no NAT to set knobs of"),
         (("a=home",), {"knobs": ("a.kpn-nl.hairpinning=yes",)}, "not behind kpn-nl, but behind"),
         (("a=kpn-nl,home",), {"knobs": ("a.hairpinning=yes",)}, "which NAT of a"),
+        (
+            ("a=home,home",),
+            {"knobs": ("a.home.hairpinning=yes",)},
+            r"Write a\.1\.hairpinning or a\.2\.hairpinning",
+        ),
         (("a=home",), {"knobs": ("a.colour=red",)}, "no knob 'colour'; there are mapping"),
         (("a=home",), {"knobs": ("a.hairpinning=maybe",)}, "yes or no, not 'maybe'"),
         (("a=home",), {"knobs": ("a.mapping=cone",)}, "one of eim, adm, apdm"),
