@@ -265,7 +265,6 @@ class Dial:
                 dialler._identity.probe_keys(peer_id),
                 attempt_id,
                 controlling=self._is_controlling,
-                rng=dialler._rng,
                 now=trio.current_time(),
             ),
             main_port=dialler._main.port,

@@ -17,6 +17,9 @@ probe thrown back (keys have a direction), a recorded probe played back from els
 sequence number belongs to one source). Nothing is sent to anybody but in the plan or in answer to
 an authentic probe, one for one and of the same size.
 
+A plan may name another that follows if it finds nothing (`Plan.fallback`): one puncture, one name.
+The orders of ports come from the two peers' secret, so that nobody else can tell them.
+
 Sans-IO: feed it `receive_datagram` and `handle_timer`; after either, and at the start, take
 `probes_to_send`, `next_event` and `next_timer`. Source: RFC 8445 for checks and nomination, cut
 down to what one pair of peers with one datagram format needs. Knows no sockets, clock or NAT types.
@@ -24,17 +27,17 @@ down to what one pair of peers with one datagram format needs. Knows no sockets,
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from natswarm.address import Endpoint
 from natswarm.errors import DecodeError
 from natswarm.identity import ProbeKeys
-from natswarm.nat.allocation import SAFE_RANGE, predict_ports, shuffled_ports
-from natswarm.puncture.strategy import Burst, Openers, Plan
+from natswarm.puncture.schedule import BurstRun, OpenerRun
+from natswarm.puncture.strategy import Plan
 from natswarm.wire import Probe, ProbeKind, decode_probe_untrusted, encode_probe
 
 __all__ = [
@@ -46,13 +49,10 @@ __all__ = [
     "Puncturer",
 ]
 
-# A check is sent at 0, 0.1, 0.3, 0.7, 1.5, 2.5, ... s: quick while both sides start together, then
-# once a second for one that starts late. DCUtR's three tries in 0.4 s leave 2 % to chance at 10 %
-# loss; five in 1.5 s leave 0.02 %.
-CHECK_INTERVAL_FIRST_S = 0.1
+# A check is sent at 0, 0.1, 0.3, 0.7, 1.5, 2.5, ... s where a retry takes 0.1 s: quick while both
+# sides start together, then once a second for one that starts late. DCUtR's three tries in 0.4 s
+# leave 2 % to chance at 10 % loss; five in 1.5 s leave 0.02 %.
 CHECK_INTERVAL_MAX_S = 1.0
-# The peer's probe brings the next check of that path forward, but not closer than this.
-TRIGGERED_INTERVAL_S = 0.05
 
 # Sources that were not in the plan and that an authentic probe came from. More than a few mean that
 # the peer's NAT draws a port for every datagram; then none of them will last.
@@ -68,10 +68,8 @@ NOMINATE_PATIENCE_S = 5.0
 MATCH_PAUSE_S = 0.7
 NOMINATION_WAIT_S = 2.5
 
-# Bursts go out in small groups: one timer for each of 1,000 probes a second would cost more than
-# the probes. After a stall (a phone that slept) the backlog is dropped, not poured out.
-TICK_S = 0.005
-BACKLOG_MAX_S = 0.05
+# What a NAT with a TFTP helper takes for a request (RFC 1350): opcode 1, file name, mode.
+TFTP_READ_REQUEST = b"\x00\x01natswarm\x00octet\x00"
 
 # Sequence numbers of the peer that we remember, with their source, against replays. Few probes get
 # in before a path is found; whoever has this many through needs no more of them answered.
@@ -137,7 +135,7 @@ class PunctureStatistics:
     """Counters; they only grow."""
 
     sent_count: int = 0
-    """PROBEs of ours: checks, openers and bursts."""
+    """PROBEs of ours, checks, openers and bursts, and TFTP requests."""
     answered_count: int = 0
     """ACK and NOMINATED that we sent, one for each authentic datagram that asks for one."""
     received_count: int = 0
@@ -157,7 +155,7 @@ class _Check:
     port_index: int
     endpoint: Endpoint
     due_at: float
-    interval_s: float = CHECK_INTERVAL_FIRST_S
+    interval_s: float
     sent_at: float = -math.inf
 
 
@@ -179,7 +177,6 @@ class Puncturer:
         keys: MAC keys between us and the peer, one for each direction.
         attempt: 8 bytes that name the attempt on both sides; never used before with these keys.
         controlling: Whether we pick the path: the side with the lower PeerId.
-        rng: Orders the ports of the burst.
         now: Seconds, the start of the plan; the clock of all later calls, which never goes back.
     """
 
@@ -189,40 +186,54 @@ class Puncturer:
         keys: ProbeKeys,
         attempt: bytes,
         controlling: bool,
-        rng: random.Random,
         now: float,
     ) -> None:
         self._plan = plan
+        self._extra_port_count = plan.extra_port_count
         self._keys = keys
         self._attempt = attempt
         self._is_controlling = controlling
         self._started_at = now
         self._now = now
-        self._deadline = now + plan.duration_s
+        self._rng = random.Random(hashlib.blake2s(attempt, key=keys.send).digest())
         self._statistics = PunctureStatistics()
         self._outbox: deque[ProbeToSend] = deque()
         self._event: PunctureEvent | None = None
         self._is_event_taken = False
-        # Where each probe of ours went, by sequence number, and the same pairs for looking up.
+        # Where each probe of ours went, by sequence number, and the same ways for looking up.
         self._sent: list[tuple[int, Endpoint]] = []
-        self._tried: set[tuple[int, Endpoint]] = set()
+        self._tried: dict[tuple[int, Endpoint], float] = {}  # way -> when last
         self._seen: dict[int, tuple[int, Endpoint]] = {}  # the peer's sequence -> in at, from
-        self._checks = [_Check(0, endpoint, now) for endpoint in plan.checks]
-        self._openers = None if plan.openers is None else _OpenerRun(plan, plan.openers, now)
-        self._burst = None if plan.burst is None else _BurstRun(plan.burst, rng, now)
+        self._checks: list[_Check] = []
         self._paused_until = now
+        self._begin(plan, now)
         self._is_answered = False  # an ACK came back by some path
         self._nomination: _Nomination | None = None
 
+    def _begin(self, plan: Plan, now: float) -> None:
+        """Start a step of the plan; what the last one learned of the peer stays."""
+        self._plan = plan
+        self._step_at = now
+        self._deadline = now + plan.duration_s
+        known = [(check.port_index, check.endpoint) for check in self._checks]
+        self._checks += [
+            _Check(0, endpoint, now, plan.retry_s)
+            for endpoint in plan.checks
+            if (0, endpoint) not in known
+        ]
+        self._openers = None if plan.openers is None else OpenerRun(plan.openers, now)
+        self._burst = None if plan.burst is None else BurstRun(plan.burst, self._rng, now)
+        self._tftp_at = now if plan.tftp_targets else math.inf
+
     @property
     def strategy(self) -> str:
-        """The plan's strategy, such as `one-sided-birthday`."""
+        """The strategy of the step that goes on, such as `one-sided-birthday`."""
         return self._plan.strategy.value
 
     @property
     def extra_port_count(self) -> int:
         """How many ports the machine wants beside the main port, as indices 1..count."""
-        return self._plan.extra_port_count
+        return self._extra_port_count
 
     @property
     def is_answered(self) -> bool:
@@ -270,7 +281,10 @@ class Puncturer:
                     f"a path over {nomination.endpoint} was found, then the peer fell silent", now
                 )
         elif now >= max(self._deadline, self._paused_until):
-            self._give_up(self._why_nothing(now), now)
+            if self._plan.fallback is not None:
+                self._begin(self._plan.fallback, now)
+            else:
+                self._give_up(self._why_nothing(now), now)
 
     # Outputs --------------------------------------------------------------------------------------
 
@@ -293,7 +307,10 @@ class Puncturer:
                     )
                 )
             return probes
-        is_quiet = now < self._started_at + self._plan.checks_ttl_s
+        if now >= self._tftp_at and self._has_budget:
+            self._tftp_at = now + CHECK_INTERVAL_MAX_S
+            probes += [self._tftp_request(0, endpoint) for endpoint in self._plan.tftp_targets]
+        is_quiet = now < self._step_at + self._plan.checks_ttl_s
         check_ttl = self._plan.checks_ttl if is_quiet else None
         for check in self._checks:
             if now >= check.due_at and self._has_budget:
@@ -303,9 +320,14 @@ class Puncturer:
                 probes.append(self._probe(check.port_index, check.endpoint, check_ttl))
         if now >= self._paused_until:
             if self._openers is not None:
+                openers = self._openers.openers
                 for port_index, endpoint in self._openers.due(now):
-                    if self._has_budget:
-                        probes.append(self._probe(port_index, endpoint, self._openers.ttl))
+                    if not self._has_budget:
+                        continue
+                    if openers.is_tftp:
+                        probes.append(self._tftp_request(port_index, endpoint))
+                    else:
+                        probes.append(self._probe(port_index, endpoint, openers.ttl))
             if self._burst is not None:
                 for port_index, endpoint in self._burst.due(now):
                     if self._has_budget:
@@ -323,6 +345,7 @@ class Puncturer:
         times = [max(self._deadline, self._paused_until)]
         if self._has_budget:
             times += [check.due_at for check in self._checks]
+            times.append(self._tftp_at)
             for run in (self._openers, self._burst):
                 if run is not None and run.next_at is not None:
                     times.append(max(run.next_at, self._paused_until))
@@ -418,11 +441,16 @@ class Puncturer:
         """Check a path that the peer has shown us (RFC 8445 section 7.3.1.4, triggered check)."""
         for check in self._checks:
             if (check.port_index, check.endpoint) == (port_index, source):
-                # Soon, not at once: its probe may answer ours, and ours its, without end.
-                check.due_at = min(check.due_at, max(now, check.sent_at + TRIGGERED_INTERVAL_S))
+                # Its probe shows that its NAT is open. If ours is under way it will be answered.
+                check.due_at = min(check.due_at, max(now, check.sent_at + self._plan.retry_s))
                 return
         if len(self._checks) < len(self._plan.checks) + REFLEXIVE_CHECKS_MAX:
-            self._checks.append(_Check(port_index, source, now))
+            # A burst's probe of ours may be on its way there; see above. And the side that chooses
+            # has an ACK of ours under way, so the other asks only if that got lost.
+            sent_at = self._tried.get((port_index, source), -math.inf)
+            wait_s = 0.0 if self._is_controlling else self._plan.retry_s
+            due_at = max(now + wait_s, sent_at + self._plan.retry_s)
+            self._checks.append(_Check(port_index, source, due_at, self._plan.retry_s))
 
     def _pause(self, until: float) -> None:
         # Never far beyond the deadline: a peer that keeps probing cannot keep us here for ever.
@@ -438,8 +466,12 @@ class Puncturer:
         self._statistics.sent_count += 1
         probe = Probe(ProbeKind.PROBE, self._attempt, len(self._sent))
         self._sent.append((port_index, destination))
-        self._tried.add((port_index, destination))
+        self._tried[port_index, destination] = self._now
         return self._datagram(probe, port_index, destination, ttl)
+
+    def _tftp_request(self, port_index: int, destination: Endpoint) -> ProbeToSend:
+        self._statistics.sent_count += 1
+        return ProbeToSend(port_index, TFTP_READ_REQUEST, destination)
 
     def _datagram(
         self, probe: Probe, port_index: int, destination: Endpoint, ttl: int | None = None
@@ -467,131 +499,3 @@ class Puncturer:
             f"{sent}, nothing from the peer: it did not take part, or the odds were against us; "
             "try again"
         )
-
-
-class _Pace:
-    """When the next of evenly spaced datagrams is due, in groups a tick apart."""
-
-    def __init__(self, per_s: float, start_at: float) -> None:
-        self._interval_s = 1 / per_s
-        self._due_at = start_at
-        self._tick_at = start_at
-
-    @property
-    def next_at(self) -> float:
-        return max(self._due_at, self._tick_at)
-
-    def begin(self, now: float) -> None:
-        """Start a group: drop what a stall has left undone."""
-        self._due_at = max(self._due_at, now - BACKLOG_MAX_S)
-        self._tick_at = now + TICK_S
-
-    def take(self, now: float) -> bool:
-        if self._due_at > now:
-            return False
-        self._due_at += self._interval_s
-        return True
-
-
-class _OpenerRun:
-    """Which openers are due: one pass over all ports, and again for what was lost or got old."""
-
-    def __init__(self, plan: Plan, openers: Openers, now: float) -> None:
-        self.ttl = openers.ttl
-        self._refresh_s = openers.refresh_s
-        self._pairs = [
-            (port_index, destination)
-            for port_index in range(1, openers.port_count + 1)
-            for destination in openers.destinations
-        ]
-        self._pace = _Pace(plan.probes_per_s, now)
-        self._position = 0
-        self._pass_count = 0
-        self._pass_at = now
-
-    @property
-    def next_at(self) -> float | None:
-        return max(self._pass_at, self._pace.next_at)
-
-    def due(self, now: float) -> Iterator[tuple[int, Endpoint]]:
-        if now < self._pass_at or now < self._pace.next_at:
-            return
-        self._pace.begin(now)
-        while self._pace.take(now):
-            yield self._pairs[self._position]
-            self._position += 1
-            if self._position == len(self._pairs):
-                self._position = 0
-                self._pass_at += self._refresh_s[min(self._pass_count, 1)]
-                self._pass_at = max(self._pass_at, now)
-                self._pass_count += 1
-                return
-
-
-class _BurstRun:
-    """Which ports of the peer are due."""
-
-    def __init__(self, burst: Burst, rng: random.Random, now: float) -> None:
-        self._burst = burst
-        self._rng = rng
-        self._round_index = 0
-        self._left = burst.probe_count
-        self._round_at = now + burst.start_s
-        self._pace = _Pace(burst.probes_per_s, self._round_at)
-        self._pairs = self._order()
-
-    @property
-    def next_at(self) -> float | None:
-        return self._pace.next_at if self._left else None
-
-    def due(self, now: float) -> Iterator[tuple[int, Endpoint]]:
-        if not self._left or now < self._pace.next_at:
-            return
-        self._pace.begin(now)
-        while self._left and self._pace.take(now):
-            self._left -= 1
-            yield next(self._pairs)
-        if not self._left:
-            self._start_round(now)
-
-    def _start_round(self, now: float) -> None:
-        self._round_index += 1
-        if self._round_index == self._burst.round_count:
-            return
-        self._left = self._burst.probe_count
-        self._round_at = max(self._round_at + self._burst.round_interval_s, now)
-        self._pace = _Pace(self._burst.probes_per_s, self._round_at)
-        self._pairs = self._order()
-
-    def _order(self) -> Iterator[tuple[int, Endpoint]]:
-        if self._burst.scan_stride:
-            return self._scan()
-        return self._shuffled()
-
-    def _shuffled(self) -> Iterator[tuple[int, Endpoint]]:
-        """Yield pairs of our port and their endpoint for ever, none twice before all came once."""
-        orders = [(index, self._endpoints()) for index in self._burst.port_indices]
-        while True:
-            for port_index, endpoints in orders:
-                yield port_index, next(endpoints)
-
-    def _endpoints(self) -> Iterator[Endpoint]:
-        burst = self._burst
-        while True:
-            if burst.is_shuffled:
-                ports = shuffled_ports(burst.allocation.ranges, self._rng)
-            else:
-                ports = predict_ports(burst.allocation, rng=self._rng, run_length=burst.run_length)
-            for port in ports:
-                for ip in burst.ips:
-                    yield Endpoint(ip, port)
-
-    def _scan(self) -> Iterator[tuple[int, Endpoint]]:
-        burst = self._burst
-        step = burst.allocation.step or 1
-        port = (burst.allocation.last_port or SAFE_RANGE.low) - step * burst.scan_lead
-        while True:
-            port += step * burst.scan_stride
-            port = SAFE_RANGE.low + (port - SAFE_RANGE.low) % SAFE_RANGE.port_count
-            for _ in range(burst.copies):
-                yield burst.port_indices[0], Endpoint(burst.ips[0], port)

@@ -1,11 +1,12 @@
 """What a plan is made of: checks, openers and bursts, and the limits it keeps to.
 
-Data only: made by `plan.py` and `birthday.py`, carried out by `puncturer.py`.
+Data only: made by `plan.py`, `birthday.py` and `scan.py`, carried out by `puncturer.py`.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from natswarm.address import Endpoint
@@ -13,9 +14,12 @@ from natswarm.nat.allocation import PortAllocation
 
 __all__ = ["Burst", "Limits", "Openers", "Plan", "Strategy"]
 
-# Openers are sent again well before the shortest lifetime seen (10 s, Richter et al., IMC 2016),
-# and early once, as the first may be lost.
-OPENER_REFRESH_S = (0.5, 4.0)
+# Openers are sent again before the shortest lifetime seen is over (10 s, Richter et al., IMC 2016).
+# Not earlier, for those that were lost: one mapping less in a hundred costs less than all again.
+OPENER_REFRESH_S = 7.0
+
+# First retry of a check where the round trip is not known: DCUtR's spacing (arXiv 2604.12484).
+CHECK_RETRY_S = 0.1
 
 # RFC 6888 REQ-4 has carriers limit the rate of new mappings, but names no number.
 GENTLE_PROBES_PER_S = 100.0
@@ -33,9 +37,14 @@ ANSWER_WAIT_S = 2.0
 class Strategy(enum.Enum):
     """What kind of puncture."""
 
+    IPV6 = "ipv6"
+    SAME_NETWORK = "same-network"
+    GATEWAY_MAPPING = "gateway-mapping"
     DIRECT = "direct"
     SIMULTANEOUS_OPEN = "simultaneous-open"
+    TFTP_HELPER = "tftp-helper"
     ONE_SIDED_BIRTHDAY = "one-sided-birthday"
+    SEQUENTIAL_PREDICTION = "sequential-prediction"
     TWO_SIDED_BIRTHDAY = "two-sided-birthday"
 
 
@@ -57,6 +66,8 @@ class Limits:
             the last private or 100.64/10 hop of our own path + 1. For peers whose NAT an early
             datagram poisons, as Linux routers whose own firewall accepts it. None: the system's,
             as a low one costs a simultaneous open a second and a half.
+        strategies: Those that alone may be used, for measuring; empty: any. Both sides of a
+            puncture must say the same.
     """
 
     probes_per_s: float = 1000.0
@@ -65,6 +76,8 @@ class Limits:
     mapping_count: int = 16_384
     duration_s: float = 120.0
     opener_ttl: int | None = None
+    overshoot: float = 0.07
+    strategies: tuple[Strategy, ...] = ()
 
     def gentler(self) -> Limits:
         """Return limits for another try after one that met nobody.
@@ -86,15 +99,19 @@ class Openers:
     Attributes:
         destinations: Each port sends to each of these.
         port_count: Extra ports 1..port_count send.
-        refresh_s: Seconds after the first opener of a port until the second, and between later
-            ones.
+        probes_per_s: Pace.
+        refresh_s: Seconds from one opener of a port to the next.
         ttl: Hop limit; None: the system's.
+        is_tftp: Whether they are TFTP read requests, which a NAT with a TFTP helper takes as leave
+            to let in the answer from any port of that address.
     """
 
     destinations: tuple[Endpoint, ...]
     port_count: int
-    refresh_s: tuple[float, float] = OPENER_REFRESH_S
+    probes_per_s: float
+    refresh_s: float = OPENER_REFRESH_S
     ttl: int | None = None
+    is_tftp: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +129,10 @@ class Burst:
             stride.
         scan_lead: How many steps before the peer's last port the scan starts from.
         copies: How often a scan sends each probe.
+        runs: For two counting NATs: (probes of ours, steps) of each run. The probes come from as
+            many ports and go to one port of the peer's, so many steps after that of the run before.
+        is_kept: Whether every round sends the same pairs again, to keep few mappings alive while
+            the peer looks for them.
         probe_count: Probes of one round.
         round_count: Rounds.
         round_interval_s: From the start of a round to the next, if it is over by then.
@@ -130,6 +151,8 @@ class Burst:
     scan_stride: int = 0
     scan_lead: int = 0
     copies: int = 1
+    runs: tuple[tuple[int, int], ...] = ()
+    is_kept: bool = False
     round_count: int = 1
     round_interval_s: float = 0.0
 
@@ -150,23 +173,31 @@ class Plan:
             the peer's known endpoint, or any port at its address to open an ADF filter.
         checks_ttl: Hop limit of the checks during the first `checks_ttl_s`; None: the system's.
         checks_ttl_s: How long.
+        retry_s: From the first to the second try of a check; later ones take longer. A round trip,
+            or an answer under way would find us asking again.
+        tftp_targets: Endpoints that the main port sends a TFTP read request to, along with each
+            check: see `Openers.is_tftp`.
         openers: Mappings to open and keep; None: none.
         burst: Ports to probe; None: none.
         probes_per_s: Highest pace of everything together.
         probe_count_max: Probes in all.
-        duration_s: After this the puncture has failed.
+        duration_s: After this the plan has failed.
         expected_probe_count: Probes of our side until a path is found, on average, if both sides
             start together.
         p99_probe_count: The same, 99 times in 100.
         success_probability: Within the plan, if the profiles are right and the NATs strict (each
             port of a block serves one mapping). Below 0.999 where limits cut the plan short.
+        expected_s: Seconds until a path is found, on average, if both sides start together.
         reason: The plan in words.
+        fallback: What follows if this finds nothing, in the same puncture; None: nothing does.
     """
 
     strategy: Strategy
     checks: tuple[Endpoint, ...]
     checks_ttl: int | None = None
     checks_ttl_s: float = 0.0
+    retry_s: float = CHECK_RETRY_S
+    tftp_targets: tuple[Endpoint, ...] = ()
     openers: Openers | None = None
     burst: Burst | None = None
     probes_per_s: float
@@ -175,14 +206,33 @@ class Plan:
     expected_probe_count: float
     p99_probe_count: int
     success_probability: float
+    expected_s: float
     reason: str
+    fallback: Plan | None = None
+
+    @property
+    def steps(self) -> Iterator[Plan]:
+        """This plan and what follows it, in order."""
+        step: Plan | None = self
+        while step is not None:
+            yield step
+            step = step.fallback
+
+    @property
+    def total_duration_s(self) -> float:
+        """After this the puncture has failed."""
+        return sum(step.duration_s for step in self.steps)
 
     @property
     def extra_port_count(self) -> int:
-        """How many ports to open beside the main port."""
-        opened = 0 if self.openers is None else self.openers.port_count
-        probing = 0 if self.burst is None else max(self.burst.port_indices)
-        return max(opened, probing)
+        """How many ports to open beside the main port, for all steps."""
+        return max(
+            max(
+                0 if step.openers is None else step.openers.port_count,
+                0 if step.burst is None else max(step.burst.port_indices),
+            )
+            for step in self.steps
+        )
 
     @property
     def targets(self) -> tuple[Endpoint, ...]:
@@ -190,4 +240,4 @@ class Plan:
         return self.checks + (() if self.openers is None else self.openers.destinations)
 
     def __str__(self) -> str:
-        return f"{self.strategy.value}: {self.reason}"
+        return "; else ".join(f"{step.strategy.value}: {step.reason}" for step in self.steps)

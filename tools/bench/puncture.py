@@ -180,6 +180,7 @@ class OurHalf:
             my_id=IDS[index],
             their_id=IDS[1 - index],
             limits=pair.limits,
+            round_trip_s=scene.round_trip_s,
         )
         keys = [hashlib.blake2s(bytes([side]), key=b"bench").digest() for side in (0, 1)]
         self.machine = Puncturer(
@@ -187,7 +188,6 @@ class OurHalf:
             ProbeKeys(send=keys[index], receive=keys[1 - index]),
             self.world.seed.to_bytes(8, "big"),
             index == 0,
-            self.world.stream(f"puncturer/{index}"),
             self.world.now,
         )
         extra = [host.open_port() for _ in range(self.machine.extra_port_count)]

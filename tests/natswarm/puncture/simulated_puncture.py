@@ -48,9 +48,9 @@ class Side:
         self.machine = Puncturer(
             plan,
             keys_of(index),
-            ATTEMPT,
+            # Orders of ports come from keys and attempt; the keys are always the same here.
+            self.world.seed.to_bytes(8, "big"),
             index == 0,
-            self.world.stream(f"puncturer/{host.name}"),
             self.world.now,
         )
         self.ports += [host.open_port() for _ in range(self.machine.extra_port_count)]
@@ -194,7 +194,7 @@ def _puncture(
     world.after(skew_s, start, late)
     world.run(
         until=lambda: len(sides) == 2 and all(side.event is not None for side in sides.values()),
-        deadline=started_at + skew_s + max(plan.duration_s for plan in plans) + 10.0,
+        deadline=started_at + skew_s + max(plan.total_duration_s for plan in plans) + 10.0,
     )
     pair = (sides[0], sides[1])
     elapsed_s = world.now - started_at - skew_s
