@@ -156,6 +156,76 @@ def test_a_plugin_that_cannot_be_loaded_is_left_out(run, monkeypatch, capsys):
     assert err == "natswarm demo is not there: no module named [onnx]\n"
 
 
+def test_a_profile_is_handed_over(run, tmp_path):
+    options = ["--state", "{state}", "--bind", "127.0.0.1", "--only", "behaviour"]
+    path = tmp_path / "my.profile"
+    status, _, err = run("inspect", *options, "--export", str(path))
+    assert (status, err) == (0, "")
+    _, peer_id, _ = run("id", "--state", "{state}")
+    status, out, err = run("inspect", "--show", str(path))
+    assert (status, err) == (0, "")
+    assert peer_id.strip() in out
+    text = path.read_text()
+    for bad in (text[:-10], text.replace("A", "B"), "", "natswarm:abc", "\xff"):
+        path.write_text(bad, "latin-1")
+        status, out, err = run("inspect", "--show", str(path))
+        assert (status, out) == (1, "")
+        assert err.startswith(f"Error: {path} holds no signed profile: ")
+        assert err.count("\n") == 1
+
+
+def test_costs_are_listed_without_doing_anything(run, tmp_path):
+    status, out, err = run("inspect", "--costs", "--state", "{state}")
+    assert (status, err) == (0, "")
+    assert not (tmp_path / "state").exists()
+    assert {"gateway", "lease", "path", "behaviour"} <= {
+        line.split()[0] for line in out.splitlines()
+    }
+
+
+WATCH = ["inspect", "--bind", "127.0.0.1", "--only", "behaviour"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_watch_prints_a_report_a_line_and_ends_when_told(tmp_path, stop):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*MAIN, *WATCH, "--watch", "--every", "1", "--json", "--state", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        first, second = (json.loads(process.stdout.readline()) for _ in range(2))
+        process.send_signal(stop)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (128 + stop, "")
+    assert first["version"] == second["version"] == 1
+    assert first["at"] < second["at"]
+    assert second["changed"] == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals")
+def test_progress_is_for_terminals(tmp_path):
+    """A spinner on a terminal, which is gone again at the end; nothing in a pipe."""
+    import pty
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm"}
+    command = [*MAIN, *WATCH[:3], "--only", "path", "--only", "behaviour", "--state", str(tmp_path)]
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=theirs, env=environment, timeout=60
+    )
+    os.close(theirs)
+    shown = os.read(ours, 65_536).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert "path" in shown
+    assert "behaviour" in shown
+    assert b"Interfaces" in done.stdout
+    assert b"\x1b" not in done.stdout
+    piped = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    assert piped.stderr == b""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(
     ("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
