@@ -5,6 +5,7 @@
                        │                         └── Connector     HELLO: strangers who knock
                        └─ QUIC by remote endpoint ── Peer ── streams ── handlers by protocol
                                                                 └── Introducer
+    PathSet: the paths of each connection    Renewer: the next path    Roamer: are we elsewhere?
 
 `open_node` starts it and, on leaving, closes everything it opened. The node owns its peers: a lost
 connection takes its Peer away and tells `on_event`; connecting again is the caller's decision.
@@ -18,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -46,10 +48,13 @@ from natswarm.net.dialler import Dialler, PunctureEnded, PunctureStarted
 from natswarm.net.echo import EchoService
 from natswarm.net.introducer import Introducer, Neighbour
 from natswarm.net.nursery import open_private_nursery
+from natswarm.net.path_keeper import Lifetimes, PathSwitched
+from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
 from natswarm.net.port import DatagramPort, Network
 from natswarm.net.pump import PortPump
-from natswarm.net.quic import Connection
+from natswarm.net.renewer import Renewer, lifetimes_of, with_lifetimes_of
+from natswarm.net.roaming import Roamer
 from natswarm.net.stream import Stream
 from natswarm.net.udp import UdpNetwork
 from natswarm.puncture.plan import Limits
@@ -59,6 +64,7 @@ __all__ = [
     "Node",
     "NodeConfig",
     "NodeEvent",
+    "PathChanged",
     "Peer",
     "PeerConnected",
     "PeerLost",
@@ -90,6 +96,8 @@ class NodeConfig:
         port: UDP port of the main port p; 0 lets the system choose.
         services: Names of what we serve, for others to find; 16 of at most 128 characters.
         limits: Bounds of a puncture.
+        outage_s: How long a connection outlives its last path, at most 600: a phone that changes
+            networks needs seconds, one that sleeps minutes. Streams wait meanwhile.
         seed: Seed of the node's random behaviour; None draws one. Keys never depend on it.
         on_event: Called with every NodeEvent, at once; must return quickly and not raise.
     """
@@ -102,6 +110,7 @@ class NodeConfig:
     services: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     seed: int | None = None
+    outage_s: float = 60.0
     on_event: Callable[[NodeEvent], None] = lambda _event: None
 
 
@@ -126,7 +135,26 @@ class PeerLost:
     peer: Peer
 
 
-NodeEvent = ProfileLearned | PunctureStarted | PunctureEnded | PeerConnected | PeerLost
+@dataclass(frozen=True, slots=True)
+class PathChanged:
+    """A connection goes by another path, or has none for the time being; it lives on.
+
+    Attributes:
+        peer: Whose.
+        old: Where the peer was; None: no path was alive.
+        new: Where it is; None: no path is alive.
+        reason: Why, in words.
+    """
+
+    peer: Peer
+    old: Endpoint | None
+    new: Endpoint | None
+    reason: str
+
+
+NodeEvent = (
+    ProfileLearned | PunctureStarted | PunctureEnded | PeerConnected | PathChanged | PeerLost
+)
 
 StreamHandler = Callable[[Stream, Peer], Awaitable[None]]
 
@@ -204,6 +232,19 @@ class Node:
             limits=config.limits,
             rng=self._rng,
         )
+        self._renewer = Renewer(
+            self,
+            identity=config.identity,
+            dialler=self._dialler,
+            introducer=self._introducer,
+            network=config.network,
+            bind_ip=config.bind_ip,
+            nursery=nursery,
+            limits=config.limits,
+            rng=self._rng,
+            outage_s=config.outage_s,
+        )
+        self._roamer = Roamer(self, config.network, check=self._renewer.check)
         self._echo = EchoService(
             self._identity, config.network, config.bind_ip, self._main.port, self._alternate.port
         )
@@ -218,6 +259,7 @@ class Node:
         """Start receiving."""
         self._nursery.start_soon(self._main.run)
         self._nursery.start_soon(self._alternate.run)
+        self._nursery.start_soon(self._roamer.run)
 
     async def aclose(self) -> None:
         """Give up what is under way and say goodbye to every peer."""
@@ -314,9 +356,12 @@ class Node:
             )
             if self._is_closed:
                 raise ConnectFailed("this node was closed")
-        self._learn_profile(findings.profile)
+        profile = findings.profile
+        if self._profile is not None:  # a look at the rest does not make us forget lifetimes
+            profile = with_lifetimes_of(profile, self._profile)
+        self._learn_profile(profile)
         await self._share_record_with_all()
-        return findings.profile
+        return profile
 
     def adopt_profile(self, profile: NatProfile) -> None:
         """Go by a profile from now on, such as one that more was found out for; neighbours hear."""
@@ -326,7 +371,15 @@ class Node:
 
     def _learn_profile(self, profile: NatProfile) -> None:
         self._profile = profile
+        for peer in self.peers():
+            peer.paths.lifetimes = lifetimes_of(profile).or_else(peer.paths.lifetimes)
         self._emit(ProfileLearned(profile))
+
+    def forget_profile(self) -> None:
+        """Know nothing of our NAT: we are somewhere else."""
+        self._profile = None
+        for peer in self.peers():
+            peer.paths.lifetimes = Lifetimes()
 
     async def find_peers(self) -> list[NodeRecord]:
         """Ask every neighbour for its neighbours; return all records, the newest of each peer."""
@@ -367,18 +420,19 @@ class Node:
 
     async def known_profile(self) -> NatProfile:
         """Return our profile; look first if nobody has told us yet what they see."""
+        await self._roamer.wait_settled()
         profile = self._profile
         if profile is None or (profile.is_translated is None and self.peers()):
             profile = await self.inspect()
         return profile
 
-    def adopt(self, connection: Connection, seen_at: Endpoint, report: PunctureReport) -> Peer:
+    def adopt(self, paths: PathSet, report: PunctureReport) -> Peer:
         """Make a peer of a new connection.
 
         Raises:
             ConnectFailed: There is no room.
         """
-        peer = Peer(connection, seen_at, report)
+        peer = Peer(paths, report)
         # A peer that punctures anew has lost its end of the old path (restart, new network).
         previous = self._peers.pop(peer.peer_id, None)
         if previous is not None:
@@ -387,10 +441,22 @@ class Node:
             self._nursery.start_soon(trio.aclose_forcefully, peer)
             raise ConnectFailed(f"this node keeps at most {PEERS_MAX} peers; close one first")
         self._peers[peer.peer_id] = peer
+        if self._profile is not None:
+            paths.lifetimes = lifetimes_of(self._profile)
+        paths.on_switch = partial(self._on_switch, peer)
+        paths.on_rebound = self._roamer.note_rebound
         self._emit(PeerConnected(peer))
         self._nursery.start_soon(self._introduce_ourselves, peer)
         self._nursery.start_soon(self._accept_streams, peer)
+        self._nursery.start_soon(self._renewer.keep, peer)
         return peer
+
+    def _on_switch(self, peer: Peer, switch: PathSwitched) -> None:
+        if switch.new is None:
+            self._roamer.look()
+        elif switch.old is None:  # it was out of reach, and may have missed our latest record
+            self._nursery.start_soon(self._share_record, peer)
+        self._emit(PathChanged(peer, switch.old, switch.new, switch.reason))
 
     async def _introduce_ourselves(self, peer: Peer) -> None:
         try:
@@ -433,7 +499,8 @@ class Node:
     async def _share_record_with_all(self) -> None:
         async with trio.open_nursery() as nursery:
             for peer in self.peers():
-                nursery.start_soon(self._share_record, peer)
+                if peer.is_reachable:
+                    nursery.start_soon(self._share_record, peer)
 
     async def _share_record(self, peer: Peer) -> None:
         try:
@@ -464,9 +531,12 @@ class Node:
 
     async def start_rendezvous(
         self, record: NodeRecord, seen_at: Endpoint, attempt: bytes, introducer: PeerId
-    ) -> None:
-        """Start our side of a puncture that a peer asked for through a common neighbour."""
-        await self._connector.start_rendezvous(record, seen_at, attempt, introducer)
+    ) -> bytes:
+        """Start our side of a puncture that a peer asked for; return our signed record."""
+        peer = self._renewer.renewed_peer(record.peer_id, attempt)
+        if peer is not None:
+            return await self._renewer.answer(peer, record, seen_at, attempt, introducer)
+        return await self._connector.start_rendezvous(record, seen_at, attempt, introducer)
 
     def send_unsolicited_echo(self, transaction: bytes, observed: Endpoint) -> None:
         """Send one echo reply for somebody our neighbour vouches for."""
@@ -503,7 +573,8 @@ class Node:
 
         async with trio.open_nursery() as nursery:
             for peer in self.peers():
-                nursery.start_soon(ask, peer)
+                if peer.is_reachable:
+                    nursery.start_soon(ask, peer)
         for peer in self.peers():
             if peer.record is not None:
                 note(peer.record, peer.seen_at)
@@ -515,6 +586,8 @@ class Node:
         observers = []
         for peer in self.peers():
             found.pop(peer.peer_id, None)
+            if not peer.is_reachable:
+                continue
             alternate = None
             if peer.record is not None and peer.record.alternate_endpoint is not None:
                 # Its second port, at the address we see it at ourselves.

@@ -9,6 +9,7 @@ from rich.markup import escape
 from natswarm.nat.profile import NatProfile
 from natswarm.node import (
     NodeEvent,
+    PathChanged,
     Peer,
     PeerConnected,
     PeerLost,
@@ -36,6 +37,10 @@ def event_as_text(event: NodeEvent) -> str:
             return f"[red]closed[/]     {peer_id.short}: {escape(report.reason)}"
         case PeerConnected(peer):
             return f"[bold green]connected[/]  {_peer_text(peer)}"
+        case PathChanged(peer, _, None, reason):
+            return f"[yellow]no path[/]    {peer.peer_id.short}: {escape(reason)}"
+        case PathChanged(peer, _, new, reason):
+            return f"[cyan]path[/]       {peer.peer_id.short} at {new}: {escape(reason)}"
         case PeerLost(peer):
             return f"[red]lost[/]       {_peer_text(peer)}"
 
@@ -59,6 +64,14 @@ def event_as_json(event: NodeEvent) -> dict[str, Any]:
             }
         case PeerConnected(peer):
             return {"event": "connected", "peer_id": str(peer.peer_id), "at": str(peer.seen_at)}
+        case PathChanged(peer, old, new, reason):
+            return {
+                "event": "path",
+                "peer_id": str(peer.peer_id),
+                "old": None if old is None else str(old),
+                "new": None if new is None else str(new),
+                "reason": reason,
+            }
         case PeerLost(peer):
             return {"event": "lost", "peer_id": str(peer.peer_id), "at": str(peer.seen_at)}
 

@@ -44,8 +44,8 @@ from natswarm.net.attempt import PunctureReport
 from natswarm.net.budget import Budget
 from natswarm.net.dialler import Dial, Dialler, Origin
 from natswarm.net.introducer import Introducer
+from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
-from natswarm.net.quic import Connection
 from natswarm.puncture.plan import Limits, Plan, plan_direct, plan_puncture
 from natswarm.wire import ATTEMPT_BYTES, Hello, decode_hello_untrusted
 
@@ -76,6 +76,10 @@ class Home(Protocol):
         """Whom we are connected to, oldest first."""
         ...
 
+    def sealed_record(self) -> bytes:
+        """Our record as of now, signed."""
+        ...
+
     def living_peer(self, peer_id: PeerId) -> Peer | None:
         """The connection to a peer, if there is one."""
         ...
@@ -89,7 +93,7 @@ class Home(Protocol):
         """What our NAT does; looks first if that is not known."""
         ...
 
-    def adopt(self, connection: Connection, seen_at: Endpoint, report: PunctureReport) -> Peer:
+    def adopt(self, paths: PathSet, report: PunctureReport) -> Peer:
         """Take a new connection.
 
         Raises:
@@ -220,7 +224,7 @@ class Connector:
             ConnectFailed: Whoever may know the peer did not introduce us.
         """
         profile = await self._home.known_profile()
-        neighbours = self._home.peers()
+        neighbours = [peer for peer in self._home.peers() if peer.is_reachable]
         failure: ConnectFailed = PeerNotFound(
             f"none of our {len(neighbours)} neighbours is connected to {target.short}; "
             "ask its user for an invite"
@@ -277,8 +281,10 @@ class Connector:
 
     async def start_rendezvous(
         self, record: NodeRecord, seen_at: Endpoint, attempt: bytes, introducer: PeerId
-    ) -> None:
+    ) -> bytes:
         """Start our side of a puncture that a peer asked for through a common neighbour.
+
+        Returns our signed record for the peer.
 
         Raises:
             AlreadyConnecting: We are asking the same of the peer.
@@ -303,6 +309,7 @@ class Connector:
             peer_id, plan, attempt, origin=Origin.INTRODUCED, introducer=introducer
         )
         self._nursery.start_soon(self._run_for_peer, dial)
+        return self._home.sealed_record()
 
     def receive_hello_untrusted(self, data: bytes) -> None:
         """Make ready for a stranger's probes; nothing is sent before an authentic one came.

@@ -4,18 +4,22 @@
               │                    │
             probes         QUIC is listened for in the very turn the path is found
 
+A dial for a peer that we are connected to ends with the path, which joins those of the connection.
+
 Several dials may be under way at once, some by our own wish and some by that of others; each is
-known by the 8 bytes of its attempt, which every probe carries. What to dial, and what a connected
-peer is good for, is the node's affair; this knows neither streams nor records.
+known by the 8 bytes of its attempt, which every probe carries. So are the connections' own probes,
+which go to their `PathSet`. What to dial, and what a connected peer is good for, is the node's
+affair; this knows neither streams nor records.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import trio
 
@@ -23,6 +27,8 @@ from natswarm.address import Endpoint
 from natswarm.errors import ConnectFailed, DecodeError, PunctureFailed
 from natswarm.identity import Identity, PeerId
 from natswarm.net.attempt import Attempt, PunctureReport
+from natswarm.net.nursery import open_private_nursery
+from natswarm.net.path_set import PathSet
 from natswarm.net.port import DatagramPort, Network
 from natswarm.net.pump import PortPump
 from natswarm.net.quic import Connection
@@ -35,6 +41,11 @@ __all__ = ["Dial", "Dialler", "Origin", "PunctureEnded", "PunctureStarted"]
 # How long a successful dial goes on answering on the main port: the peer's last question may be on
 # the way, or our last answer lost, and it asks for up to 5 s.
 LINGER_S = 5.0
+
+# Paths are kept by `PathSet`, so QUIC needs no keepalives, and gives up only after longer than any
+# outage that `renewer.py` waits for. A PING now and then tells it that the peer is still there.
+QUIC_IDLE_TIMEOUT_S = 900.0
+QUIC_KEEPALIVE_S = 300.0
 
 
 class Origin(enum.Enum):
@@ -61,22 +72,6 @@ class PunctureEnded:
 
     peer_id: PeerId
     report: PunctureReport
-
-
-@dataclass(slots=True)
-class _Path:
-    """A port, the peer's endpoint on it, and the connection that runs there."""
-
-    pump: PortPump
-    remote: Endpoint
-    connection: Connection
-    is_own_port: bool
-
-    def close(self) -> None:
-        # A newer connection may have taken the endpoint over: only our own receiver goes.
-        self.pump.detach(self.remote, self.connection.receive_datagrams)
-        if self.is_own_port:
-            self.pump.port.close()
 
 
 class Dialler:
@@ -111,6 +106,7 @@ class Dialler:
         self._rng = rng
         self._on_event = on_event
         self._dials: dict[bytes, Dial] = {}
+        self._path_sets: dict[bytes, PathSet] = {}
         self._begun = trio.Event()
         self._is_closed = False
 
@@ -163,6 +159,8 @@ class Dialler:
         origin: Origin = Origin.OURS,
         hello: bytes = b"",
         introducer: PeerId | None = None,
+        renews: PathSet | None = None,
+        home: PortPump | None = None,
     ) -> Dial:
         """Return a dial that takes the peer's probes from now on; the caller must `run` it.
 
@@ -173,6 +171,9 @@ class Dialler:
             origin: Whose wish it is.
             hello: A signed HELLO for the plan's targets, where the peer does not expect us.
             introducer: Who brought the peer's wish.
+            renews: The paths of the connection that there is already; the new one joins them.
+            home: The pump of the port that stands for the main port in the plan, from `open_home`;
+                by default that of the main port itself. The dial closes it if nothing comes of it.
 
         Raises:
             ConnectFailed: The node is closed, the attempt is under way, or the id is nobody's.
@@ -190,6 +191,8 @@ class Dialler:
                 origin=origin,
                 hello=hello,
                 introducer=introducer,
+                renews=renews,
+                home=home or self._main,
             )
         except DecodeError as error:
             raise ConnectFailed(str(error)) from error
@@ -198,15 +201,30 @@ class Dialler:
         self._begun = trio.Event()
         return dial
 
-    def receive_untrusted(self, data: bytes, source: Endpoint) -> None:
-        """Take a probe that came in on the main port.
+    def receive_untrusted(
+        self, data: bytes, source: Endpoint, pump: PortPump | None = None
+    ) -> None:
+        """Take a probe that came in on the main port, or on that of `pump`.
 
         Raises:
             DecodeError: Not a probe.
         """
-        dial = self._dials.get(probe_attempt_untrusted(data))
-        if dial is not None:
-            dial.attempt.receive(data, source)
+        name = probe_attempt_untrusted(data)
+        if (dial := self._dials.get(name)) is not None:
+            dial.receive(data, source, pump or self._main)
+        elif (paths := self._path_sets.get(name)) is not None:
+            paths.receive_untrusted(data, source, pump or self._main)
+
+    def open_home(self, port: DatagramPort) -> PortPump:
+        """Receive from a port for dials and connections; ends when the port is closed."""
+
+        def receive(data: bytes, source: Endpoint) -> None:
+            with contextlib.suppress(DecodeError):
+                self.receive_untrusted(data, source, pump)
+
+        pump = PortPump(port, receive)
+        self._nursery.start_soon(pump.run)
+        return pump
 
     def close(self) -> None:
         """Give up all dials and take no more."""
@@ -224,6 +242,24 @@ class Dialler:
     def _forget(self, dial: Dial) -> None:
         if self._dials.get(dial.attempt_id) is dial:
             del self._dials[dial.attempt_id]
+
+    async def _run_connection(
+        self, paths: PathSet, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        try:
+            async with open_private_nursery() as nursery:
+                nursery.start_soon(self._keep, paths)
+                await paths.connection.run(task_status=task_status)
+        finally:
+            paths.close()
+
+    async def _keep(self, paths: PathSet) -> None:
+        name = await paths.connection.wait_proved()
+        self._path_sets[name] = paths
+        try:
+            await paths.run(name)
+        finally:
+            del self._path_sets[name]
 
 
 class Dial:
@@ -247,6 +283,8 @@ class Dial:
         origin: Origin,
         hello: bytes,
         introducer: PeerId | None,
+        renews: PathSet | None,
+        home: PortPump,
     ) -> None:
         self.peer_id = peer_id
         self.attempt_id = attempt_id
@@ -255,7 +293,12 @@ class Dial:
         self._dialler = dialler
         self._plan = plan
         self._is_controlling = dialler._identity.peer_id < peer_id
-        self._path: _Path | None = None
+        self._is_renewal = renews is not None
+        self._paths = renews
+        self._home = home
+        self._path_pump: PortPump | None = None
+        self._path_index = 0
+        self._started_at = trio.current_time()
         self._scope = trio.CancelScope()
         self._cancel_reason = ""
         self._over = trio.Event()
@@ -267,7 +310,7 @@ class Dial:
                 controlling=self._is_controlling,
                 now=trio.current_time(),
             ),
-            main_port=dialler._main.port,
+            main_port=home.port,
             network=dialler._network,
             bind_ip=dialler._bind_ip,
             on_path=self._open_path,
@@ -280,6 +323,11 @@ class Dial:
         """Whether it has neither ended, well or not, nor been given up."""
         return not (self._over.is_set() or self._scope.cancel_called)
 
+    @property
+    def has_path(self) -> bool:
+        """Whether the puncture has found one."""
+        return self._path_pump is not None
+
     async def wait_over(self) -> None:
         """Wait until it has ended, well or not."""
         await self._over.wait()
@@ -289,8 +337,15 @@ class Dial:
         self._cancel_reason = reason
         self._scope.cancel()
 
-    async def run(self) -> tuple[Connection, Endpoint, PunctureReport]:
-        """Puncture and shake hands; return the connection, where it leads, and how it came about.
+    def receive(self, data: bytes, source: Endpoint, pump: PortPump) -> None:
+        """Take a probe of the attempt that came in on a port of ours."""
+        if pump is self._home:
+            self.attempt.receive(data, source)
+        elif pump is self._path_pump:
+            self.attempt.receive(data, source, port_index=self._path_index)
+
+    async def run(self) -> tuple[PathSet, PunctureReport]:
+        """Puncture and shake hands; return the connection's paths, and how they came about.
 
         The connection runs on in the node's nursery. Cancelled, nothing is left: no port, no task.
 
@@ -300,24 +355,28 @@ class Dial:
             ConnectFailed: It was given up.
             ConfigurationError: The system gives fewer ports than the plan needs.
         """
-        secured: Connection | None = None
+        dialler = self._dialler
+        secured: PathSet | None = None
         try:
             with self._scope:
                 report = await self._puncture()
-                path = self._path
-                assert path is not None, "a report that is ok has opened a path"
-                await self._dialler._nursery.start(self._run_connection, path)
-                secured = path.connection
-                return secured, path.remote, report
+                paths = self._paths
+                assert paths is not None, "a report that is ok has opened a path"
+                if not self._is_renewal:
+                    await dialler._nursery.start(dialler._run_connection, paths)
+                secured = paths
+                return paths, report
             raise ConnectFailed(self._cancel_reason)
         finally:
             self._over.set()
+            if self._home not in (dialler._main, self._path_pump):
+                self._home.port.close()
             if secured is not None:
-                self._dialler._nursery.start_soon(self._dialler._forget_later, self, secured)
+                dialler._nursery.start_soon(dialler._forget_later, self, secured.connection)
             else:
-                self._dialler._forget(self)
-                if self._path is not None:
-                    self._path.close()
+                dialler._forget(self)
+                if self._paths is not None and not self._is_renewal:
+                    self._paths.close()
 
     async def _puncture(self) -> PunctureReport:
         emit = self._dialler._on_event
@@ -326,7 +385,9 @@ class Dial:
             report = await self.attempt.run()
         except BaseException as error:
             # Whoever watches is told of an end for every start.
-            is_given_up = isinstance(error, trio.Cancelled)
+            is_given_up = isinstance(error, trio.Cancelled) or (
+                isinstance(error, BaseExceptionGroup) and error.split(trio.Cancelled)[1] is None
+            )
             reason = (self._cancel_reason or "given up") if is_given_up else str(error)
             emit(PunctureEnded(self.peer_id, self.attempt.report(reason)))
             raise
@@ -338,28 +399,19 @@ class Dial:
     def _open_path(self, found: PathFound, port: DatagramPort) -> None:
         """Listen for QUIC on a path in the very turn it was found."""
         dialler = self._dialler
-        pump = dialler._main
-        if port is not pump.port:
-            pump = PortPump(port, partial(self._receive_on_own_port, found.port_index))
-            dialler._nursery.start_soon(pump.run)
-        connection = Connection(
-            dialler._identity,
-            self.peer_id,
-            is_client=self._is_controlling,
-            send=lambda datagrams: port.send_run(datagrams, found.endpoint),
-        )
-        # A peer that restarted comes back from where it was: the old connection is void.
-        pump.detach(found.endpoint)
-        pump.attach(found.endpoint, connection.receive_datagrams)
-        self._path = _Path(pump, found.endpoint, connection, is_own_port=pump is not dialler._main)
-
-    def _receive_on_own_port(self, port_index: int, data: bytes, source: Endpoint) -> None:
-        self.attempt.receive(data, source, port_index=port_index)
-
-    async def _run_connection(
-        self, path: _Path, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        try:
-            await path.connection.run(task_status=task_status)
-        finally:
-            path.close()
+        pump = self._home if port is self._home.port else dialler.open_home(port)
+        self._path_pump, self._path_index = pump, found.port_index
+        if self._paths is None:
+            connection = Connection(
+                dialler._identity,
+                self.peer_id,
+                is_client=self._is_controlling,
+                send=lambda _: None,
+                keepalive_s=QUIC_KEEPALIVE_S,
+                idle_timeout_s=QUIC_IDLE_TIMEOUT_S,
+            )
+            keys = dialler._identity.probe_keys(self.peer_id)
+            self._paths = PathSet(connection, keys, main=dialler._main)
+        # What others use as well may be older than we know.
+        opened_at = -math.inf if pump is dialler._main else self._started_at
+        self._paths.add(pump, found.endpoint, opened_at=opened_at)

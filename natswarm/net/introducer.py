@@ -5,7 +5,8 @@ Each of the small protocols here is one question and one answer on a stream of i
     natswarm/record/1      ShareRecord -> ShareRecord
     natswarm/peers/1       FindPeers -> PeersFound
     natswarm/introduce/1   Introduce -> Introduced                (to the common neighbour)
-    natswarm/rendezvous/1  Rendezvous -> RendezvousAccepted       (from it to the peer)
+    natswarm/rendezvous/1  Rendezvous -> RendezvousAccepted       (from it to the peer; or from a
+                                                                  peer for itself: the next path)
     natswarm/ask/1         AskNeighbour -> Asked                  (to a neighbour)
     natswarm/echo/1        EchoTo -> Asked                        (from it to one of its neighbours)
 
@@ -103,8 +104,11 @@ class Home(Protocol):
 
     async def start_rendezvous(
         self, record: NodeRecord, seen_at: Endpoint, attempt: bytes, introducer: PeerId
-    ) -> None:
-        """Start our side of a puncture with the peer of `record`; returns when it has started.
+    ) -> bytes:
+        """Start our side of a puncture with the peer of `record`.
+
+        Returns:
+            Our signed record for the peer, when our side has started.
 
         Raises:
             ConnectFailed: There is no plan for this pair, or we are not willing.
@@ -174,9 +178,19 @@ class Introducer:
         return found
 
     async def introduce(
-        self, neighbour: Neighbour, target: PeerId, attempt: bytes
+        self,
+        neighbour: Neighbour,
+        target: PeerId,
+        attempt: bytes,
+        sealed_record: bytes | None = None,
     ) -> tuple[NodeRecord, Endpoint]:
         """Ask `neighbour` to introduce us to `target`; its side has started when this returns.
+
+        Args:
+            neighbour: Who is connected to both.
+            target: Whom to meet.
+            attempt: Names the puncture.
+            sealed_record: What to say of ourselves; by default our record.
 
         Returns:
             The target's record, and where the neighbour sees it.
@@ -185,7 +199,7 @@ class Introducer:
             RequestRefused: The neighbour does not know the target, or the target is not willing.
             NatswarmError: No valid answer.
         """
-        request = Introduce(target.key, attempt, self._home.sealed_record())
+        request = Introduce(target.key, attempt, sealed_record or self._home.sealed_record())
         reply = await self._ask(
             neighbour, "natswarm/introduce/1", request, Introduced, timeout_s=RELAYED_TIMEOUT_S
         )
@@ -193,6 +207,22 @@ class Introducer:
         if record.peer_id != target:
             raise DecodeError(f"asked for {target.short}, introduced to {record.peer_id.short}")
         return record, decode_endpoint_untrusted(reply.seen_at)
+
+    async def meet_again(
+        self, neighbour: Neighbour, attempt: bytes, sealed_record: bytes
+    ) -> NodeRecord:
+        """Ask a neighbour for another path between it and us; its side has started then.
+
+        Raises:
+            RequestRefused: It is not willing.
+            NatswarmError: No valid answer.
+        """
+        request = Rendezvous(attempt, sealed_record, "")
+        reply = await self._ask(neighbour, "natswarm/rendezvous/1", request, RendezvousAccepted)
+        record = decode_record_untrusted(reply.record)
+        if record.peer_id != neighbour.peer_id:
+            raise DecodeError(f"{neighbour.peer_id.short} sent the record of another node")
+        return record
 
     async def ask_neighbour_to_echo(
         self, neighbour: Neighbour, transaction: bytes, observed: Endpoint
@@ -270,7 +300,6 @@ class Introducer:
         record = decode_record_untrusted(request.record)
         if record.peer_id != neighbour.peer_id:
             raise RequestRefused("a node may introduce only itself")
-        self._home.learn_record(record, request.record)
         target = self._neighbour(target_id)
         if target is None:
             raise PeerNotFound(f"I am not connected to {target_id.short}")
@@ -283,9 +312,12 @@ class Introducer:
     ) -> RendezvousAccepted:
         attempt = decode_attempt_untrusted(request.attempt)
         record = decode_record_untrusted(request.record)
-        seen_at = decode_endpoint_untrusted(request.seen_at)
-        await self._home.start_rendezvous(record, seen_at, attempt, neighbour.peer_id)
-        return RendezvousAccepted(self._home.sealed_record())
+        # Of a neighbour that asks for itself we know better than anybody where it is.
+        is_for_itself = record.peer_id == neighbour.peer_id
+        seen_at = neighbour.seen_at if is_for_itself else decode_endpoint_untrusted(request.seen_at)
+        return RendezvousAccepted(
+            await self._home.start_rendezvous(record, seen_at, attempt, neighbour.peer_id)
+        )
 
     async def _answer_ask(self, request: AskNeighbour, neighbour: Neighbour) -> Asked:
         observed = decode_endpoint_untrusted(request.observed)

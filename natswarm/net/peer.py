@@ -13,7 +13,8 @@ from natswarm.net.stream import Stream
 if TYPE_CHECKING:
     from natswarm.discovery.introduction import NodeRecord
     from natswarm.net.attempt import PunctureReport
-    from natswarm.net.quic import Connection, ConnectionStatistics
+    from natswarm.net.path_set import PathSet
+    from natswarm.net.quic import ConnectionStatistics
 
 __all__ = ["Peer"]
 
@@ -23,18 +24,16 @@ class Peer(trio.abc.AsyncResource):
 
     Attributes:
         peer_id: Who it is; proved in the handshake.
-        seen_at: Where its datagrams come from.
-        puncture: How the path was made.
+        paths: The ways to it. They come and go; the connection stays.
+        puncture: How the first path was made.
         record: What the peer says of itself, once it has; it does so right after connecting.
         sealed_record: The same, signed by it, to show to others.
     """
 
-    def __init__(
-        self, connection: Connection, seen_at: Endpoint, puncture: PunctureReport | None
-    ) -> None:
-        self._connection = connection
-        self.peer_id = connection.peer_id
-        self.seen_at = seen_at
+    def __init__(self, paths: PathSet, puncture: PunctureReport | None) -> None:
+        self._connection = paths.connection
+        self.peer_id = paths.connection.peer_id
+        self.paths = paths
         self.puncture = puncture
         self.record: NodeRecord | None = None
         self.sealed_record: bytes | None = None
@@ -43,6 +42,16 @@ class Peer(trio.abc.AsyncResource):
 
     def __repr__(self) -> str:
         return f"Peer({self.peer_id.short} at {self.seen_at})"
+
+    @property
+    def seen_at(self) -> Endpoint:
+        """Where its datagrams come from."""
+        return self.paths.remote
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether a path leads to it now; while none does, streams wait for the next one."""
+        return self.paths.is_alive
 
     @property
     def is_lost(self) -> bool:

@@ -1,9 +1,9 @@
 """One encrypted connection to one peer: QUIC over a path that the puncture has proved.
 
 A path is a socket and an endpoint on which authenticated probes went both ways. This module does
-not know it: datagrams are pushed in with `receive_datagrams`, and go out through `send`, which the
-node can exchange to move the connection to a better path. QUIC itself always sees one constant
-address, so that its own migration never competes with the node's.
+not know it: datagrams are pushed in with `receive_datagrams`, and go out through `send`, behind
+which `path_set.py` keeps the paths. QUIC itself always sees one constant address, so that its own
+migration never competes with the node's.
 
 Identity. Both ends prove the Ed25519 key that is their PeerId, and no stream exists before:
     1. The server's TLS certificate holds its key; the client compares it with the PeerId it wants.
@@ -21,6 +21,7 @@ Source: RFC 9000 and 9001 (QUIC), RFC 8446 section 7.5 (exporter secret); qh3 2.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ ALPN = "natswarm/1"
 PROOF_TAG = b"natswarm quic client\0"
 PROOF_BYTES = 32 + SIGNATURE_BYTES
 ACCEPTED = b"\x01"
+NAME_BYTES = 8
+NAME_PURPOSE = b"name"
 # SubjectPublicKeyInfo of an Ed25519 key (RFC 8410): these 12 bytes, then the key.
 ED25519_KEY_INFO = bytes.fromhex("302a300506032b6570032100")
 
@@ -116,8 +119,7 @@ class Connection:
         identity: Who we are.
         peer_id: Who must be at the other end.
         is_client: Whether this side opens; the two sides agree that the lower PeerId does.
-        send: Takes datagrams for the path, in order, at once, without waiting. Also an attribute:
-            set it to move the connection to another path.
+        send: Takes datagrams for the path, in order, at once, without waiting. Also an attribute.
         rtt_s: Round trip of the path if the probes measured one; sets the first time-outs.
         max_datagram_bytes: What every path it will use carries, 1200..1452. QUIC does not look for
             more: qh3 would not notice that a later path carries less.
@@ -174,6 +176,7 @@ class Connection:
         )
         self._drained = trio.Event()
         self._is_draining = False
+        self._proved = trio.Event()
         self._closed = trio.Event()
         self._close_reason = ""
         self._is_terminated = False
@@ -248,6 +251,31 @@ class Connection:
             trio.ClosedResourceError: This side closed it.
         """
         return await self._streams.accept()
+
+    async def wait_proved(self) -> bytes:
+        """Wait until both ends have proved who they are; return a name for the connection.
+
+        8 bytes that both ends derive from the handshake, and that no other connection has.
+        """
+        await self._proved.wait()
+        assert self._engine is not None
+        binding = self._engine.channel_binding()
+        return hashlib.blake2s(binding, digest_size=NAME_BYTES, person=NAME_PURPOSE).digest()
+
+    def resume(self) -> None:
+        """Send at once what QUIC holds back after losses: there is a new path, or the old again.
+
+        QUIC itself would wait for its time-out, which has doubled with every try in vain.
+        """
+        if self._is_authenticated and not self._closed.is_set() and self._engine is not None:
+            with contextlib.suppress(*ENGINE_REFUSALS):
+                self._engine.expire_probe_timer(trio.current_time())
+            self._wake_up()
+
+    def abandon(self, reason: str) -> None:
+        """End the connection without a word to the peer, who can't be reached. Idempotent."""
+        self._lose(reason)
+        self._wake_up()
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended, for whatever reason: see `close_reason`."""
@@ -534,6 +562,7 @@ class Connection:
                 return
             engine.send_stream_data(QUIC_STREAM_ID, ACCEPTED)
         self._is_authenticated = True
+        self._proved.set()
         self._streams.start(engine)
         self._streams.receive(rest)
 

@@ -145,6 +145,22 @@ class QuicEngine(QuicConnection):
             return False
         return True
 
+    def expire_probe_timer(self, now: float) -> None:
+        """Have the next `drain` send a probe packet, whatever congestion control says.
+
+        The PTO timer of RFC 9002 section 6.2 doubles with every expiry; its answer, by whatever
+        path it comes, tells which packets were lost, and ends that.
+
+        Raises:
+            RuntimeError: The connection has ended.
+        """
+        self.send_ping(0)
+        timer = self.get_timer()
+        in_flight = self._require_core().bytes_in_flight
+        # With something in flight the timer is loss detection's, far from that of idleness.
+        if timer is not None and timer > now and in_flight:
+            self.handle_timer(timer)
+
     @property
     def is_drained(self) -> bool:
         """Whether the peer has acknowledged all we sent."""

@@ -68,6 +68,15 @@ class Attachment:
         if self.ip6 is not None:
             self.announce(self.ip6)
 
+    def leave(self) -> None:
+        """Take the device away: the realm above has nobody at its address, nor do links end there.
+
+        Only for a device without IPv6.
+        """
+        realm = self._internet.realm if self.parent is None else self.parent.realm
+        del realm[self.ip]
+        self._receive = _lose
+
     def announce(self, ip: str) -> None:
         """Have the realm above send packets for `ip` this way, and all realms for IPv6."""
         realm = self._internet.realm if self.parent is None else self.parent.realm
@@ -210,6 +219,10 @@ class ClatAttachment(Attachment):
                 return
             packet, ttl = self._clat.inbound(packet), ttl - 1
         self._receive_inside(packet, ttl)
+
+
+def _lose(packet: Packet, ttl: int) -> None:
+    """Take what was on its way to a device that has left."""
 
 
 def _nobody_there(packet: Packet, ttl: int) -> None:

@@ -76,6 +76,27 @@ class Host:
         self._on_packet = take
         self.internet.has_error_listeners = True
 
+    def move(self, behind: NatRouter | None) -> None:
+        """Leave the network for another: a new link and address; what is on its way here is lost.
+
+        Open IPv4 ports stay open and have the new address, as sockets bound to any address do.
+
+        Args:
+            behind: The NAT of the other network; None for the core.
+
+        Raises:
+            ConfigurationError: A host with IPv6 cannot move.
+        """
+        if self._has_ipv6:
+            raise ConfigurationError(f"{self.name} has IPv6; only hosts without can move")
+        self.uplink.leave()
+        self.nat = behind
+        self.uplink = self.internet.place(self.name, behind)
+        self._error_source = ErrorSource(self.uplink.ip)
+        self.uplink.connect(self._receive)
+        for port in self.ports.values():
+            port.move()
+
     def send_packet(self, packet: Packet, ttl: int = DEFAULT_TTL) -> None:
         """Send a packet of any protocol as it is; it passes `ttl` - 1 routers at most.
 
@@ -221,6 +242,11 @@ class SimPort:
         if self._world.trace is not None:
             self._world.trace(self._world.now, "sent", self._host.name, packet)
         self._send_up(packet, ttl)
+
+    def move(self) -> None:
+        """Take the host's present address and link."""
+        self.endpoint = Endpoint(self._host.ip, self.endpoint.port)
+        self._send_up = self._host.uplink.send_up
 
     def close(self) -> None:
         """Stop receiving; idempotent. The number may be opened again at once."""

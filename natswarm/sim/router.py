@@ -102,6 +102,13 @@ class NatRouter:
         self._host_index6 += 1
         return address6(self._prefix_index, self._host_index6)
 
+    def reboot(self) -> None:
+        """Forget every mapping, as a router that was switched off and on."""
+        nat = self.nat
+        rng = self._world.stream(f"nat/{self.name}/{self._world.now}")
+        self.nat = Nat(nat.behaviour, nat.external_ips, rng)
+        self._tables = {UDP: self.nat}
+
     def table(self, protocol: int) -> Nat | None:
         """Return the table of a protocol, made when first asked for; None where there is none."""
         if protocol not in self._tables:

@@ -179,6 +179,10 @@ class Internet:
         self.hosts[name] = host
         return host
 
+    def place(self, name: str, behind: NatRouter | None) -> Attachment:
+        """Make a way up for a host that moves: behind a NAT, or in the core as public hosts are."""
+        return self._place(name, PRESETS["public"], behind, has_ipv6=False)
+
     def route(self, packet: Packet, ttl: int, departure: float) -> None:
         """Carry a packet through the core, which it enters at `departure`."""
         ttl -= self.core_hops

@@ -1,0 +1,242 @@
+"""The paths of one connection, and the one constant place that QUIC sees instead of them.
+
+    Connection.send ──▶ active path ──▶ port ──▶ endpoint
+    PortPump ──▶ any path of the set ──▶ Connection.receive_datagrams
+
+The driver of a `PathKeeper`: gives the machine what arrives, sends what it says, and attaches the
+connection to the pump of each path, so that QUIC datagrams are taken from the paths of the set and
+from nowhere else. Ports that only this connection uses are closed with their last path.
+
+Knows neither punctures nor streams. When to open another path is `renewer.py`'s affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import trio
+
+from natswarm.address import Endpoint
+from natswarm.identity import ProbeKeys
+from natswarm.net.path_keeper import Lifetimes, Path, PathKeeper, PathSwitched
+from natswarm.net.pump import PortPump
+from natswarm.net.quic import Connection
+
+__all__ = ["PathSet"]
+
+
+class PathSet:
+    """All paths of one connection.
+
+    Args:
+        connection: Whose.
+        keys: MAC keys between us and the peer.
+        main: The pump of the node's main port, which others use as well.
+
+    Attributes:
+        on_switch: Told when the connection moves, or has nowhere to be.
+        on_rebound: Told when the peer sees a port of ours elsewhere than before.
+    """
+
+    def __init__(self, connection: Connection, keys: ProbeKeys, *, main: PortPump) -> None:
+        self.connection = connection
+        self.on_switch: Callable[[PathSwitched], None] = lambda _switch: None
+        self.on_rebound: Callable[[], None] = lambda: None
+        self._pumps: list[PortPump | None] = [main]
+        self._attached: dict[tuple[int, Endpoint], PortPump] = {}
+        self._keeper = PathKeeper(keys, bytes(8))
+        self._is_named = False
+        self._is_closed = False
+        self._wakeup = trio.Event()
+        self._changed = trio.Event()
+        self._heard = trio.Event()
+        connection.send = self._send_quic
+
+    # What others ask ------------------------------------------------------------------------------
+
+    @property
+    def remote(self) -> Endpoint:
+        """Where the peer is: its end of the active path."""
+        assert self._keeper.active is not None, "a set begins with a path"
+        return self._keeper.active.endpoint
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All that answered, oldest first, the dead ones that may come back included."""
+        return tuple(self._keeper.paths)
+
+    @property
+    def name(self) -> bytes | None:
+        """The 8 bytes that probes of this connection carry; None before both ends are proved."""
+        return self._keeper.name if self._is_named else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a path leads to the peer, as far as we know."""
+        return self._keeper.stranded_since is None and not self._is_closed
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection has ended."""
+        return self._is_closed
+
+    @property
+    def stranded_since(self) -> float | None:
+        """Since when none does; None while one does."""
+        return self._keeper.stranded_since
+
+    @property
+    def lifetimes(self) -> Lifetimes:
+        """What our NAT is taken to do, corrected by what was seen."""
+        return self._keeper.lifetimes
+
+    @lifetimes.setter
+    def lifetimes(self, lifetimes: Lifetimes) -> None:
+        self._keeper.lifetimes = lifetimes
+        self._tell_change()
+        self._wake()
+
+    async def wait_certain(self, since: float) -> None:
+        """Wait until the active path has answered since then, or is dead."""
+        while not self._is_closed:
+            active = self._keeper.active
+            if active is None or active.is_dead or active.heard_at >= since:
+                return
+            await self._heard.wait()
+
+    @property
+    def renewal_at(self) -> float:
+        """When the next path should be opened, before this one ends by its age."""
+        return self._keeper.renewal_at
+
+    async def wait_changed(self) -> None:
+        """Wait until the connection moved, was stranded or closed, or the lifetimes changed."""
+        await self._changed.wait()
+
+    # Paths ----------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        pump: PortPump,
+        remote: Endpoint,
+        *,
+        opened_at: float | None = None,
+        rtt_s: float | None = None,
+    ) -> None:
+        """Take a path that a puncture has proved, and move to it; its port, if own, is ours."""
+        if self._is_closed:
+            if pump is not self._pumps[0]:
+                pump.port.close()
+            return
+        if pump not in self._pumps:
+            self._pumps.append(pump)
+        index = self._pumps.index(pump)
+        self._keeper.add(index, remote, trio.current_time(), opened_at=opened_at, rtt_s=rtt_s)
+        self._after_change()
+
+    def check(self, endpoints: Sequence[Endpoint]) -> None:
+        """Ask endpoints where the peer may be, from the main port."""
+        self._keeper.check(0, tuple(endpoints), trio.current_time())
+        self._wake()
+
+    def recheck(self, *, has_moved: bool) -> None:
+        """Ask every path at once: we have moved to another network, or something is strange."""
+        self._keeper.recheck(trio.current_time(), has_moved=has_moved)
+        self._wake()
+
+    def receive_untrusted(self, data: bytes, source: Endpoint, pump: PortPump) -> None:
+        """Take a probe of our name."""
+        if self._is_closed or pump not in self._pumps:
+            return
+        index = self._pumps.index(pump)
+        rebound_count = self._keeper.statistics.rebound_count
+        self._keeper.receive_datagram(index, data, source, trio.current_time())
+        if self._keeper.statistics.rebound_count != rebound_count:
+            self.on_rebound()
+        self._heard.set()
+        self._heard = trio.Event()
+        self._send_due()
+        self._after_change()
+
+    async def run(self, name: bytes) -> None:
+        """Keep the paths, by the connection's name, until cancelled."""
+        self._keeper.name = name
+        self._is_named = True
+        while True:
+            self._send_due()
+            self._after_change()
+            self._wakeup = trio.Event()
+            with trio.move_on_at(self._keeper.next_timer()):
+                await self._wakeup.wait()
+
+    def close(self) -> None:
+        """Leave every path and close the ports that were only for this connection; idempotent."""
+        self._is_closed = True
+        for way in list(self._attached):
+            self._detach(way)
+        for pump in self._pumps[1:]:
+            if pump is not None:
+                pump.port.close()
+        self._tell_change()
+
+    # The machine ----------------------------------------------------------------------------------
+
+    def _send_quic(self, datagrams: Sequence[bytes]) -> None:
+        active = self._keeper.active
+        if active is None or self._is_closed:
+            return
+        pump = self._pumps[active.port_index]
+        assert pump is not None, "a path's port is open"
+        pump.port.send_run(datagrams, active.endpoint)
+        if self._keeper.note_traffic(trio.current_time()):
+            self._wake()
+
+    def _send_due(self) -> None:
+        if not self._is_named or self._is_closed:
+            return
+        for probe in self._keeper.probes_to_send(trio.current_time()):
+            if (pump := self._pumps[probe.port_index]) is not None:
+                with contextlib.suppress(trio.ClosedResourceError):
+                    pump.port.send(probe.data, probe.destination)
+
+    def _after_change(self) -> None:
+        """Attach and detach, tell of a switch, and have `run` look at the clock."""
+        wanted = {path.way: path for path in self._keeper.paths}
+        for way in list(self._attached):
+            if way not in wanted:
+                self._detach(way)
+        for way in wanted:
+            if way not in self._attached and (pump := self._pumps[way[0]]) is not None:
+                # Whoever was there before is not any more: the peer has answered from there.
+                pump.detach(way[1])
+                pump.attach(way[1], self.connection.receive_datagrams)
+                self._attached[way] = pump
+        self._close_unused()
+        while (switch := self._keeper.next_event()) is not None:
+            self._tell_change()
+            if self._is_named:
+                if switch.new is not None:
+                    self.connection.resume()
+                self.on_switch(switch)
+        self._wake()
+
+    def _close_unused(self) -> None:
+        used = {path.port_index for path in self._keeper.paths}
+        for index, pump in enumerate(self._pumps):
+            if index and pump is not None and index not in used:
+                pump.port.close()
+                self._pumps[index] = None
+                self._keeper.forget_port(index)
+
+    def _detach(self, way: tuple[int, Endpoint]) -> None:
+        # Another connection may have taken the endpoint over: only our own receiver goes.
+        self._attached.pop(way).detach(way[1], self.connection.receive_datagrams)
+
+    def _tell_change(self) -> None:
+        for event in (self._changed, self._heard):
+            event.set()
+        self._changed, self._heard = trio.Event(), trio.Event()
+
+    def _wake(self) -> None:
+        self._wakeup.set()

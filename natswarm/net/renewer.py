@@ -1,0 +1,406 @@
+"""Keep the peers we have: open the next path in time, and another one when none is left.
+
+    our NAT ends mappings by their age    at 0.7 of it both sides puncture anew, over the living
+                                          connection, from ports whose mappings are new; the
+                                          connection moves, then the old path ends
+    no path answers                       ask where the peer was known to be; have a neighbour of
+                                          both introduce us again; until one is found, or so long
+                                          that the connection is given up
+
+A puncture for a connection bears its name: the first half of the attempt's is the first half of the
+connection's. So the peer knows that the path joins a connection both have, where a node that has
+lost it (a restart) makes a new one. Of two wishes for the same pair that of the lower PeerId is
+carried out, as in `connector.py`.
+
+Where nobody is predictable, a fresh port's endpoint is unknown, too, and the plan guesses as ever.
+Behind an EIM NAT the fresh port asks neighbours who take strangers what they see.
+
+Knows no streams and no QUIC. Source: reference section 4, points 2 and 7.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from dataclasses import replace
+from typing import Protocol
+
+import trio
+
+from natswarm.address import AddressKind, Endpoint
+from natswarm.discovery.introduction import NodeRecord, profile_as_seen
+from natswarm.errors import (
+    AlreadyConnecting,
+    ConnectFailed,
+    DecodeError,
+    NatswarmError,
+    PeerNotFound,
+    RequestRefused,
+)
+from natswarm.identity import Identity, PeerId
+from natswarm.nat.behaviour import AllocationLaw, Mapping
+from natswarm.nat.profile import NatProfile
+from natswarm.net.dialler import Dial, Dialler, Origin
+from natswarm.net.introducer import Introducer
+from natswarm.net.nursery import open_private_nursery
+from natswarm.net.path_keeper import Lifetimes
+from natswarm.net.path_set import PathSet
+from natswarm.net.peer import Peer
+from natswarm.net.port import DatagramPort, Network
+from natswarm.net.pump import PortPump
+from natswarm.puncture.plan import Limits, Plan, plan_puncture
+from natswarm.wire import (
+    ATTEMPT_BYTES,
+    TRANSACTION_BYTES,
+    EchoRequest,
+    decode_echo_reply_untrusted,
+)
+
+__all__ = ["Home", "Renewer", "lifetimes_of", "with_lifetimes_of"]
+
+logger = logging.getLogger("natswarm.node")
+
+NAME_PART_BYTES = ATTEMPT_BYTES // 2
+
+# After a failure: the next try costs a puncture, and the old path has 0.3 of its life left.
+RETRY_FIRST_S, RETRY_MAX_S = 1.0, 15.0
+# A side that was declined waits so long for the other's wish to begin.
+THEIR_SIDE_TIMEOUT_S = 5.0
+# Two round trips of a slow mobile network; an answer that is lost costs a birthday puncture.
+ECHO_TIMEOUT_S = 0.6
+ECHO_OBSERVERS_MAX = 3
+
+
+class Home(Protocol):
+    """What the renewer needs of its node."""
+
+    def peers(self) -> list[Peer]:
+        """Whom we are connected to, oldest first."""
+        ...
+
+    async def known_profile(self) -> NatProfile:
+        """What our NAT does; looks first if that is not known, or not any more."""
+        ...
+
+    def record(self) -> NodeRecord:
+        """What we say of ourselves."""
+        ...
+
+
+def lifetimes_of(profile: NatProfile) -> Lifetimes:
+    """Return how long a NAT keeps a mapping that is in use, as far as its profile tells."""
+    if profile.is_translated is False and profile.idle_lifetime_s is None:
+        return Lifetimes(idle_s=math.inf if profile.accepts_strangers else None)
+    idle_s = profile.idle_lifetime_s
+    return Lifetimes(
+        idle_s=profile.idle_unreplied_s if idle_s is None else idle_s,
+        absolute_s=profile.absolute_lifetime_s,
+    )
+
+
+def with_lifetimes_of(profile: NatProfile, earlier: NatProfile) -> NatProfile:
+    """Return a profile with the lifetimes that an earlier look at the same NAT has found."""
+    if profile.mapping != earlier.mapping or profile.public_ips != earlier.public_ips:
+        return profile
+    found = {
+        name: getattr(earlier, name)
+        for name in ("idle_unreplied_s", "idle_lifetime_s", "absolute_lifetime_s")
+        if getattr(profile, name) is None
+    }
+    return replace(profile, **found)
+
+
+class Renewer:
+    """Keeps the connections of one node on living paths.
+
+    Args:
+        home: The node.
+        identity: Who we are.
+        dialler: Carries out the punctures.
+        introducer: Asks peers and neighbours.
+        network: Where fresh ports come from.
+        bind_ip: The address they are bound to.
+        nursery: Where punctures by others' wish run.
+        limits: Bounds of a puncture.
+        rng: Draws the names of attempts.
+        outage_s: How long a connection outlives its last path.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        *,
+        identity: Identity,
+        dialler: Dialler,
+        introducer: Introducer,
+        network: Network,
+        bind_ip: str,
+        nursery: trio.Nursery,
+        limits: Limits,
+        rng: random.Random,
+        outage_s: float,
+    ) -> None:
+        self._home = home
+        self._identity = identity
+        self._peer_id = identity.peer_id
+        self._dialler = dialler
+        self._introducer = introducer
+        self._network = network
+        self._bind_ip = bind_ip
+        self._nursery = nursery
+        self._limits = limits
+        self._rng = rng
+        self._outage_s = outage_s
+        self._wishes: set[PeerId] = set()
+
+    async def keep(self, peer: Peer) -> None:
+        """Renew the paths to a peer until the connection ends."""
+        paths, pause_s, not_before = peer.paths, RETRY_FIRST_S, -math.inf
+        while not peer.is_lost:
+            now = trio.current_time()
+            since = paths.stranded_since
+            give_up_at = math.inf if since is None else since + self._outage_s
+            if now >= give_up_at:
+                paths.connection.abandon(
+                    f"no path to it for {self._outage_s:g} s, nor anybody who could make one"
+                )
+                return
+            due_at = max(not_before, paths.renewal_at if since is None else now)
+            if now < due_at:
+                with trio.move_on_at(min(due_at, give_up_at)):
+                    await paths.wait_changed()
+                if (paths.stranded_since is None) is not (since is None):
+                    not_before = -math.inf
+                continue
+            try:
+                with trio.move_on_at(give_up_at):
+                    await self._renew(peer)
+                pause_s = RETRY_FIRST_S
+            except NatswarmError as error:
+                logger.info("no new path to %s yet: %s", peer.peer_id.short, error)
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
+            not_before = trio.current_time() + pause_s
+
+    def check(self, peer: Peer) -> None:
+        """Ask a peer's known endpoints whether it is there."""
+        paths = peer.paths
+        endpoints = [path.endpoint for path in paths.paths]
+        if peer.record is not None:
+            profile = profile_as_seen(peer.record.profile, paths.remote)
+            if profile.is_predictable and profile.main_endpoint is not None:
+                endpoints.append(profile.main_endpoint)
+            endpoints += profile.local_endpoints
+        paths.check([e for e in dict.fromkeys(endpoints) if e.kind is not AddressKind.LOOPBACK])
+
+    # Our own wish ---------------------------------------------------------------------------------
+
+    async def _renew(self, peer: Peer) -> None:
+        """Open one more path.
+
+        Raises:
+            NatswarmError: It did not come about.
+        """
+        peer_id = peer.peer_id
+        if not peer.is_reachable:
+            self.check(peer)
+        if under_way := self._dialler.under_way(peer_id=peer_id, by_others=True):
+            await under_way[0].wait_over()
+            return
+        self._wishes.add(peer_id)
+        try:
+            dial = await self._agree(peer)
+        except AlreadyConnecting:
+            await self._wait_their_side(peer_id)
+            return
+        finally:
+            self._wishes.discard(peer_id)
+        await self._run(dial, peer.paths)
+
+    async def _agree(self, peer: Peer) -> Dial:
+        """Have the peer start its side of a puncture, and return ours.
+
+        Raises:
+            NatswarmError: Nobody could tell it, or it did not agree.
+        """
+        home, profile = await self._open_side(peer)
+        is_taken = False
+        try:
+            attempt = self._attempt_for(peer)
+            sealed = replace(self._home.record(), profile=profile).seal(self._identity)
+            if peer.is_reachable:
+                record = await self._introducer.meet_again(peer, attempt, sealed)
+                seen_at = peer.seen_at
+            else:
+                record, seen_at = await self._introduction(peer.peer_id, attempt, sealed)
+            plan = self._plan(profile, profile_as_seen(record.profile, seen_at), peer.peer_id)
+            dial = self._dialler.prepare(peer.peer_id, plan, attempt, renews=peer.paths, home=home)
+            is_taken = True
+            return dial
+        finally:
+            if home is not None and not is_taken:
+                home.port.close()
+
+    async def _introduction(
+        self, target: PeerId, attempt: bytes, sealed: bytes
+    ) -> tuple[NodeRecord, Endpoint]:
+        failure: NatswarmError = PeerNotFound(f"no neighbour is left who knows {target.short}")
+        neighbours = [peer for peer in self._home.peers() if peer.is_reachable]
+        self._rng.shuffle(neighbours)
+        for neighbour in neighbours:
+            try:
+                return await self._introducer.introduce(neighbour, target, attempt, sealed)
+            except RequestRefused as error:
+                if error.code == AlreadyConnecting.code:
+                    raise AlreadyConnecting(str(error)) from error
+                if error.code != PeerNotFound.code:
+                    failure = error
+            except (ConnectFailed, DecodeError) as error:
+                failure = error
+        raise failure
+
+    async def _wait_their_side(self, peer_id: PeerId) -> None:
+        under_way = self._dialler.under_way(peer_id=peer_id)
+        with trio.move_on_after(THEIR_SIDE_TIMEOUT_S):
+            while not under_way:
+                await self._dialler.wait_begun()
+                under_way = self._dialler.under_way(peer_id=peer_id)
+        for dial in under_way:
+            await dial.wait_over()
+
+    # Others' wishes -------------------------------------------------------------------------------
+
+    def renewed_peer(self, peer_id: PeerId, attempt: bytes) -> Peer | None:
+        """Return the peer whose connection an attempt is for; None: it is for a new one."""
+        for peer in self._home.peers():
+            name = peer.paths.name
+            if peer.peer_id == peer_id and name is not None:
+                return peer if attempt[:NAME_PART_BYTES] == name[:NAME_PART_BYTES] else None
+        return None
+
+    async def answer(
+        self,
+        peer: Peer,
+        record: NodeRecord,
+        seen_at: Endpoint,
+        attempt: bytes,
+        introducer: PeerId,
+    ) -> bytes:
+        """Start our side of a puncture for a connection that we have; return our signed record.
+
+        Raises:
+            AlreadyConnecting: We are asking the same of the peer.
+            ConnectFailed: There is no plan for this pair of NATs, or no port.
+        """
+        peer_id = peer.peer_id
+        self._give_way(peer_id)
+        home, profile = await self._open_side(peer)
+        try:
+            self._give_way(peer_id)
+            plan = self._plan(profile, profile_as_seen(record.profile, seen_at), peer_id)
+            for dial in self._dialler.under_way(peer_id=peer_id):
+                if dial.introducer == introducer:
+                    dial.cancel("the peer began anew")
+            dial = self._dialler.prepare(
+                peer_id,
+                plan,
+                attempt,
+                origin=Origin.INTRODUCED,
+                introducer=introducer,
+                renews=peer.paths,
+                home=home,
+            )
+        except NatswarmError:
+            if home is not None:
+                home.port.close()
+            raise
+        self._nursery.start_soon(self._run_for_peer, dial, peer.paths)
+        return replace(self._home.record(), profile=profile).seal(self._identity)
+
+    def _give_way(self, peer_id: PeerId) -> None:
+        if peer_id in self._wishes and self._peer_id < peer_id:
+            raise AlreadyConnecting(f"{self._peer_id.short} is asking you for a path already")
+
+    async def _run_for_peer(self, dial: Dial, paths: PathSet) -> None:
+        try:
+            await self._run(dial, paths)
+        except NatswarmError as error:
+            logger.info("the path %s asked for did not come about: %s", dial.peer_id.short, error)
+
+    # Both -----------------------------------------------------------------------------------------
+
+    async def _run(self, dial: Dial, paths: PathSet) -> None:
+        async with open_private_nursery() as nursery:
+            nursery.start_soon(_cancel_when_settled, dial, paths)
+            await dial.run()
+
+    def _attempt_for(self, peer: Peer) -> bytes:
+        name = peer.paths.name
+        assert name is not None, "peers are proved"
+        return name[:NAME_PART_BYTES] + self._rng.randbytes(ATTEMPT_BYTES - NAME_PART_BYTES)
+
+    def _plan(self, ours: NatProfile, theirs: NatProfile, peer_id: PeerId) -> Plan:
+        return plan_puncture(
+            ours, theirs, my_id=self._peer_id, their_id=peer_id, limits=self._limits
+        )
+
+    async def _open_side(self, peer: Peer) -> tuple[PortPump | None, NatProfile]:
+        """Return the port to puncture from, None for the main port, and what our NAT does with it.
+
+        A NAT that ends mappings by their age needs a new one, so a fresh port.
+
+        Raises:
+            ConfigurationError: The system gives no port.
+        """
+        profile = await self._home.known_profile()
+        if not math.isfinite(peer.paths.lifetimes.renewal_s):
+            return None, profile
+        port = self._network.bind(Endpoint(self._bind_ip, 0))
+        try:
+            external = await self._external_endpoint(port, profile)
+        except BaseException:
+            port.close()
+            raise
+        number = port.local_endpoint.port
+        local = tuple(Endpoint(each.ip, number) for each in profile.local_endpoints)
+        profile = replace(profile, main_endpoint=external, local_endpoints=local)
+        return self._dialler.open_home(port), profile
+
+    async def _external_endpoint(self, port: DatagramPort, profile: NatProfile) -> Endpoint | None:
+        """Return where peers will see a fresh port; None where that cannot be known."""
+        main, number = profile.main_endpoint, port.local_endpoint.port
+        if main is None:
+            return None
+        law = None if profile.allocation is None else profile.allocation.law
+        if profile.is_translated is False or law is AllocationLaw.PRESERVING:
+            return Endpoint(main.ip, number)
+        if profile.mapping not in (Mapping.EIM, None):
+            return None
+        observers = {
+            peer.peer_id: peer.seen_at
+            for peer in self._home.peers()
+            if peer.is_reachable and peer.record and peer.record.profile.accepts_strangers
+        }
+        transaction = self._rng.randbytes(TRANSACTION_BYTES)
+        request = EchoRequest(transaction, self._peer_id).encode(self._identity)
+        for endpoint in list(observers.values())[:ECHO_OBSERVERS_MAX]:
+            port.send(request, endpoint)
+        with trio.move_on_after(ECHO_TIMEOUT_S if observers else 0):
+            while True:
+                for arrival in await port.receive_batch():
+                    try:
+                        reply = decode_echo_reply_untrusted(arrival.data)
+                    except DecodeError:
+                        continue
+                    if reply.transaction == transaction and reply.sender in observers:
+                        return reply.observed
+        return None
+
+
+async def _cancel_when_settled(dial: Dial, paths: PathSet) -> None:
+    """Give a search up when the connection has ended, or a path answers where none did."""
+    was_stranded = not paths.is_alive
+    while not paths.is_closed and not (was_stranded and paths.is_alive):
+        await paths.wait_changed()
+    if not dial.has_path:
+        dial.cancel("the connection has ended" if paths.is_closed else "an old path answers again")
