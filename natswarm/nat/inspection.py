@@ -26,6 +26,7 @@ from natswarm.nat.measurement import Observer, Reply, Request
 from natswarm.nat.poison import PoisonTest
 from natswarm.nat.profile import NatProfile
 from natswarm.nat.quick import BehaviourTest
+from natswarm.nat.quota import QuotaTest
 from natswarm.nat.tftp_helper import TftpHelperTest
 from natswarm.wire import NO_TOKEN
 
@@ -76,6 +77,9 @@ TESTS: dict[NatTest, TestOffer] = {
         TftpHelperTest.port_count,
         TftpHelperTest.packets,
         TftpHelperTest.duration_s,
+    ),
+    NatTest.QUOTA: TestOffer(
+        QuotaTest, QuotaTest.port_count, QuotaTest.packets, QuotaTest.duration_s
     ),
     NatTest.LIFETIMES: TestOffer(
         LifetimeTest, LifetimeTest.port_count, LifetimeTest.packets, LifetimeTest.duration_s

@@ -166,6 +166,7 @@ class QuotaTest(AskingTest):
             if not is_alternate or observer.alternate is not None
         ]
         self._answered: list[Observer] = []
+        self._old_local_ports = {each.local_port for each in findings.observations}
         self._unopened = list(ports)
         # In the order of opening: was the first try answered, or any?
         self._first_tries: list[bool] = []
@@ -251,6 +252,8 @@ class QuotaTest(AskingTest):
         return asked, destination
 
     def _add(self, asked: Question, answer: Answer, destination: Endpoint) -> None:
+        if answer.reply.local_port in self._old_local_ports:
+            return  # an earlier port had this number, and its mapping may still be there
         times = asked.sent_times
         tries = times.index(answer.sent_at) + 1
         self._grants.append(_Grant(answer, destination, times[0], tries))

@@ -178,11 +178,22 @@ def test_nobody_to_ask_is_a_reason() -> None:
 def test_a_loss_below_the_oldest_that_lived_says_nothing() -> None:
     survival = Survival(300.0)
     survival.add_dead([10.0, 10.5, 11.0, 12.0])
-    survival.add_alive(60.0)
+    for age in geometric_grid(11, 60, 18):
+        survival.add_alive(age)
     survival.add_dead([66.0, 66.5, 67.0, 68.0])
     assert survival.dead_count == 1
     middle, interval = survival.posterior(0.02)
-    assert 60 < interval.low < middle < interval.high < 66.5
+    assert 59.9 < interval.low < middle < interval.high < 66.5
+
+
+def test_one_that_lived_too_long_is_a_mistake() -> None:
+    survival = Survival(300.0)
+    for age in (20.0, 22.0, 24.0, 26.0, 100.0):
+        survival.add_alive(age)
+    for age in (29.0, 32.0, 35.0, 38.0):
+        survival.add_dead([age, age + 0.5, age + 1.1, age + 1.9])
+    _, interval = survival.posterior(0.02)
+    assert 26 <= interval.low < interval.high <= 29
 
 
 def test_one_silence_alone_leaves_doubt() -> None:
