@@ -99,7 +99,8 @@ class PortAllocation:
         others_per_s: SEQUENTIAL: steps that other subscribers take in a second.
         last_port: SEQUENTIAL: the newest port seen.
         is_overloading: True where one external port was seen to serve two mappings at once, so a
-            block is never used up; None where that was not seen, which proves nothing.
+            block is never used up; False where many pairs would have been likely and none was
+            seen; None where that proves nothing.
         sample_count: How many ports the fit rests on.
         shape: UNIFORM: (alpha, beta) of a Beta law over `low`..`high` where ports are drawn
             unevenly; None: evenly, or not enough ports to tell.

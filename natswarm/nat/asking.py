@@ -120,7 +120,7 @@ class AskingTest:
     Attributes:
         packet_count: Packets asked to be sent so far.
         ignored_count: Replies that were not expected.
-        was_hindered: Whether something could not be sent.
+        was_hindered: Whether something could not be sent, which ended the test.
     """
 
     def __init__(self, findings: Findings, ports: range, rng: random.Random, now: float) -> None:
@@ -177,7 +177,9 @@ class AskingTest:
         question = self._asked.pop(transaction, None)
         if question is not None:
             del question._sent_at[transaction]
+            # Tried again when it would have been, as often as a question is tried at all.
             question._unsent_count += 1
+            question._try_count -= question._unsent_count <= len(question.retry_after_s)
 
     def next_timer(self) -> float | None:
         """Return when to call `requests_to_send` next; None when finished."""
@@ -188,6 +190,11 @@ class AskingTest:
         if self._live_count == 0 or not self._due:
             return None
         return self._due[0][0]
+
+    @property
+    def unfinished(self) -> str:
+        """Why something is not known that no script has said anything about."""
+        return "datagrams could not be sent" if self.was_hindered else "the test was not finished"
 
     # For scripts ----------------------------------------------------------------------------------
 
@@ -205,10 +212,6 @@ class AskingTest:
     def send(self, request: Request) -> None:
         """Send something that nobody answers."""
         self._outbox.append(request)
-
-    def ask(self, question: Question) -> Script[Answer | None]:
-        """Ask, for scripts whose question has a name: `answer = yield from self.ask(...)`."""
-        return (yield question)
 
     def echo(
         self,
@@ -327,8 +330,7 @@ class AskingTest:
         waits = question.retry_after_s
         if question._try_count == len(waits):
             self._forget(question)
-            if question._unsent_count:
-                self.was_hindered = True
+            if question._unsent_count > len(waits):
                 self._resume(task, None, error=Unsent())
             else:
                 self._resume(task, None)
@@ -359,9 +361,13 @@ class AskingTest:
             return
         try:
             wanted = script.send(answer) if error is None else script.throw(error)
-        except (StopIteration, Unsent):
+        except StopIteration:
             task.script = None
             self._live_count = max(self._live_count - 1, 0)
+            return
+        except Unsent:
+            self.was_hindered = True
+            self.stop()
             return
         if isinstance(wanted, Question):
             wanted._task = task

@@ -63,7 +63,7 @@ class HairpinningTest(AskingTest):
         findings.profile = replace(findings.profile, hairpinning=self._found)
         findings.unknown.pop("hairpinning", None)
         if self._found is None:
-            findings.unknown["hairpinning"] = self._reason or "the test was not finished"
+            findings.unknown["hairpinning"] = self._reason or self.unfinished
 
     def _look(self) -> Script[None]:
         x, y = self.ports[:2]

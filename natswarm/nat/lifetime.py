@@ -405,8 +405,8 @@ class LifetimeTest(AskingTest):
             found["inbound_refreshes"] = self._refreshes(idle)
         if found["inbound_refreshes"] is None:
             unknown["inbound_refreshes"] = "it takes an idle lifetime that is known, to be outlived"
-        if self._reason is not None:
-            unknown = dict.fromkeys(unknown, self._reason)
+        if self._reason is not None or self.was_hindered:
+            unknown = dict.fromkeys(unknown, self._reason or self.unfinished)
         findings = self.findings
         findings.profile = replace(findings.profile, **found)  # type: ignore[arg-type]
         for name in found:

@@ -97,7 +97,7 @@ class PoisonTest(AskingTest):
         findings.profile = replace(findings.profile, poison=poison)
         findings.unknown.pop("poison", None)
         if poison is None:
-            findings.unknown["poison"] = self._reason or "the test was not finished"
+            findings.unknown["poison"] = self._reason or self.unfinished
         elif poison is not Poison.NONE and findings.profile.hairpinning is False:
             # Our own packets were refused before the filter was open, and may have hidden it.
             findings.profile = replace(findings.profile, hairpinning=None)
@@ -113,7 +113,8 @@ class PoisonTest(AskingTest):
             if worst in results:
                 return worst
         if not results or None in results:
-            self._reason = self._reason or "the poisoned ports disagree, or the control port moved"
+            if self._reason is None and not self.was_hindered:
+                self._reason = "the poisoned ports disagree, or the control port moved"
             return None
         if Poison.TAKES_PORT in results:
             if any(trial.newcomer is not None for trial in self._trials):

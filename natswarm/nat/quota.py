@@ -29,20 +29,20 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 from natswarm.address import Endpoint
-from natswarm.nat.allocation import PortAllocation
 from natswarm.nat.asking import Answer, AskingTest, Question, Script
-from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
+from natswarm.nat.behaviour import AllocationLaw, Mapping
 from natswarm.nat.findings import Findings, Interval
 from natswarm.nat.measurement import Observer
+from natswarm.nat.overloading import overloading_of
+from natswarm.nat.token_bucket import since_empty, smallest_burst
 
-__all__ = ["QuotaTest", "overloading_of"]
+__all__ = ["QuotaTest"]
 
 MAPPINGS_MAX = 300
 # Kept back for measuring a rate, which takes ports that have no mapping yet.
@@ -83,8 +83,6 @@ RATE_GRANTS_MIN = 3
 RATE_DURATION_MIN_S = 0.8
 # Where a quota cuts the count short, one that had been granted before would weigh too much.
 RATE_GRANTS_MIN_QUOTA = 15
-# (grants in a row, tries for each): a bucket that is empty, of a slow rate and of a fast one.
-EMPTY_RUNS = ((3, 6.0), (15, 2.2))
 COUNT_EVERY_S = 0.25
 RATE_DURATION_S = 12.0
 # By how much the way out varies; a try may also come as late after a token as the one before.
@@ -98,7 +96,6 @@ CONTROL_WAIT_S = (1.2,)
 
 # Mappings of cellular networks live for 10 s at least, of most for 30 s (Richter et al.).
 ALIVE_FOR_S = 10.0
-OVERLOADING_DOUBT_MAX = 0.01
 
 
 class _Grant(NamedTuple):
@@ -236,13 +233,13 @@ class QuotaTest(AskingTest):
     def _open(self, port: int, index: int) -> Script[None]:
         asked, destination = self._question(port, OPEN_WAITS_S)
         answer = yield asked
+        self._under_way -= 1
         if answer is None:
             self._refused.append(port)
         else:
             self._add(asked, answer, destination)
             self._came_back[index] = True
             self._first_tries[index] = answer.sent_at == asked.sent_times[0]
-        self._under_way -= 1
 
     def _question(self, port: int, waits_s: tuple[float, ...]) -> tuple[Question, Endpoint]:
         observer, is_alternate = self._targets[port % len(self._targets)]
@@ -374,9 +371,9 @@ class QuotaTest(AskingTest):
         grants = [each for each in self._grants[first:] if each.granted_at <= ended_at]
         self._estimate(self._counted(grants), WORKER_RETRY_S / workers)
 
-    def _counted(self, grants: Sequence[_Grant]) -> list[_Grant]:
+    def _counted(self, grants: Sequence[_Grant]) -> list[float]:
         tries = sorted(time for asked in self._questions for time in asked.sent_times)
-        return _since_empty(grants, tries)
+        return since_empty([each.granted_at for each in grants], tries)
 
     def _is_standstill(self, grants: Sequence[_Grant], started_at: float) -> bool:
         """Whether no mapping was granted for so long that the rate cannot be the reason."""
@@ -398,9 +395,9 @@ class QuotaTest(AskingTest):
             turn = math.ceil((self.now - started_at) / WORKER_RETRY_S)
             yield started_at + turn * WORKER_RETRY_S
 
-    def _estimate(self, counted: Sequence[_Grant], gap_s: float) -> None:
+    def _estimate(self, counted: Sequence[float], gap_s: float) -> None:
         count = len(counted) - 1
-        duration_s = counted[-1].granted_at - counted[0].granted_at if counted else 0.0
+        duration_s = counted[-1] - counted[0] if counted else 0.0
         fewest = RATE_GRANTS_MIN_QUOTA if self._quota_met else RATE_GRANTS_MIN
         if count < fewest or duration_s < RATE_DURATION_MIN_S:
             self._reason = "a rate of new mappings was met, but could not be counted"
@@ -452,7 +449,7 @@ class QuotaTest(AskingTest):
             burst = self._burst(self._rate_per_s)
             findings.intervals["mapping_rate_per_s"] = self._rate
         if self._rate_per_s is None:
-            why = self._reason or "the test was not finished"
+            why = self._reason or self.unfinished
             findings.unknown["mapping_rate_per_s"] = why
             if quota is None:
                 findings.unknown["max_mappings"] = why
@@ -502,10 +499,7 @@ class QuotaTest(AskingTest):
         return max((len(each) for each in remotes.values()), default=0)
 
     def _burst(self, rate_per_s: float) -> int:
-        """Return the smallest bucket that could have granted all this.
-
-        Of every span of time it must have held what was granted beyond what came in meanwhile.
-        """
+        """Return the smallest bucket that could have granted all that was granted at first."""
         # Before the first refusal a mapping was made by the first try, though its answer was lost;
         # later the bucket was empty, and says nothing more.
         boundary = self._boundary()
@@ -515,68 +509,10 @@ class QuotaTest(AskingTest):
         for each in self.findings.observations:
             if each.sent_at < self._started_at:
                 made.setdefault((each.port_index, each.observed), each.sent_at)
-        times = sorted([*made.values(), *times])
-        needed = lowest = 0.0
-        for index, time in enumerate(times):
-            level = index - rate_per_s * time
-            lowest = level if index == 0 else min(lowest, level)
-            needed = max(needed, level + 1 - lowest)
-        return max(round(needed), 1)
+        return smallest_burst([*made.values(), *times], rate_per_s)
 
     def _shared(self) -> list[tuple[Endpoint, Endpoint]]:
         return [(each.answer.observed, each.destination) for each in self._grants]
-
-
-def _since_empty(grants: Sequence[_Grant], tries: Sequence[float]) -> list[_Grant]:
-    """Return the grants since soon after the bucket was first found empty, oldest first.
-
-    Soon after, since those that emptied it and whose answers were lost come with the next tries. It
-    is empty where many more ports ask than are granted; loss makes it a quarter more at worst.
-
-    Args:
-        grants: In any order.
-        tries: When any port asked, ascending.
-    """
-    in_order = sorted(grants, key=lambda each: each.granted_at)
-    for end in range(len(in_order)):
-        for run, tries_per_grant in EMPTY_RUNS:
-            if end < run:
-                continue
-            since, until = in_order[end - run].granted_at, in_order[end].granted_at
-            tried = bisect_right(tries, until) - bisect_right(tries, since)
-            if tried >= run * tries_per_grant:
-                settled_at = until + 3 * WORKER_RETRY_S
-                return [each for each in in_order if each.granted_at >= settled_at]
-    return []
-
-
-def overloading_of(
-    mappings: Sequence[tuple[Endpoint, Endpoint]],
-    allocation: PortAllocation,
-    filtering: Filtering | None,
-) -> bool | None:
-    """Return whether live mappings share external ports; None if that cannot be told.
-
-    Args:
-        mappings: External endpoint and remote of each, all alive at once, of different ports.
-        allocation: Where their ports come from.
-        filtering: What tells mappings of one port apart: only such may share it.
-    """
-    if len({external for external, _ in mappings}) < len(mappings):
-        return True
-    if allocation.law in (AllocationLaw.PRESERVING, AllocationLaw.SEQUENTIAL):
-        return None  # these never come back to a port
-    if filtering is Filtering.EIF:
-        return False  # there is nothing to tell two mappings of one port apart by
-    groups: dict[object, int] = {}
-    for _, remote in mappings:
-        key = remote.ip if filtering is Filtering.ADF else remote
-        groups[key] = groups.get(key, 0) + 1
-    count = len(mappings)
-    pairs = (count**2 - sum(size**2 for size in groups.values())) / 2
-    ips = len({external.ip for external, _ in mappings}) or 1
-    none_by_chance = math.exp(-pairs / (ips * allocation.port_count))
-    return False if none_by_chance < OVERLOADING_DOUBT_MAX else None
 
 
 def _pace(findings: Findings) -> float:

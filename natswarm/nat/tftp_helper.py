@@ -144,7 +144,7 @@ class TftpHelperTest(AskingTest):
         findings.profile = replace(findings.profile, tftp_helper=self._found)
         findings.unknown.pop("tftp_helper", None)
         if self._found is None:
-            findings.unknown["tftp_helper"] = self._reason or "the test was not finished"
+            findings.unknown["tftp_helper"] = self._reason or self.unfinished
 
     # Where the port is known ----------------------------------------------------------------------
 

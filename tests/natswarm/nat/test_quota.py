@@ -16,7 +16,9 @@ from simulated_test import Laboratory
 from natswarm.address import Endpoint
 from natswarm.nat.allocation import PortAllocation
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
-from natswarm.nat.quota import MAPPINGS_MAX, QuotaTest, overloading_of
+from natswarm.nat.overloading import overloading_of
+from natswarm.nat.quota import MAPPINGS_MAX, QuotaTest
+from natswarm.nat.token_bucket import since_empty, smallest_burst
 from natswarm.sim.nat_behaviour import NatBehaviour
 from natswarm.sim.ports import Allocation, Blocks, Preserving, Sequential, Uniform
 from natswarm.sim.rate import RateLimit
@@ -218,3 +220,15 @@ def test_earlier_findings_stay() -> None:
     laboratory.run(QuotaTest, 300)
     assert findings.profile.mappings_seen == 900
     assert findings.profile.remotes_seen == 7
+
+
+def test_a_bucket_is_read_from_its_times() -> None:
+    rush = [index * 0.005 for index in range(30)]
+    drops = [0.2 + index * 0.1 for index in range(40)]
+    tries = [index * 0.005 for index in range(900)]
+    counted = since_empty(rush + drops, tries)
+    assert 25 <= len(counted) < 40
+    assert counted == drops[-len(counted) :]
+    assert smallest_burst(rush + drops, 10.0) == pytest.approx(29, abs=1)
+    assert since_empty(rush, rush) == []
+    assert smallest_burst([], 10.0) == 1
