@@ -347,7 +347,9 @@ def start_and_forget() -> LabState:
 
 def test_a_killed_lab_is_cleaned_up_by_its_watchdog():
     state = start_and_forget()
-    program = inside(state, "b", "sleep", "600")
+    program = inside(state, "b", "sh", "-c", "echo there; exec sleep 600")
+    assert program.stdout is not None
+    assert program.stdout.readline() == "there\n"
     os.kill(state.pid, signal.SIGKILL)
     wait_gone(state.pid, state.watchdog_pid)
     program.wait(TIMEOUT_S)

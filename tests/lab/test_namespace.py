@@ -26,7 +26,10 @@ from natswarm.lab.topology import Lab
 
 with Lab() as lab:
     client = lab.add_client("client", KernelNat(NatKind.RANDOM))
-    print(lab.prefix, client.namespace.spawn(["sleep", "600"]).pid, flush=True)
+    # Before it says so, it may be on its way into the namespace still.
+    process = client.namespace.spawn(["sh", "-c", "echo there; exec sleep 600"])
+    process.wait_line(str.isalpha, timeout_s=30)
+    print(lab.prefix, process.pid, flush=True)
     time.sleep(600)
 """
 
