@@ -93,7 +93,7 @@ def written_captures(page: str) -> dict[str, str]:
     return dict(re.findall(_CAPTURE.format(name=r"(\w+)"), page, flags=re.DOTALL))
 
 
-_CAPTURE = r"<!-- capture: {name} -->\n+```text\n(.*?)\n```"
+_CAPTURE = r"<!-- capture: {name} -->\n+```text\n(.*?)```"
 
 
 def main() -> None:

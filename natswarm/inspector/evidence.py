@@ -11,6 +11,7 @@ Pure: reads parts, asks nobody.
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -180,6 +181,10 @@ class Evidences:
             return outcome.reason
         if (reason := self.findings.unknown.get(name)) is not None:
             return reason
+        if name == "max_mappings" and profile.mappings_seen:
+            return f"no limit was met with {profile.mappings_seen} at once"
+        if name == "mapping_burst" and profile.mapping_rate_per_s == math.inf:
+            return "no limit was met"
         if profile.is_translated is False:
             return "there is no NAT"
         return "the answers did not tell"

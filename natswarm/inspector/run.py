@@ -374,6 +374,8 @@ def _observers(findings: Findings) -> tuple[ObserverReport, ...]:
     usable = [
         each for each in findings.observations if each.observed.ip in findings.profile.public_ips
     ]
+    # In an order of their own: who was connected first is chance.
+    ranked = sorted(findings.observers, key=lambda each: (not each.is_neighbour, each.endpoint))
     return tuple(
         ObserverReport(
             observer.peer_id,
@@ -381,5 +383,5 @@ def _observers(findings: Findings) -> tuple[ObserverReport, ...]:
             sum(each.observer == observer.peer_id for each in usable),
             observer.is_neighbour,
         )
-        for observer in findings.observers
+        for observer in ranked
     )

@@ -205,7 +205,7 @@ def test_watch_prints_a_report_a_line_and_ends_when_told(tmp_path, stop):
 
 @pytest.mark.skipif(os.name != "posix", reason="terminals")
 def test_progress_is_for_terminals(tmp_path):
-    """A spinner on a terminal, which is gone again at the end; nothing in a pipe."""
+    """What runs is shown on a terminal; the report alone goes to standard output."""
     import pty
 
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm"}
@@ -222,8 +222,6 @@ def test_progress_is_for_terminals(tmp_path):
     assert "behaviour" in shown
     assert b"Interfaces" in done.stdout
     assert b"\x1b" not in done.stdout
-    piped = subprocess.run(command, capture_output=True, env=environment, timeout=60)
-    assert piped.stderr == b""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

