@@ -21,6 +21,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from natswarm.nat.cross_traffic import Gap
 
@@ -36,6 +37,13 @@ STEP_MAX = 16
 DISPLACED_COST = 7.0
 START_COST = math.log(PORT_COUNT)
 JUMP_COST = START_COST + 3.0
+# After a pause other tests of ours may have moved the counter on, too: such gaps say nothing of
+# others.
+PAUSE_S = 1.0
+# Echoes leave 5 to 15 ms apart; what a NAT does in less is not worth telling apart.
+TIME_MIN_S = 0.005
+# A mean of skips where none were seen: one in 50 is.
+SKIP_MIN = 0.02
 # How many ports in a row may be out of place.
 DISPLACED_MAX = 4
 # One in so many ports may be out of place or a new start: any few ports are on some chain.
@@ -77,57 +85,62 @@ def follow(ports: Sequence[int], times: Sequence[float]) -> Chain | None:
 
 
 def _follow_signed(ports: Sequence[int], times: Sequence[float], sign: int) -> Chain | None:
-    ascents = [sign * (b - a) for a, b in pairwise(ports)]
-    ascents = sorted(gap for gap in ascents if gap > 0)
+    ascents = [
+        (sign * (ports[index + 1] - ports[index]), times[index + 1] - times[index])
+        for index in range(len(ports) - 1)
+    ]
+    ascents = sorted(ascent for ascent in ascents if ascent[0] > 0)
     if not ascents:
         return None
-    step, mean = 1, max(0.5, ascents[len(ascents) // 2] - 1.0)
+    typical = ascents[len(ascents) // 2]
+    pace = _Pace(1, (typical[0] - 0.5) / max(typical[1], TIME_MIN_S))
     best: Chain | None = None
     for _ in range(4):
-        path = _best_path(ports, sign, step, mean)
-        chain = _chain(ports, times, path, sign, step, mean)
-        if len(ports) - len(path) + len(chain.jumps) > len(ports) // PORTS_PER_BREAK:
+        path = _best_path(ports, times, sign, pace)
+        chain = _chain(ports, times, path, sign, pace)
+        breaks = len(ports) - len(path) + len(chain.jumps)
+        if breaks > len(ports) // PORTS_PER_BREAK:
             break
         if best is not None and chain.evidence <= best.evidence + 1e-9:
             break
         best = chain
-        gaps = _gaps(ports, path, sign)
-        if gaps:
-            found = math.gcd(*(gap for gap, _ in gaps))
-            step = found if found <= STEP_MAX else 1  # else a coincidence of few gaps
-            skips = [max(0, gap // step - 1 - between) for gap, between in gaps]
-            mean = sum(skips) / len(skips)
+        pace = _refined(ports, times, path, sign, pace)
     return best
 
 
-def _gap_cost(skips: int, mean: float) -> float:
-    if mean == 0:
-        return 0.0 if skips == 0 else math.inf
-    return math.log(1 + mean) + skips * math.log((1 + mean) / mean)
+class _Pace(NamedTuple):
+    """How a counter moves: by `step`, others taking `rate` steps a second."""
+
+    step: int
+    rate: float
+
+    def gap_cost(self, skips: int, seconds: float) -> float:
+        # A hair more than nothing: else a single skip would break a chain without others.
+        mean = self.rate * max(seconds, TIME_MIN_S) + SKIP_MIN
+        return math.log(1 + mean) + skips * math.log((1 + mean) / mean)
+
+    def displaced_cost(self) -> float:
+        return DISPLACED_COST + math.log(1 + self.rate * TIME_MIN_S)
+
+    def step_cost(self, gap: int, displaced: int, seconds: float) -> float:
+        """Return the cost of a gap on the chain: infinite where only a jump can explain it."""
+        if gap <= 0 or gap % self.step:
+            return math.inf
+        return self.gap_cost(max(0, gap // self.step - 1 - displaced), seconds)
 
 
-def _displaced_cost(mean: float) -> float:
-    return DISPLACED_COST + math.log(1 + mean)
-
-
-def _best_path(ports: Sequence[int], sign: int, step: int, mean: float) -> list[int]:
+def _best_path(ports: Sequence[int], times: Sequence[float], sign: int, pace: _Pace) -> list[int]:
     """Return the indices on the cheapest chain; between two of them all others are displaced."""
-    # With a mean of 0 a single skip would break the chain; a hair more lets it bend.
-    mean = max(mean, 0.02)
     count = len(ports)
-    displaced_cost = _displaced_cost(mean)
+    displaced_cost = pace.displaced_cost()
     costs = [START_COST + displaced_cost * index for index in range(count)]
     before: list[int | None] = [None] * count
     for index in range(1, count):
         for previous in range(max(0, index - 1 - DISPLACED_MAX), index):
             displaced = index - previous - 1
-            gap = sign * (ports[index] - ports[previous])
+            gap, seconds = sign * (ports[index] - ports[previous]), times[index] - times[previous]
             cost = costs[previous] + displaced_cost * displaced
-            if gap > 0 and gap % step == 0:
-                skips = max(0, gap // step - 1 - displaced)
-                cost += min(_gap_cost(skips, mean), JUMP_COST)
-            else:
-                cost += JUMP_COST
+            cost += min(pace.step_cost(gap, displaced, seconds), JUMP_COST)
             if cost < costs[index]:
                 costs[index], before[index] = cost, previous
     last = min(
@@ -140,27 +153,23 @@ def _best_path(ports: Sequence[int], sign: int, step: int, mean: float) -> list[
     return path[::-1]
 
 
-def _is_jump(gap: int, displaced: int, step: int, mean: float) -> bool:
-    return (
-        gap <= 0
-        or gap % step != 0
-        or _gap_cost(max(0, gap // step - 1 - displaced), max(mean, 0.02)) > JUMP_COST
-    )
-
-
-def _gaps(ports: Sequence[int], path: Sequence[int], sign: int) -> list[tuple[int, int]]:
-    """Return (distance, displaced ports in between) of neighbours on the chain that ascend."""
+def _refined(
+    ports: Sequence[int], times: Sequence[float], path: Sequence[int], sign: int, pace: _Pace
+) -> _Pace:
+    """Fit step and rate to the gaps of a chain that are no jumps."""
     gaps = []
     for a, b in pairwise(path):
-        gap = sign * (ports[b] - ports[a])
-        if gap > 0 and not _is_jump(gap, b - a - 1, 1, _typical_gap(ports, path, sign)):
-            gaps.append((gap, b - a - 1))
-    return gaps
-
-
-def _typical_gap(ports: Sequence[int], path: Sequence[int], sign: int) -> float:
-    ascents = sorted(gap for a, b in pairwise(path) if (gap := sign * (ports[b] - ports[a])) > 0)
-    return float(ascents[len(ascents) // 2]) if ascents else 1.0
+        gap, seconds = sign * (ports[b] - ports[a]), times[b] - times[a]
+        # By steps of 1, which divide everything: the step may have been a coincidence.
+        loose = pace._replace(step=1, rate=pace.rate * pace.step)
+        if loose.step_cost(gap, b - a - 1, seconds) <= JUMP_COST and seconds <= PAUSE_S:
+            gaps.append((gap, b - a - 1, seconds))
+    if not gaps:
+        return pace
+    found = math.gcd(*(gap for gap, _, _ in gaps))
+    step = found if found <= STEP_MAX else 1  # else a coincidence of few gaps
+    skips = sum(max(0, gap // step - 1 - displaced) for gap, displaced, _ in gaps)
+    return _Pace(step, skips / max(sum(seconds for _, _, seconds in gaps), TIME_MIN_S))
 
 
 def _chain(
@@ -168,16 +177,16 @@ def _chain(
     times: Sequence[float],
     path: Sequence[int],
     sign: int,
-    step: int,
-    mean: float,
+    pace: _Pace,
 ) -> Chain:
+    step = pace.step
     gaps: list[Gap] = []
     ascending = sorted(ports)
     jumps = []
     costs = START_COST
     for a, b in pairwise(path):
         gap, displaced = sign * (ports[b] - ports[a]), b - a - 1
-        if _is_jump(gap, displaced, step, mean):
+        if pace.step_cost(gap, displaced, times[b] - times[a]) > JUMP_COST:
             jumps.append((ports[a], ports[b]))
             costs += JUMP_COST
             continue
@@ -185,13 +194,18 @@ def _chain(
         # asks again after a lost answer sees a port of earlier.
         low, high = min(ports[a], ports[b]), max(ports[a], ports[b])
         ours = bisect_left(ascending, high) - bisect_right(ascending, low)
-        gaps.append((max(0, gap // step - 1 - ours), times[b] - times[a]))
-    fitted_mean = sum(count for count, _ in gaps) / len(gaps) if gaps else 0.0
-    costs += sum(_gap_cost(skips, fitted_mean) for skips, _ in gaps)
-    costs += _displaced_cost(fitted_mean) * (len(ports) - len(path))
+        skips, seconds = max(0, gap // step - 1 - ours), times[b] - times[a]
+        if seconds > PAUSE_S:
+            costs += min(pace.gap_cost(skips, seconds), JUMP_COST)
+        else:
+            gaps.append((skips, seconds))
+    duration_s = sum(seconds for _, seconds in gaps)
+    fitted = _Pace(step, sum(count for count, _ in gaps) / max(duration_s, TIME_MIN_S))
+    costs += sum(fitted.gap_cost(skips, seconds) for skips, seconds in gaps)
+    costs += fitted.displaced_cost() * (len(ports) - len(path))
     evidence = (
         -costs
-        - 0.5 * math.log(len(ports))  # the mean was fitted
+        - 0.5 * math.log(len(ports))  # the rate was fitted
         - math.log(2)  # the sign
         - math.log(step * (step + 1))  # a prior that sums to one over all steps
     )

@@ -9,12 +9,24 @@ fewer NATs; `--lifetimes` measures lifetimes as well.
 
 Every share comes with its 95 % interval (Wilson). A figure that is reported as unknown is counted
 apart: it is no error, but it is no success, either.
+
+What goes wrong, and why it must:
+
+* sizes of blocks in the quick part: n ports in a block of B leave (B + 1) / (n + 1) unseen at each
+  end on average, 27 of 1,000 for n = 36, so blocks of 1000 and 1008, or 4032 and 4096, look alike
+  in a few per cent; some 300 ports of the quota test tell them apart;
+* the size of a block that is counted inside: unknown until the counter comes to its end;
+* a Beta law over 9,000 ports has nine tenths of them within half of that, as two blocks of 2048 or
+  4096 have; one over more is told from an even one by hundreds of ports only (`nat/shape.py`);
+* ADM for APDM where both ports of both observers see the same endpoint by chance: a NAT that keeps
+  ports and draws one of k addresses for each mapping does it once in k^2 times.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import random
 from collections import Counter
@@ -30,12 +42,15 @@ from natswarm.sim.world import World
 from tools.bench.random_nats import draw_preset, expected_law, expected_mapping
 from tools.bench.simulated_inspection import SimulatedInspection, SimulatedObserver
 
+LIFETIMES = ("idle_unreplied_s", "idle_lifetime_s")
+LIFETIME_TRIED_S = 300.0
+
 TARGETS = {
     "mapping": 0.995,
     "filtering": 0.995,
     "law": 0.97,
     "block": 0.97,
-    "lifetimes within 10 %": 0.95,
+    **dict.fromkeys(LIFETIMES, 0.97),
 }
 QUICK_PACKETS_MAX = 60
 CALIBRATION = (0.88, 0.92)
@@ -188,24 +203,44 @@ def _note_figures(case: Case, behaviour: NatBehaviour, findings: Findings) -> No
         value = getattr(profile, name)
         case.truth[name] = str(true)
         case.found[name] = None if value is None else str(getattr(value, "value", value))
-    figures: dict[str, tuple[float | None, float]] = {
+    figures: dict[str, tuple[float, float]] = {
         "idle_unreplied_s": (behaviour.unreplied_lifetime_s, 0.1),
         "idle_lifetime_s": (behaviour.replied_lifetime_s, 0.1),
-        "max_mappings": (behaviour.max_mappings, 0.1),
     }
-    if behaviour.subscriber_rate is not None:
-        figures["mapping_rate_per_s"] = (behaviour.subscriber_rate.per_s, 0.2)
+    limit = behaviour.subscriber_rate
+    # At 200 a second and with 300 mappings a generous rate is not met, which is no error.
+    if limit is not None and limit.burst + limit.per_s * 300 / 200 < 300:
+        figures["mapping_rate_per_s"] = (limit.per_s, 0.2)
     for name, (figure, tolerance) in figures.items():
         value = getattr(profile, name)
-        if figure is None:
-            continue
         case.truth[name] = "near"
         case.found[name] = None
         if value is not None:
-            is_near = abs(value - figure) <= tolerance * figure
+            # Infinity: longer than was tried.
+            tried = LIFETIME_TRIED_S if name in LIFETIMES else math.inf
+            is_near = abs(min(value, tried) - min(figure, tried)) <= tolerance * figure
             case.found[name] = "near" if is_near else "far"
         if (interval := findings.intervals.get(name)) is not None:
             case.intervals.append((name, interval.low <= figure <= interval.high))
+    quota, asked = _quota(behaviour), NatTest.QUOTA in findings.packet_counts
+    if quota is not None and asked and "max_mappings" not in findings.unknown:
+        case.truth["max_mappings"] = "near" if quota <= profile.mappings_seen else "not met"
+        case.found["max_mappings"] = "not met"
+        if profile.max_mappings is not None:
+            # Of the host's earlier mappings nobody can say which still live.
+            short = quota - profile.max_mappings
+            is_near = -0.1 * quota <= short <= 0.1 * quota + EARLIER_MAPPINGS_MAX
+            case.found["max_mappings"] = "near" if is_near else "far"
+            case.truth["max_mappings"] = "near"
+
+
+def _quota(behaviour: NatBehaviour) -> float | None:
+    """Return how many mappings the host may have: its blocks may be full before its quota is."""
+    law = behaviour.allocation
+    limits = [] if behaviour.max_mappings is None else [behaviour.max_mappings]
+    if isinstance(law, Blocks) and behaviour.exclusive_ports:
+        limits.append(law.size * law.max_blocks)
+    return min(limits, default=None)
 
 
 # The report --------------------------------------------------------------------------------------
@@ -310,16 +345,16 @@ def verdicts(cases: list[Case]) -> list[tuple[str, bool, str]]:
     """Return (target, whether it is met, how far it is)."""
     table = scores(cases)
     result = []
-    for name in ("mapping", "filtering", "law", "block"):
+    for name, target in TARGETS.items():
         score = table.get(name)
-        if score is not None:
-            result.append(
-                (
-                    f"{name} right >= {TARGETS[name]:.1%}",
-                    score.share >= TARGETS[name],
-                    _text(score.share, score.right, score.total),
-                )
-            )
+        if score is None:
+            continue
+        # A lifetime may be unknown, for a reason that is given; of those given 10 % is the bound.
+        total = score.total - (score.unknown if name in LIFETIMES else 0)
+        if total:
+            share = score.right / total
+            text = _text(share, score.right, total)
+            result.append((f"{name} right >= {target:.1%}", share >= target, text))
     most = max(case.packets.get(NatTest.BEHAVIOUR.value, 0) for case in cases)
     result.append(
         (f"quick part <= {QUICK_PACKETS_MAX} packets", most <= QUICK_PACKETS_MAX, str(most))

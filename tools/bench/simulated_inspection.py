@@ -46,6 +46,7 @@ class SimulatedObserver:
     """A public host with ports p and q that says what it sees.
 
     Attributes:
+        internet: Where it is.
         lie: What it says in place of what it sees.
         is_silent: Whether it has stopped to answer.
         delay_s: How long it takes to answer.
@@ -57,6 +58,7 @@ class SimulatedObserver:
         name: str,
         lie: Callable[[Endpoint], Endpoint] = lambda seen: seen,
     ) -> None:
+        self.internet = internet
         host = internet.add_host(name)
         self.main, self.alternate = host.open_port(4000), host.open_port(4001)
         self.lie = lie

@@ -25,7 +25,7 @@ from natswarm.nat.allocation import (
 from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.fit import fit_allocation
 
-SEEDS = 400
+SEEDS = 250
 OBSERVER = Endpoint("198.51.100.1", 4000)
 
 
