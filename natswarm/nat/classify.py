@@ -6,8 +6,8 @@ overwrites nothing and a NAT with several addresses shows them all. The mapping:
 independent where enough voters agree on one endpoint, at least two addresses among them (two
 prefixes are not asked for: what tells EIM from ADM is a second address, and who could forge one in
 the same prefix could forge all of a quorum of one). Filtering needs no trust: a packet got in or
-did not. Ports: an observer that lies can only make our law look wider, and one that is outvoted on
-our address is not heard on ports, either.
+did not. Ports: an observer that is outvoted on our address is not heard on ports, nor is one whose
+ports hide a law that the others elect; what else it says can only make our law look wider.
 
 Only IPv4: IPv6 hosts are not translated, and host candidates cover them.
 Source: RFC 5780 for the tests, RFC 4787 for the words, libtorrent's `ip_voter` for the quorum.
@@ -116,7 +116,7 @@ def classify(
             inferred=("mapping", *(["filtering"] if is_filter_inferred else [])),
         )
     mapping, common_endpoint, is_mapping_inferred = _mapping(main)
-    allocation = fit_allocation(_samples(believed))
+    allocation = fit_allocation(_samples(_heard(believed)))
     main_endpoint = common_endpoint
     is_main_inferred = False
     if main_endpoint is None and main:
@@ -159,7 +159,7 @@ def port_intervals(observations: Sequence[Observation], profile: NatProfile) -> 
     usable = _usable(observations)
     ips = _public_ips(usable)
     believed = [each for each in usable if each.observed.ip in ips]
-    return allocation_intervals(_samples(believed), profile.allocation)
+    return allocation_intervals(_samples(_heard(believed)), profile.allocation)
 
 
 def _usable(observations: Sequence[Observation]) -> list[Observation]:
@@ -170,6 +170,29 @@ def _usable(observations: Sequence[Observation]) -> list[Observation]:
         and each.observed.kind is AddressKind.GLOBAL
         and 1 <= each.observed.port <= 65_535
     ]
+
+
+def _heard(believed: Sequence[Observation]) -> Sequence[Observation]:
+    """Leave out voters whose ports hide a law that the others elect.
+
+    Ports at random among those of a block or a counter look like a range, or like many blocks. So
+    each voter's ports are fitted alone, and the laws are voted on; it takes three voters.
+    """
+    by_voter: dict[str, list[Observation]] = {}
+    for each in believed:
+        by_voter.setdefault(each.destination.ip, []).append(each)
+    whole = fit_allocation(_samples(believed))
+    if len(by_voter) < 3 or whole is None or whole.law is AllocationLaw.PRESERVING:
+        return believed
+    laws = {
+        ip: fitted.law
+        for ip, seen in by_voter.items()
+        if (fitted := fit_allocation(_samples(seen))) is not None
+    }
+    elected = elect(laws)
+    if elected in (None, whole.law, AllocationLaw.UNIFORM):
+        return believed
+    return [each for each in believed if laws[each.destination.ip] is elected]
 
 
 def _samples(believed: Sequence[Observation]) -> list[PortSample]:

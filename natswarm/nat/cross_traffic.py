@@ -41,7 +41,10 @@ def rate_interval(gaps: Sequence[Gap], *, keeps_parity: bool) -> Interval:
     edges = (math.sqrt(low), math.sqrt(high))
     width = (edges[1] - edges[0]) / GRID_POINTS
     rates = [(edges[0] + (index + 0.5) * width) ** 2 for index in range(GRID_POINTS)]
-    logs = [_log_likelihood(gaps, rate, keeps_parity) for rate in rates]
+    if keeps_parity:
+        logs = [_log_likelihood_of_either(gaps, rate) for rate in rates]
+    else:
+        logs = [most * math.log(rate) - rate * duration_s for rate in rates]
     best = max(logs)
     weights = [math.exp(each - best) for each in logs]
     total = sum(weights)
@@ -59,10 +62,8 @@ def rate_interval(gaps: Sequence[Gap], *, keeps_parity: bool) -> Interval:
     return Interval(bounds[0], bounds[1])
 
 
-def _log_likelihood(gaps: Sequence[Gap], rate: float, keeps_parity: bool) -> float:
-    if not keeps_parity:
-        count = sum(count for count, _ in gaps)
-        return count * math.log(rate) - rate * sum(seconds for _, seconds in gaps)
+def _log_likelihood_of_either(gaps: Sequence[Gap], rate: float) -> float:
+    """Return it for gaps of `count` steps of others, or one less, as likely beforehand."""
     total = 0.0
     for count, seconds in gaps:
         mean = max(rate * seconds, 1e-12)

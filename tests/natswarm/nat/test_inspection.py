@@ -192,6 +192,20 @@ def test_nonsense_of_one_observer_among_three_is_outvoted(name: str) -> None:
         assert profile.allocation.law is expected_law(behaviour), f"seed {seed}"
 
 
+@pytest.mark.parametrize("name", ["kpn-nl", "juniper-pba"])
+def test_invented_ports_of_one_observer_among_three_do_not_hide_the_law(name: str) -> None:
+    behaviour = PRESETS[name].behaviour
+    assert behaviour is not None
+    right = 0
+    for seed in range(10):
+        observers = observers_of(seed, 3)
+        rng = random.Random(seed)
+        observers[0].lie = lambda seen, rng=rng: Endpoint(seen.ip, rng.randint(1024, 65_535))  # type: ignore[misc]
+        allocation = run_with(observers, name).findings.profile.allocation
+        right += allocation is not None and allocation.law is expected_law(behaviour)
+    assert right >= 9
+
+
 def test_only_nonsense_is_unknown_and_says_so() -> None:
     observers = observers_of(1, 2)
     for observer in observers:
