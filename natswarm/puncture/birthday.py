@@ -7,8 +7,10 @@ ports to guessed ones. Sizes are the 99.9 % quantiles of `odds.py`. Two NATs tha
 
 **Pace.** What is under way when the path opens was sent in vain: pace x round trip in one
 dimension, half as much again in two (the side that is hit learns it after one way, the other after
-both). So the pace is what keeps that to `Limits.overshoot` of the probes expected; E probes then
-take about 0.7 * E_prober / (overshoot * E) round trips, whatever the ports: 5 to 10.
+both). So the pace is what keeps that to `Limits.overshoot` of the probes expected: a puncture takes
+some ten round trips, whatever the ports. For a hit that is as likely at any time an even pace takes
+the least time; who has sent half as much again as expected hurries, though, since the few punctures
+that come so far decide what the slowest hundredth takes, and hardly what the average costs.
 
 Pure arithmetic. Source: docs/puncturing.md.
 """
@@ -17,12 +19,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from natswarm.address import Endpoint
 from natswarm.errors import PunctureFailed
 from natswarm.nat.allocation import PortAllocation
 from natswarm.nat.behaviour import AllocationLaw, Mapping
 from natswarm.nat.profile import NatProfile
+from natswarm.nat.shape import shape_density
 from natswarm.puncture.bounds import (
     allocation_of,
     live_s,
@@ -36,9 +40,12 @@ from natswarm.puncture.bounds import (
 )
 from natswarm.puncture.odds import (
     cheapest_opened_count,
+    cheapest_prior_opened_count,
+    expected_prior_probe_count,
     expected_probe_count,
     hit_probability,
     live_mapping_count,
+    prior_probe_count_quantile,
     probe_count_quantile,
 )
 from natswarm.puncture.strategy import (
@@ -70,6 +77,9 @@ LOSS_ASSUMED = 0.1
 ANSWER_ROUND_TRIPS = 1.5
 # Two dimensions: the one side goes on for a round trip, the other for half of one.
 UNDER_WAY_TWO_SIDED = 1.5
+# See above: when to hurry, and how much.
+HURRY_AFTER = 1.5
+HURRY = 2.0
 # Below this even the smallest search would take longer than users wait.
 PROBES_PER_S_MIN = 5.0
 
@@ -84,6 +94,8 @@ ADDRESS_DEPENDENT_SOCKETS = 64
 # Two-sided rounds over strict blocks: 63 % each; 95 % after three.
 ROUNDS_MAX = 4
 TFTP_PORT = 69
+# Of a law that is not flat: even within each.
+SLICES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,7 @@ class OneSided:
         expected_count: Probes of the prober until one hits, on average.
         openers_per_s: Pace of the openers.
         probes_per_s: Pace of the prober.
+        hurry_per_s: Its pace when it has sent more than most would.
         probe_count: Of the prober: one pass at 99.9 %, one more for what was lost or came too
             early, and what it sends while the opener may not have started.
         start_s: When the prober starts: its first probe arrives when the last mapping stands.
@@ -107,14 +120,22 @@ class OneSided:
     expected_count: float
     openers_per_s: float
     probes_per_s: float
+    hurry_per_s: float
     probe_count: int
     start_s: float
     expected_s: float
 
     @property
+    def hurry_count(self) -> int:
+        """After how many probes the prober hurries."""
+        return math.ceil(HURRY_AFTER * self.expected_count)
+
+    @property
     def duration_s(self) -> float:
         """How long both sides go on."""
-        return self.start_s + self.probe_count / self.probes_per_s + ANSWER_WAIT_S
+        early = min(self.probe_count, self.hurry_count)
+        late = self.probe_count - early
+        return self.start_s + early / self.probes_per_s + late / self.hurry_per_s + ANSWER_WAIT_S
 
     @property
     def success_probability(self) -> float:
@@ -140,9 +161,17 @@ def size_one_sided(
     port_count = port_count_of(opener) * addresses
     if allocation.law is AllocationLaw.SEQUENTIAL:
         drift = (allocation.others_per_s or 0.0) * SEQUENTIAL_AGE_S
-        opened = min(max(round(math.sqrt(drift)), SEQUENTIAL_RUN_MIN), SEQUENTIAL_RUN_MAX)
+        # M + drift / 2M is least at M = sqrt(drift / 2).
+        opened = min(max(round(math.sqrt(drift / 2)), SEQUENTIAL_RUN_MIN), SEQUENTIAL_RUN_MAX)
         expected = 1 + drift / 2 / opened  # one in `opened` ports is probed, from the last one up
         enough = math.ceil(port_count / opened) + opened
+    elif allocation.shape is not None and addresses == 1:
+        slices = _slices(allocation)
+        opened = min(
+            cheapest_prior_opened_count(slices), limits.socket_count, mapping_budget(opener, limits)
+        )
+        expected = expected_prior_probe_count(slices, opened)
+        enough = prior_probe_count_quantile(CONFIDENCE, slices, opened)
     else:
         opened = cheapest_opened_count(port_count)
         if allocation.law is AllocationLaw.BLOCK:
@@ -155,15 +184,14 @@ def size_one_sided(
 
     openers_per_s = mapping_pace(opener, opened, limits.probes_per_s)
     pace = _pace(opened + expected, round_trip_s, limits)
+    hurry = min(HURRY * pace, limits.probes_per_s)
     if not prober.is_predictable:  # each probe makes a mapping
-        pace = min(
-            mapping_pace(prober, enough, pace),
-            max(mapping_budget(prober, limits) / live_s(prober), PROBES_PER_S_MIN),
-        )
+        most = max(mapping_budget(prober, limits) / live_s(prober), PROBES_PER_S_MIN)
+        pace, hurry = (mapping_pace(prober, enough, min(each, most)) for each in (pace, hurry))
     start_s = max(0.0, opened / openers_per_s - round_trip_s / 2)
     time_left_s = max(0.0, limits.duration_s - start_s - ANSWER_WAIT_S)
     probe_count = min(
-        2 * enough + math.ceil(pace * START_SKEW_S), limits.probe_count, int(pace * time_left_s)
+        2 * enough + math.ceil(hurry * START_SKEW_S), limits.probe_count, int(pace * time_left_s)
     )
     if expected > probe_count:
         raise PunctureFailed(
@@ -172,7 +200,15 @@ def size_one_sided(
         )
     expected_s = start_s + expected / pace + ANSWER_ROUND_TRIPS * round_trip_s
     return OneSided(
-        opened, port_count, expected, openers_per_s, pace, probe_count, start_s, expected_s
+        opened,
+        port_count,
+        expected,
+        openers_per_s,
+        pace,
+        hurry,
+        probe_count,
+        start_s,
+        expected_s,
     )
 
 
@@ -246,6 +282,7 @@ def plan_prober(
     ips = public_ips_of(theirs)
     sized = size_one_sided(theirs, mine, limits, round_trip_s)
     allocation = allocation_of(theirs)
+    sequential = allocation.law is AllocationLaw.SEQUENTIAL
     burst = Burst(
         ips=ips,
         allocation=allocation,
@@ -253,12 +290,17 @@ def plan_prober(
         # port is spared hundreds of mappings.
         port_indices=(0,) if mine.is_predictable else (1,),
         run_length=sized.opened_count,
+        near_count=_near_count(allocation) if sequential else 0,
         probe_count=sized.probe_count,
         probes_per_s=sized.probes_per_s,
+        hurry_count=sized.hurry_count,
+        hurry_per_s=sized.hurry_per_s,
         start_s=sized.start_s,
     )
-    if allocation.law is AllocationLaw.SEQUENTIAL:
+    if sequential:
         p99 = math.ceil(2 * sized.expected_count)
+    elif allocation.shape is not None:
+        p99 = prior_probe_count_quantile(0.99, _slices(allocation), sized.opened_count)
     else:
         p99 = probe_count_quantile(
             0.99, opened_count=sized.opened_count, port_count=sized.port_count
@@ -289,6 +331,7 @@ class TwoSided:
         port_counts: R of each.
         our_count: Probes of ours in one round.
         probes_per_s: Our pace.
+        hurry_per_s: Our pace when more was sent than most would take.
         is_kept: Whether our NAT allows so few mappings that we keep them alive instead of new ones.
         round_count: Rounds.
         round_interval_s: From one to the next.
@@ -302,6 +345,7 @@ class TwoSided:
     port_counts: tuple[int, int]
     our_count: int
     probes_per_s: float
+    hurry_per_s: float
     is_kept: bool
     round_count: int
     round_interval_s: float
@@ -334,6 +378,8 @@ def plan_two_sided(
         port_indices=tuple(range(1, min(sockets, limits.socket_count) + 1)),
         probe_count=sized.our_count,
         probes_per_s=sized.probes_per_s,
+        hurry_count=math.ceil(HURRY_AFTER * sized.expected_count),
+        hurry_per_s=sized.hurry_per_s,
         start_s=0.0,
         is_kept=sized.is_kept,
         round_count=sized.round_count,
@@ -426,6 +472,7 @@ def size_two_sided(
         port_counts=port_counts,
         our_count=counts[0],
         probes_per_s=paces[0],
+        hurry_per_s=mapping_pace(mine, expected[0], min(HURRY * paces[0], limits.probes_per_s)),
         is_kept=is_kept,
         round_count=round_count,
         round_interval_s=interval_s if round_count > 1 else 0.0,
@@ -442,6 +489,28 @@ def _pace(expected_count: float, under_way_s: float, limits: Limits) -> float:
     """Return the pace at which `limits.overshoot` of the probes expected are under way."""
     pace = limits.overshoot * expected_count / under_way_s
     return min(max(pace, PROBES_PER_S_MIN), limits.probes_per_s)
+
+
+def _near_count(allocation: PortAllocation) -> int:
+    """Return within how many ports a counter is, as good as certainly."""
+    drift = (allocation.others_per_s or 0.0) * SEQUENTIAL_AGE_S
+    return SEQUENTIAL_RUN_MAX + math.ceil(drift + 3 * math.sqrt(drift))
+
+
+def _slices(allocation: PortAllocation) -> list[tuple[int, float]]:
+    """Return a law that is not flat as (ports, probability) of slices, the densest first."""
+    assert allocation.shape is not None
+    alpha, beta = allocation.shape
+    count = allocation.high - allocation.low + 1
+    edges = [count * index // SLICES for index in range(SLICES + 1)]
+    parts = [
+        (high - low, (high - low) * shape_density(alpha, beta, (low + high) / 2 / count))
+        for low, high in pairwise(edges)
+        if high > low
+    ]
+    total = math.fsum(weight for _, weight in parts)
+    found = [(ports, weight / total) for ports, weight in parts]
+    return sorted(found, key=lambda part: part[1] / part[0], reverse=True)
 
 
 def _is_paired(profile: NatProfile) -> bool:

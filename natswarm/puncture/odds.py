@@ -12,16 +12,20 @@ meetings. RFC 4787 for the terms. Pure arithmetic: knows ports and probabilities
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 __all__ = [
     "cheapest_opened_count",
+    "cheapest_prior_opened_count",
     "expected_meeting_probe_count",
+    "expected_prior_probe_count",
     "expected_probe_count",
     "hit_probability",
     "live_mapping_count",
     "mean_meeting_time_s",
     "meeting_probability",
     "meeting_probe_count_quantile",
+    "prior_probe_count_quantile",
     "probe_count_quantile",
     "strict_block_probability",
 ]
@@ -96,6 +100,50 @@ def cheapest_opened_count(port_count: int) -> int:
     """
     _check_counts(port_count)
     return max(1, round(math.sqrt(port_count + 1)) - 1)
+
+
+def expected_prior_probe_count(slices: Sequence[tuple[int, float]], opened_count: int) -> float:
+    """Return how many ports are probed on average until one is an open mapping, by a prior.
+
+    Ports are probed in descending probability. What is left of it after n probes misses with its
+    complement's power M, so E = sum over n of (1 - p(S_n))^M; within a slice, where the probability
+    is even, the sum is an integral.
+
+    Args:
+        slices: (ports, probability that a mapping lies there), the densest first; sum 1.
+        opened_count: M, at least 1.
+    """
+    expected, left = 0.0, 1.0
+    for ports, probability in slices:
+        after = max(left - probability, 0.0)
+        if left > after:
+            missed = left ** (opened_count + 1) - after ** (opened_count + 1)
+            expected += ports * missed / ((opened_count + 1) * (left - after))
+        left = after
+    return expected
+
+
+def prior_probe_count_quantile(
+    probability: float, slices: Sequence[tuple[int, float]], opened_count: int
+) -> int:
+    """Return how many probes, likeliest ports first, hit with at least `probability`, below 1."""
+    wanted = -math.expm1(math.log1p(-probability) / opened_count)
+    count, covered = 0, 0.0
+    for ports, mass in slices:
+        if covered + mass >= wanted:
+            return count + math.ceil(ports * (wanted - covered) / mass)
+        count += ports
+        covered += mass
+    return count
+
+
+def cheapest_prior_opened_count(slices: Sequence[tuple[int, float]]) -> int:
+    """Return the M at which opening M mappings and probing for one by a prior costs least."""
+    port_count = sum(ports for ports, _ in slices)
+    return min(
+        range(1, cheapest_opened_count(port_count) + 2),
+        key=lambda opened: opened + expected_prior_probe_count(slices, opened),
+    )
 
 
 def meeting_probability(

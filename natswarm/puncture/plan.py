@@ -82,7 +82,7 @@ __all__ = [
 # Between two phones of one continent, where nobody has measured it. The pace rests on it.
 ROUND_TRIP_ASSUMED_S = 0.2
 # A check is retried when its answer is overdue.
-RETRY_ROUND_TRIPS = 1.25
+RETRY_ROUND_TRIPS = 1.5
 
 # A plan that only checks a few endpoints costs nearly nothing, so it is patient; less so where
 # another follows, for a gateway that does not forward what it promised.

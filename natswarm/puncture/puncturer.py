@@ -312,7 +312,7 @@ class Puncturer:
             probes += [self._tftp_request(0, endpoint) for endpoint in self._plan.tftp_targets]
         is_quiet = now < self._step_at + self._plan.checks_ttl_s
         check_ttl = self._plan.checks_ttl if is_quiet else None
-        for check in self._checks:
+        for check in () if self._is_answered and now < self._paused_until else self._checks:
             if now >= check.due_at and self._has_budget:
                 check.sent_at = now
                 check.due_at = now + check.interval_s
@@ -344,7 +344,8 @@ class Puncturer:
             return min(nomination.due_at, nomination.started_at + NOMINATE_PATIENCE_S)
         times = [max(self._deadline, self._paused_until)]
         if self._has_budget:
-            times += [check.due_at for check in self._checks]
+            rest_until = self._paused_until if self._is_answered else self._started_at
+            times += [max(check.due_at, rest_until) for check in self._checks]
             times.append(self._tftp_at)
             for run in (self._openers, self._burst):
                 if run is not None and run.next_at is not None:
@@ -440,9 +441,12 @@ class Puncturer:
     def _check_reflexive(self, port_index: int, source: Endpoint, now: float) -> None:
         """Check a path that the peer has shown us (RFC 8445 section 7.3.1.4, triggered check)."""
         for check in self._checks:
+            # The others wait until it is clear what becomes of this one.
+            check.due_at = max(check.due_at, now + self._plan.retry_s)
+        for check in self._checks:
             if (check.port_index, check.endpoint) == (port_index, source):
                 # Its probe shows that its NAT is open. If ours is under way it will be answered.
-                check.due_at = min(check.due_at, max(now, check.sent_at + self._plan.retry_s))
+                check.due_at = max(now, check.sent_at + self._plan.retry_s)
                 return
         if len(self._checks) < len(self._plan.checks) + REFLEXIVE_CHECKS_MAX:
             # A burst's probe of ours may be on its way there; see above. And the side that chooses

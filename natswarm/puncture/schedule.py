@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 
 from natswarm.address import Endpoint
 from natswarm.nat.allocation import SAFE_RANGE, predict_ports, shuffled_ports
@@ -38,6 +39,10 @@ class _Pace:
         """Start a group: drop what a stall has left undone."""
         self._due_at = max(self._due_at, now - BACKLOG_MAX_S)
         self._tick_at = now + TICK_S
+
+    def set(self, per_s: float) -> None:
+        """Space what follows anew."""
+        self._interval_s = 1 / per_s
 
     def take(self, now: float) -> bool:
         if self._due_at > now:
@@ -104,6 +109,8 @@ class BurstRun:
         self._pace.begin(now)
         while self._left and self._pace.take(now):
             self._left -= 1
+            if self._burst.probe_count - self._left == self._burst.hurry_count:
+                self._pace.set(self._burst.hurry_per_s)
             way = next(self._pairs)
             if self._burst.is_kept and not self._round_index:
                 self._kept.append(way)
@@ -140,10 +147,22 @@ class BurstRun:
             if burst.is_shuffled:
                 ports = shuffled_ports(burst.allocation.ranges, self._rng)
             else:
-                ports = predict_ports(burst.allocation, rng=self._rng, run_length=burst.run_length)
+                ports = self._likeliest_first()
             for port in ports:
                 for ip in burst.ips:
                     yield Endpoint(ip, port)
+
+    def _likeliest_first(self) -> Iterator[int]:
+        burst = self._burst
+        near = list(islice(predict_ports(burst.allocation, rng=self._rng), burst.near_count))
+        # Every `run_length`-th: wherever the peer's run begins, one lies in it; and again for runs
+        # that others took a port of.
+        for offset in reversed(range(burst.run_length if near else 0)):
+            yield from near[offset :: burst.run_length]
+        tried = set(near)  # asked, never iterated
+        for port in predict_ports(burst.allocation, rng=self._rng, run_length=burst.run_length):
+            if port not in tried:
+                yield port
 
     def _scan(self) -> Iterator[Way]:
         burst = self._burst

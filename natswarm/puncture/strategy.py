@@ -76,7 +76,7 @@ class Limits:
     mapping_count: int = 16_384
     duration_s: float = 120.0
     opener_ttl: int | None = None
-    overshoot: float = 0.07
+    overshoot: float = 0.05
     strategies: tuple[Strategy, ...] = ()
 
     def gentler(self) -> Limits:
@@ -125,6 +125,7 @@ class Burst:
             our port and their port comes twice before all have been tried.
         is_shuffled: Whether all ports come in random order instead of the likeliest first.
         run_length: Mappings the peer opens in a row, for the stride against a counter.
+        near_count: Of a counter, the next so many ports are tried in all places before any other.
         scan_stride: 0, or for two counting NATs: our probes follow the peer's ports with this
             stride.
         scan_lead: How many steps before the peer's last port the scan starts from.
@@ -137,6 +138,9 @@ class Burst:
         round_count: Rounds.
         round_interval_s: From the start of a round to the next, if it is over by then.
         probes_per_s: Pace.
+        hurry_count: After so many probes of a round, `hurry_per_s` is the pace: few punctures come
+            that far, so what is then under way weighs little. 0: never.
+        hurry_per_s: That pace.
         start_s: Since the start of the plan.
     """
 
@@ -146,8 +150,11 @@ class Burst:
     probe_count: int
     probes_per_s: float
     start_s: float
+    hurry_count: int = 0
+    hurry_per_s: float = 0.0
     is_shuffled: bool = False
     run_length: int = 1
+    near_count: int = 0
     scan_stride: int = 0
     scan_lead: int = 0
     copies: int = 1
@@ -160,6 +167,9 @@ class Burst:
     def duration_s(self) -> float:
         """How long the burst takes if nothing is found."""
         round_s = self.probe_count / self.probes_per_s
+        if 0 < self.hurry_count < self.probe_count:
+            late_count = self.probe_count - self.hurry_count
+            round_s = self.hurry_count / self.probes_per_s + late_count / self.hurry_per_s
         return (self.round_count - 1) * max(round_s, self.round_interval_s) + round_s
 
 

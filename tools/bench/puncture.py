@@ -49,7 +49,7 @@ from tools.bench.puncture_rivals import RIVALS, Schedule, Send, View
 DELAY_S = (0.020, 0.150)  # one way
 LOSS = 0.01  # of a datagram on the whole way
 ROUND_TRIP_ERROR = 0.2
-FIT_ECHOES = 16
+FIT_ECHOES = 30  # as many as an inspection makes
 
 COUNT = 1000
 QUICK_COUNT = 20
@@ -104,11 +104,10 @@ class Scene:
     def _profile(self, side: Side, host: Host, main: SimPort) -> NatProfile:
         """Return what an inspection would find, from as few echoes as tell it."""
         nat = side.outer
-        law = nat.allocation
         is_known = nat.mapping is Mapping.EIM
         seen = self._echo(main) if is_known else None
         samples = []
-        for index in range(FIT_ECHOES if isinstance(law, ScaledBeta) else 0 if is_known else 1):
+        for index in range(FIT_ECHOES if side.is_fitted else 0 if is_known else 1):
             port = host.open_port()
             echo = self._echo(port)
             samples.append(
@@ -120,7 +119,7 @@ class Scene:
         return NatProfile(
             mapping=nat.mapping,
             filtering=nat.filtering,
-            allocation=_allocation(nat, samples),
+            allocation=_allocation(side, samples),
             public_ips=(ip,),
             main_endpoint=seen,
             is_translated=True,
@@ -144,11 +143,15 @@ class Scene:
         return seen[0]
 
 
-def _allocation(nat: NatBehaviour, samples: list[PortSample]) -> PortAllocation | None:
-    law = nat.allocation
+def _allocation(side: Side, samples: list[PortSample]) -> PortAllocation | None:
+    law = side.outer.allocation
+    if side.is_fitted:
+        return fit_allocation(samples)
     match law:
         case ScaledBeta():
-            return fit_allocation(samples)
+            return PortAllocation(
+                AllocationLaw.UNIFORM, low=law.low, high=law.high, shape=(law.alpha, law.beta)
+            )
         case Blocks():
             base = samples[0].external_port // law.size * law.size
             return PortAllocation(

@@ -5,7 +5,7 @@ Everything between the pure cores and the emulated internet that a node would do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -124,6 +124,7 @@ def simulate(
     late: int = 1,
     age_s: float = 0.0,
     limits: Limits | None = None,
+    known: Mapping[str, Sequence[object]] | None = None,
 ) -> Outcome:
     """Inspect, plan and puncture between two hosts of the given kinds.
 
@@ -131,6 +132,8 @@ def simulate(
         loss: Of each direction of each host's link, beside the preset's own.
         skew_s: How much later side `late` starts.
         age_s: Time between inspection and puncture.
+        known: Fields of the profiles that this inspection does not measure, each with its value for
+            either side.
 
     Raises:
         PunctureFailed: There is no plan.
@@ -139,7 +142,14 @@ def simulate(
     internet = Internet(world)
     hosts = [internet.add_host(f"host{index}", kind) for index, kind in enumerate(kinds)]
     return _puncture(
-        internet, hosts, loss=loss, skew_s=skew_s, late=late, age_s=age_s, limits=limits
+        internet,
+        hosts,
+        loss=loss,
+        skew_s=skew_s,
+        late=late,
+        age_s=age_s,
+        limits=limits,
+        known=known or {},
     )
 
 
@@ -148,13 +158,14 @@ def simulate_behind_one_nat(kind: str, seed: int) -> Outcome:
     internet = Internet(World(seed))
     router = internet.add_nat("router", kind)
     hosts = [internet.add_host(f"host{index}", behind=router) for index in (0, 1)]
-    return _puncture(internet, hosts)
+    return _puncture(internet, hosts, known={})
 
 
 def _puncture(
     internet: Internet,
     hosts: list[Host],
     *,
+    known: Mapping[str, Sequence[object]],
     loss: float = 0.0,
     skew_s: float = 0.0,
     late: int = 1,
@@ -167,6 +178,10 @@ def _puncture(
     profiles = [
         SimulatedInspection(host, main, observers).run()
         for host, main in zip(hosts, mains, strict=True)
+    ]
+    profiles = [
+        replace(profile, **{name: values[side] for name, values in known.items()})  # type: ignore[arg-type]
+        for side, profile in enumerate(profiles)
     ]
     if loss:
         for host in hosts:

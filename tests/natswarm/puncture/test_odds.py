@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 
 from natswarm.puncture.odds import (
     cheapest_opened_count,
+    cheapest_prior_opened_count,
     expected_meeting_probe_count,
+    expected_prior_probe_count,
     expected_probe_count,
     hit_probability,
     live_mapping_count,
     mean_meeting_time_s,
     meeting_probability,
     meeting_probe_count_quantile,
+    prior_probe_count_quantile,
     probe_count_quantile,
     strict_block_probability,
 )
@@ -108,6 +111,39 @@ def test_one_dimension_by_simulation(port_count: int, opened: int, probed: int) 
     assert hits / trials == pytest.approx(chance, abs=spread), "seed 7"
     expected = expected_probe_count(opened_count=opened, port_count=port_count)
     assert first_hits / trials == pytest.approx(expected, rel=3.3 / math.sqrt(trials))
+
+
+def test_a_flat_prior_is_drawing_with_repetition() -> None:
+    # Mappings may share a port by a prior, so it takes a hair longer than without repetition.
+    for opened in (5, 22):
+        even = [(64, 1 / 8)] * 8
+        expected = expected_prior_probe_count(even, opened)
+        assert expected == pytest.approx(512 / (opened + 1), rel=0.01)
+        assert prior_probe_count_quantile(0.99, even, opened) == pytest.approx(
+            probe_count_quantile(0.99, opened_count=opened, port_count=512), rel=0.05
+        )
+    assert cheapest_prior_opened_count(even) == pytest.approx(cheapest_opened_count(512), abs=1)
+
+
+def test_a_prior_by_simulation() -> None:
+    slices = [(100, 0.5), (100, 0.3), (200, 0.15), (400, 0.05)]
+    rng = random.Random(17)
+    opened, trials = 12, 4000
+    counts = []
+    for _ in range(trials):
+        firsts = []
+        for _ in range(opened):
+            (index,) = rng.choices(range(4), [mass for _, mass in slices])
+            before = sum(ports for ports, _ in slices[:index])
+            firsts.append(before + rng.randrange(slices[index][0]) + 1)
+        counts.append(min(firsts))
+    expected = expected_prior_probe_count(slices, opened)
+    assert sum(counts) / trials == pytest.approx(expected, rel=4 / math.sqrt(trials)), "seed 17"
+    for probability in (0.5, 0.9, 0.99):
+        quantile = prior_probe_count_quantile(probability, slices, opened)
+        share = sum(count <= quantile for count in counts) / trials
+        # Counts are small and whole, so a quantile may hold a few per cent more.
+        assert probability - 0.03 <= share <= probability + 0.06, "seed 17"
 
 
 def meets_after(ports: tuple[int, int], rng: random.Random) -> int:

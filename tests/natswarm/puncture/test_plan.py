@@ -266,7 +266,7 @@ def test_strict_blocks_get_rounds_a_lifetime_apart_and_overloading_ones_do_not()
         (BLOCK, 15, 16),
         (replace(BLOCK, block_size=64, blocks=(41_216,)), 7, 8),
         (COUNTER, 4, 1),
-        (replace(COUNTER, others_per_s=100.0), 14, 8),
+        (replace(COUNTER, others_per_s=100.0), 10, 11),
         (None, 253, 254),
     ],
 )

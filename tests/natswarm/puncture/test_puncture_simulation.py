@@ -227,6 +227,47 @@ def test_a_strict_block_opens_in_rounds() -> None:
     assert found > first_round, "mappings expire, and the next round draws new ports"
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "seeds"),
+    [("o2-uk-4g", "orange-bg", 15), ("o2-uk-4g", "kpn-nl", 20), ("sky-uk-dsl", "orange-bg", 30)],
+)
+def test_a_tftp_helper_opens_what_would_be_out_of_reach(one: str, other: str, seeds: int) -> None:
+    outcomes = [
+        simulate((one, other), seed, known={"tftp_helper": (True, False)}) for seed in range(seeds)
+    ]
+    report(f"{one} (TFTP) x {other}", outcomes)
+    assert {plan.strategy for outcome in outcomes for plan in outcome.plans} == {
+        Strategy.TFTP_HELPER
+    }
+    assert sum(outcome.is_found for outcome in outcomes) >= seeds - 1
+    if one == "sky-uk-dsl":
+        assert max(sum(outcome.probe_counts) for outcome in outcomes) < 20, "simply dialled"
+
+
+def test_a_measured_quota_is_kept_to() -> None:
+    # Unmeasured, half the openers are dropped, and whatever else the subscriber does with them.
+    limited = carrier(Blocks(size=512), max_mappings=64, unreplied_lifetime_s=30.0)
+    outcomes = [
+        simulate(("linux-home", limited), seed, age_s=31.0, known={"max_mappings": (None, 64)})
+        for seed in range(20)
+    ]
+    report("linux-home x block 512, 64 mappings", outcomes)
+    assert all(outcome.is_found for outcome in outcomes)
+    for outcome in outcomes:
+        assert outcome.probe_counts[1] <= 64
+
+
+def test_what_is_wrong_with_a_helper_is_followed_by_what_needs_none() -> None:
+    # Its profile says so, but its NAT has no such helper.
+    outcome = simulate(("kpn-nl", "kpn-nl"), 3, known={"tftp_helper": (True, False)})
+    assert outcome.is_found
+    assert outcome.plans[0].fallback is not None
+    event = outcome.sides[0].event
+    assert isinstance(event, PathFound)
+    assert event.elapsed_s > outcome.plans[0].duration_s
+    assert outcome.sides[0].machine.strategy == "two-sided-birthday"
+
+
 def test_uniform_against_uniform_is_refused() -> None:
     for one, other in (("orange-bg", "orange-bg"), ("o2-uk-4g", "cloud-natgw")):
         with pytest.raises(PunctureFailed, match="probes expected, budget") as refusal:

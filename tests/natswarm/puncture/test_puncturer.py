@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -380,6 +381,104 @@ def test_a_match_pauses_the_burst_and_silence_resumes_it() -> None:
     assert check.destination == first.destination
     assert all(p.destination == first.destination for p in a.probes_to_send(0.6))
     assert len(a.probes_to_send(0.71)) > 10, "the burst goes on"
+
+
+# What a plan may hold besides ---------------------------------------------------------------------
+
+
+def test_a_burst_hurries_when_most_would_have_been_found() -> None:
+    hurried = burst(probe_count=600, probes_per_s=100.0, hurry_count=100, hurry_per_s=500.0)
+    times = [time for time, _ in run_alone(machine(0, plan_with(burst=hurried)), 9.0)]
+    assert len(times) == 600
+    assert times[100] - times[0] == pytest.approx(1.0, abs=0.02)
+    assert times[-1] - times[100] == pytest.approx(1.0, abs=0.02)
+    assert hurried.duration_s == pytest.approx(2.0)
+
+
+def test_what_is_kept_is_the_same_each_round() -> None:
+    kept = burst(probe_count=40, is_kept=True, round_count=3, round_interval_s=2.0)
+    sent = [(probe.port_index, probe.destination) for _, probe in
+            run_alone(machine(0, plan_with(burst=kept)), 9.0)]  # fmt: skip
+    assert len(sent) == 120
+    assert sent[:40] == sent[40:80] == sent[80:]
+    assert len(set(sent)) == 40
+
+
+def test_runs_go_from_port_after_port_to_one_port_of_the_peer() -> None:
+    counter = PortAllocation(AllocationLaw.SEQUENTIAL, step=2, last_port=65_531)
+    runs = burst(allocation=counter, port_indices=(1, 2, 3), runs=((2, 1), (3, 2)), probe_count=5)
+    sent = run_alone(machine(0, plan_with(burst=runs)), 5.0)
+    assert [(probe.port_index, probe.destination.port) for _, probe in sent] == [
+        (1, 65_533), (2, 65_533), (1, 1025), (2, 1025), (3, 1025)
+    ]  # fmt: skip
+
+
+def test_near_a_counter_all_places_come_before_any_other() -> None:
+    counter = PortAllocation(AllocationLaw.SEQUENTIAL, step=1, last_port=5000)
+    near = burst(allocation=counter, run_length=4, near_count=10, probe_count=64)
+    ports = [
+        probe.destination.port - 5000
+        for _, probe in run_alone(machine(0, plan_with(burst=near)), 5.0)
+    ]
+    assert ports[:10] == [4, 8, 3, 7, 2, 6, 10, 1, 5, 9]
+    assert len(set(ports)) == 64
+    assert min(ports[10:]) == 11
+
+
+def test_tftp_requests_go_from_every_port_and_from_the_main_port() -> None:
+    request = b"\x00\x01natswarm\x00octet\x00"
+    server = Endpoint(B.ip, 69)
+    openers = Openers(destinations=(server,), port_count=3, probes_per_s=1000.0, is_tftp=True)
+    sent = [probe for _, probe in run_alone(machine(0, plan_with(openers=openers)), 1.0)]
+    assert [(probe.port_index, probe.destination, probe.data) for probe in sent] == [
+        (index, server, request) for index in (1, 2, 3)
+    ]
+    plan = replace(plan_with(), tftp_targets=(server,), duration_s=3.5)
+    times = [time for time, probe in run_alone(machine(0, plan), 9.0) if probe.data == request]
+    assert times == pytest.approx([0.0, 1.0, 2.0, 3.0])
+
+
+def test_a_plan_that_finds_nothing_is_followed_by_the_next_in_the_same_puncture() -> None:
+    plan = replace(
+        plan_with(checks=(B,), duration_s=1.0),
+        fallback=plan_with(burst=burst(probe_count=100, start_s=0.0), duration_s=4.0),
+    )
+    assert plan.total_duration_s == 5.0
+    a = machine(0, plan)
+    sent = list(run_alone(a, 9.0))
+    assert all(probe.destination == B for time, probe in sent if time < 1.0)
+    assert sum(probe.destination != B for _, probe in sent) == 100
+    late = [time for time, probe in sent if probe.destination == B and time > 1.0]
+    assert late, "host candidates are tried on"
+    event = a.next_event()
+    assert isinstance(event, PunctureExhausted)
+    assert event.elapsed_s == pytest.approx(5.0)
+
+
+def test_a_path_of_the_first_plan_spares_the_second() -> None:
+    plan = replace(
+        plan_with(checks=(B,), duration_s=1.0),
+        fallback=plan_with(burst=burst(probe_count=100, start_s=0.0), duration_s=4.0),
+    )
+    a = machine(0, plan)
+    a.probes_to_send(0.0)
+    assert not a.is_answered
+    a.receive_datagram(0, from_b(ProbeKind.ACK, 0, A), B, 0.9)
+    assert a.is_answered
+    (nominate,) = a.probes_to_send(0.9)
+    a.receive_datagram(0, from_b(ProbeKind.NOMINATED, said([nominate], 0)[0].sequence), B, 1.8)
+    assert isinstance(a.next_event(), PathFound)
+    assert a.probes_to_send(3.0) == []
+
+
+def test_nobody_else_can_tell_the_order_of_ports_and_attempts_differ_in_it() -> None:
+    def order(attempt: bytes, side: int) -> list[int]:
+        plan = plan_with(burst=burst())
+        alone = Puncturer(plan, keys_of(side), attempt, side == 0, 0.0)
+        return [probe.destination.port for _, probe in run_alone(alone, 5.0)]
+
+    assert order(b"attempt1", 0) == order(b"attempt1", 0)
+    assert order(b"attempt1", 0) != order(b"attempt2", 0) != order(b"attempt1", 1)
 
 
 # Ends ---------------------------------------------------------------------------------------------
