@@ -11,6 +11,7 @@ import segno
 import trio
 import typer
 
+from natswarm.cli.field_test import field_test_app
 from natswarm.cli.inspect import inspect
 from natswarm.cli.lab import lab_app
 from natswarm.cli.options import (
@@ -39,6 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(lab_app)
+app.add_typer(field_test_app)
 
 NameOption = Annotated[str, typer.Option("--name", help="What other peers see, 64 characters.")]
 PortOption = Annotated[

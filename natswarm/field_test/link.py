@@ -21,6 +21,7 @@ __all__ = ["Link", "LinkCounters"]
 ROOT = Path("/")
 STRICT = 1
 ALL_ZERO = "00000000"
+USABLE = (AddressKind.PRIVATE, AddressKind.SHARED, AddressKind.GLOBAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,9 @@ class Link:
         Raises:
             ConfigurationError: They cannot; says why and what to do.
         """
-        interface = find_interface(self.name)
-        if outage := self.outage():
+        if (outage := self.outage()) and self._folder.is_dir():
             raise ConfigurationError(f"{outage}: connect it first")
+        interface = find_interface(self.name)
         routes = self._default_routes()
         if routes is not None:
             if self.name not in routes:
@@ -73,14 +74,16 @@ class Link:
 
     def outage(self) -> str:
         """Return what is wrong with the interface now; empty: nothing."""
-        try:
-            interface = find_interface(self.name)
-        except ConfigurationError:
-            return f"the interface {self.name} is gone"
-        if self._folder.is_dir() and self._read("carrier") != "1":
+        is_there = self._folder.is_dir()
+        if is_there and self._read("carrier") != "1":
             return f"the interface {self.name} is down or has no carrier"
-        usable = (AddressKind.PRIVATE, AddressKind.SHARED, AddressKind.GLOBAL)
-        if not any(address_kind(each.ip) in usable for each in interface.addresses):
+        try:
+            addresses = find_interface(self.name).addresses
+        except ConfigurationError:
+            if not is_there:
+                return f"the interface {self.name} is gone"
+            addresses = ()  # netifaces knows none without an address
+        if not any(address_kind(each.ip) in USABLE for each in addresses):
             return f"the interface {self.name} has no address"
         return ""
 

@@ -230,6 +230,7 @@ class Resume(_Line, frozen=True, kw_only=True, tag="resume"):
     """The test goes on."""
 
     versions: dict[str, str]
+    sides: tuple[Side, ...] = ()
     torn_line_count: int = 0
     done_count: int = 0
 

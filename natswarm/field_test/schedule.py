@@ -91,6 +91,7 @@ class FieldTest:
         earlier: What the journal holds already.
         bench: Makes the attempts.
         append: Writes a record; it is safe when this returns.
+        begun_at_s: When the test was first begun, seconds since 1970.
         patience_s: How long to wait for an interface that is gone.
         clock: Seconds since 1970.
 
