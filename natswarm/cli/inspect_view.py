@@ -263,6 +263,8 @@ def _law(allocation: PortAllocation) -> str:
 
 def _interval(name: str, interval: Interval) -> str:
     unit = " s" if name in _SECONDS else ""
+    if interval.high == float("inf"):
+        return f"{interval.low:.5g}{unit} or more"
     return f"{interval.low:.5g}..{interval.high:.5g}{unit}"
 
 

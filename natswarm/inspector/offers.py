@@ -12,7 +12,8 @@ from natswarm.address import Endpoint
 from natswarm.errors import ConfigurationError
 from natswarm.identity import PeerId
 from natswarm.inspector.report import LocalTest, Test
-from natswarm.nat.behaviour import Filtering, Mapping
+from natswarm.nat.allocation import PortAllocation
+from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
 from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.inspection import TESTS
 from natswarm.nat.measurement import Observer
@@ -70,9 +71,18 @@ _TEXTS: dict[NatTest, str] = {
 }
 
 
+# What tests find after the quick part, as far as their costs depend on it: the widest range is the
+# widest that was met in life and is still worth searching.
+_USUAL_NATS = (
+    (Mapping.EIM, PortAllocation(AllocationLaw.PRESERVING)),
+    (Mapping.APDM, PortAllocation(AllocationLaw.BLOCK, block_size=2048, blocks=(40_960,))),
+    (Mapping.APDM, PortAllocation(AllocationLaw.UNIFORM, low=15_340, high=44_360)),
+)
+
+
 def all_offers() -> tuple[Offer, ...]:
     """Return all tests, in the order of asking."""
-    usual = [_usual_findings(mapping) for mapping in (Mapping.EIM, Mapping.APDM)]
+    usual = [_findings(mapping, allocation) for mapping, allocation in _USUAL_NATS]
     return _LOCAL + tuple(
         Offer(
             test,
@@ -85,15 +95,19 @@ def all_offers() -> tuple[Offer, ...]:
     )
 
 
-def _usual_findings(mapping: Mapping) -> Findings:
-    """Return what is known after the quick part, as far as costs depend on it."""
+def _findings(mapping: Mapping, allocation: PortAllocation) -> Findings:
+    """Return what is known of a NAT after two neighbours were asked."""
     ips = ("198.51.100.1", "203.0.113.1")  # RFC 5737: nobody's
     observers = tuple(
         Observer(PeerId(bytes([index] * 32)), Endpoint(ip, 4000), Endpoint(ip, 4001), True)
         for index, ip in enumerate(ips)
     )
     profile = NatProfile(
-        mapping=mapping, filtering=Filtering.APDF, public_ips=("192.0.2.1",), is_translated=True
+        mapping=mapping,
+        filtering=Filtering.APDF,
+        allocation=allocation,
+        public_ips=("192.0.2.1",),
+        is_translated=True,
     )
     tokens = {observer.peer_id: bytes(ECHO_TOKEN_BYTES) for observer in observers}
     return Findings(observers=observers, profile=profile, tokens=tokens)

@@ -56,6 +56,21 @@ def test_each_nat_is_found_out(lab: Lab, tmp_path: Path, joins: list[str]):
         assert report["tests"]["behaviour"]["packets"] <= 60
 
 
+def test_what_the_kernel_does_besides(lab: Lab, tmp_path: Path, joins: list[str]):
+    """Poison and the TFTP helper, which the kernel can do as well as not."""
+    skipped = [each for name in ("gateway", "lease", "quota") for each in ("--skip", name)]
+    for is_there in (False, True):
+        nat = KernelNat(NatKind.PRESERVING, is_poisonable=is_there, has_tftp_helper=is_there)
+        client = lab.add_client(f"besides-{is_there}".lower(), nat)
+        report = inspect(client, tmp_path / str(is_there), *skipped, *joins)
+        found = {field: finding["value"] for field, finding in report["nat"].items()}
+        assert found["poison"] == ("takes port" if is_there else "none"), report["nat"]["poison"]
+        assert found["tftp_helper"] is is_there, report["nat"]["tftp_helper"]
+        # A router that takes packets for itself spoils the ports that would show it.
+        assert found["hairpinning"] is (None if is_there else False), report["nat"]["hairpinning"]
+        assert report["nat"]["max_mappings"]["reason"] == "it was left out"
+
+
 def test_one_interface_of_several(lab: Lab, tmp_path: Path, joins: list[str]):
     client = lab.add_client("phone", KernelNat(NatKind.PRESERVING))
     # A second SIM that leads nowhere, and that the system prefers.

@@ -14,7 +14,7 @@ from natswarm import (
     NatTest,
     inspect,
 )
-from natswarm.inspector import QUICK, QUICK_LIMIT_S, State
+from natswarm.inspector import QUICK, QUICK_LIMIT_S, State, all_offers
 from natswarm.nat.behaviour import Pooling
 
 EIM, APDM = Mapping.EIM, Mapping.APDM
@@ -104,6 +104,9 @@ async def test_all_tests_but_lifetimes(kind, open_swarm, autojump_clock, surroun
         report = await inspect(node, invites=invites, surroundings=surround(swarm.hosts["me"]))
         behaviour = swarm.hosts["me"].nat.preset.behaviour
     assert report.duration_s < 180
+    most = {offer.test: offer.packet_count for offer in all_offers()}
+    for outcome in report.outcomes:
+        assert (outcome.packet_count or 0) <= most[outcome.test], outcome
     found = {each.name: each.value for each in report.findings}
     assert found["hairpinning"] in (behaviour.hairpinning, None)
     assert found["poison"] in (behaviour.poison, None)

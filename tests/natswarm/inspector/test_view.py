@@ -89,6 +89,12 @@ def line_of(report, label) -> str:
     [
         ("idle_lifetime_s", 65.0, [("", Interval(62, 68.4))], "65 s measured 62..68.4 s"),
         ("idle_lifetime_s", float("inf"), [], "more than was tried measured"),
+        (
+            "absolute_lifetime_s",
+            float("inf"),
+            [("", Interval(102, float("inf")))],
+            "more than was tried measured 102 s or more",
+        ),
         ("hairpinning", False, [], "no measured"),
         ("tftp_helper", True, [], "yes measured"),
         (
