@@ -14,6 +14,7 @@ connection takes its Peer away and tells `on_event`; connecting again is the cal
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -252,6 +253,8 @@ class Node:
         self._peers: dict[PeerId, Peer] = {}
         self._profile: NatProfile | None = None
         self._inspecting = trio.Lock()
+        self._knowing = trio.Lock()
+        self._looked_at = -math.inf
         self._is_closed = False
         self.rejected_count = 0
 
@@ -346,6 +349,17 @@ class Node:
         Raises:
             ConnectFailed: This node was closed meanwhile.
         """
+        profile = await self._inspect(tests)
+        await self._share_record_with_all()
+        return profile
+
+    async def look_again(self) -> NatProfile:
+        """Find out the quick part; neighbours hear of it while the caller goes on."""
+        profile = await self._inspect(QUICK)
+        self._nursery.start_soon(self._share_record_with_all)
+        return profile
+
+    async def _inspect(self, tests: Iterable[NatTest]) -> NatProfile:
         async with self._inspecting:
             findings = await self._echo.inspect(
                 await self._observers(),
@@ -357,10 +371,10 @@ class Node:
             if self._is_closed:
                 raise ConnectFailed("this node was closed")
         profile = findings.profile
+        self._looked_at = trio.current_time()
         if self._profile is not None:  # a look at the rest does not make us forget lifetimes
             profile = with_lifetimes_of(profile, self._profile)
         self._learn_profile(profile)
-        await self._share_record_with_all()
         return profile
 
     def adopt_profile(self, profile: NatProfile) -> None:
@@ -418,13 +432,15 @@ class Node:
         """Whether there is no room for one more peer."""
         return len(self._peers) >= PEERS_MAX
 
-    async def known_profile(self) -> NatProfile:
-        """Return our profile; look first if nobody has told us yet what they see."""
+    async def known_profile(self, *, max_age_s: float = math.inf) -> NatProfile:
+        """Return our profile; look first if nobody has told us what they see, or long ago."""
         await self._roamer.wait_settled()
-        profile = self._profile
-        if profile is None or (profile.is_translated is None and self.peers()):
-            profile = await self.inspect()
-        return profile
+        async with self._knowing:  # who waits for another's look needs none of its own
+            profile = self._profile
+            is_stale = trio.current_time() > self._looked_at + max_age_s
+            if profile is None or is_stale or (profile.is_translated is None and self.peers()):
+                profile = await self.look_again()
+            return profile
 
     def adopt(self, paths: PathSet, report: PunctureReport) -> Peer:
         """Make a peer of a new connection.

@@ -12,7 +12,7 @@ are answered one for one, and are paths once they have answered us.
     when                                           asked
     QUIC sends by it                               once a second
     nothing was sent for the keepalive interval    then
-    the last question is not answered              every 0.4 s (1.5 round trips), from 2 s on less
+    the last question is not answered              every 0.3 s (1.5 round trips), from 2 s on less
 
 A path that is silent for 2 s (or 4 round trips) after a question is dead: under traffic that is
 noticed 3 s after the break, at rest a keepalive interval and 2 s. It goes on being asked, ever less
@@ -56,9 +56,9 @@ KEEPALIVE_MIN_S = 4.0
 KEEPALIVE_MAX_S = 60.0
 
 TRAFFIC_INTERVAL_S = 1.0
-RETRY_MIN_S, RETRY_ROUND_TRIPS = 0.4, 1.5
+RETRY_MIN_S, RETRY_ROUND_TRIPS = 0.3, 1.5
 DOUBT_MIN_S, DOUBT_ROUND_TRIPS = 0.5, 2.0
-# Five questions. At 10 % loss each way all of them fail by chance once in 4,000 times, and then
+# Seven questions. At 10 % loss each way all fail by chance once in 100,000 times, and then
 # the next answer mends it.
 DEATH_MIN_S, DEATH_ROUND_TRIPS = 2.0, 4.0
 # A dead path is asked 1, 2, 3, 4, 4, ... s apart: the cable may be plugged in again.
@@ -66,7 +66,7 @@ DEAD_RETRY_S, DEAD_RETRY_MAX_S = 1.0, 4.0
 # A dead path beside a living one is forgotten after this; it was worth waiting for its return.
 DEAD_KEPT_S = 10.0
 
-# Endpoints that never answered: tried at 0, 0.4, 0.8, ... s.
+# Endpoints that never answered: tried at 0, 0.45, 0.9, ... s.
 CHECKS_PER_CANDIDATE = 5
 CANDIDATES_MAX = 16
 # The active path, one that is ready, and one on its way out.
@@ -120,9 +120,11 @@ class Path:
         port_index: Our end.
         endpoint: The peer's end.
         generation: Punctures of this connection so far, when the path was found.
-        opened_at: Since when it is there: our NAT's mapping is not older.
+        opened_at: Our NAT's mapping is not older; minus infinity where that is not known.
+        found_at: When it was added.
         rtt_s: Smoothed round trip; None before the first answer.
         heard_at: When the last authentic datagram came by it.
+        active_since: Since when QUIC goes by it; infinity while it does not.
         is_dead: Whether it was silent for too long.
     """
 
@@ -130,13 +132,17 @@ class Path:
     endpoint: Endpoint
     generation: int
     opened_at: float
+    found_at: float
     rtt_s: float | None = None
     heard_at: float = -math.inf
+    active_since: float = math.inf
     is_dead: bool = False
     is_proven: bool = False
     """Whether it has ever answered by the connection's name."""
     sent_at: float = -math.inf
     """When anything was sent by it, QUIC included."""
+    traffic_at: float = -math.inf
+    """When QUIC sent by it."""
     asked_at: float = -math.inf
     """When the last PROBE was sent by it."""
     doubted_since: float | None = None
@@ -276,7 +282,6 @@ class PathKeeper:
         now: float,
         *,
         opened_at: float | None = None,
-        rtt_s: float | None = None,
     ) -> None:
         """Take a path that a puncture has just proved.
 
@@ -288,13 +293,12 @@ class PathKeeper:
             endpoint: The peer's end.
             now: The time.
             opened_at: Since when our NAT's mapping may be there; by default since `now`.
-            rtt_s: Its round trip, if it is known.
         """
         self._generation += 1
         self._candidates = [each for each in self._candidates if each.way != (port_index, endpoint)]
         path = self._find(self.paths, port_index, endpoint)
         if path is None:
-            path = Path(port_index, endpoint, self._generation, now, rtt_s=rtt_s)
+            path = Path(port_index, endpoint, self._generation, now, now)
             self.paths.append(path)
         path.generation = self._generation
         path.opened_at = now if opened_at is None else opened_at
@@ -334,7 +338,7 @@ class PathKeeper:
         active = self.active
         if active is None:
             return False
-        active.sent_at = now
+        active.sent_at = active.traffic_at = now
         return active.doubted_since is None and now >= active.asked_at + TRAFFIC_INTERVAL_S
 
     def receive_datagram(self, port_index: int, data: bytes, source: Endpoint, now: float) -> None:
@@ -359,6 +363,11 @@ class PathKeeper:
         for path in self.paths:
             self._mourn(path, now)
         self._choose(now)
+        active = self.active
+        if active is not None and self._is_doubtful(active, now):
+            for path in self.paths:  # which of them lives?
+                if not path.is_dead and path.asked_at < (active.doubted_since or now):
+                    self._ask(path, now)
         self._candidates = [
             each
             for each in self._candidates
@@ -374,8 +383,12 @@ class PathKeeper:
 
     def _on_probe(self, probe: Probe, port_index: int, source: Endpoint, now: float) -> None:
         way = (port_index, source)
+        path = self._find([*self.paths, *self._candidates], port_index, source)
         newest = max(self._seen, default=-1)
-        if self._seen.get(probe.sequence, way) != way or probe.sequence <= newest - SEEN_MAX:
+        # From where the peer never was before, only its latest counts: whoever plays an old one
+        # that never reached us gets no answer.
+        oldest = newest - SEEN_MAX if path is not None else newest
+        if self._seen.get(probe.sequence, way) != way or probe.sequence <= oldest:
             self.statistics.replayed_count += 1
             return
         self._seen[probe.sequence] = way
@@ -383,7 +396,6 @@ class PathKeeper:
             del self._seen[min(self._seen)]
         self.statistics.answered_count += 1
         self._send(Probe(ProbeKind.ACK, self.name, probe.sequence, source), port_index, source)
-        path = self._find(self.paths, port_index, source)
         if path is None:
             self._add_candidate(port_index, source, now)
             return
@@ -448,11 +460,8 @@ class PathKeeper:
                 # Not asked again, but forgotten.
                 return path.asked_at + path.after(DEATH_MIN_S, DEATH_ROUND_TRIPS)
             return path.asked_at + path.after(RETRY_MIN_S, RETRY_ROUND_TRIPS)
-        if path.sent_at > path.asked_at and path is self.active:
-            return min(
-                path.sent_at + self.lifetimes.keepalive_s,
-                max(path.asked_at + TRAFFIC_INTERVAL_S, path.sent_at),
-            )
+        if path.traffic_at > path.asked_at:
+            return max(path.asked_at + TRAFFIC_INTERVAL_S, path.traffic_at)
         return path.sent_at + self.lifetimes.keepalive_s
 
     def _mourn(self, path: Path, now: float) -> None:
@@ -476,11 +485,13 @@ class PathKeeper:
             return
         silence_s = since - dead.heard_at
         if silence_s >= self.lifetimes.keepalive_s / 2:
+            if dead.active_since > dead.heard_at:
+                return  # it was silent as one that was only kept ready
             self.lifetimes = replace(self.lifetimes, idle_s=silence_s / 2 / REFRESH_AT)
             return
-        self._ages_at_death.append(since - dead.opened_at)
+        self._ages_at_death.append(since - dead.found_at)
         shorter, longer = min(self._ages_at_death), max(self._ages_at_death)
-        if len(self._ages_at_death) == 2 and longer <= 2 * shorter < math.inf:
+        if len(self._ages_at_death) == 2 and longer <= 2 * shorter:
             known = self.lifetimes.absolute_s
             absolute_s = shorter if known is None else min(shorter, known)
             self.lifetimes = replace(self.lifetimes, absolute_s=absolute_s)
@@ -505,6 +516,8 @@ class PathKeeper:
                 why = "another path was found"
             if before is not None and active is not before:
                 self._learn(before, active)
+                before.active_since = math.inf
+            active.active_since = min(active.active_since, now)
             self._stranded_since = None
             old = None if was_stranded or before is None else before.endpoint
             self._events.append(PathSwitched(old, active.endpoint, why))
@@ -517,12 +530,13 @@ class PathKeeper:
             return "the first path"
         if path is active or path.is_dead or self._is_doubtful(path, now):
             return None
-        if active.is_dead:
+        if active.is_dead or self._is_doubtful(active, now):
+            # Only what was heard from meanwhile is known to be any better.
+            if path.heard_at < (active.doubted_since or now):
+                return None
             return "the old path fell silent"
         if not path.is_proven:
             return None
-        if self._is_doubtful(active, now):
-            return "the old path does not answer"
         if path.generation != active.generation:
             return "the old path will end" if path.generation > active.generation else None
         if path.rtt_s is None or active.rtt_s is None:
@@ -548,7 +562,7 @@ class PathKeeper:
             return
         if len(self._candidates) >= CANDIDATES_MAX:
             return
-        candidate = Path(port_index, endpoint, self._generation, now)
+        candidate = Path(port_index, endpoint, self._generation, now, now)
         self._candidates.append(candidate)
         self._ask(candidate, now)
 

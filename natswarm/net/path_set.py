@@ -116,14 +116,7 @@ class PathSet:
 
     # Paths ----------------------------------------------------------------------------------------
 
-    def add(
-        self,
-        pump: PortPump,
-        remote: Endpoint,
-        *,
-        opened_at: float | None = None,
-        rtt_s: float | None = None,
-    ) -> None:
+    def add(self, pump: PortPump, remote: Endpoint, *, opened_at: float) -> None:
         """Take a path that a puncture has proved, and move to it; its port, if own, is ours."""
         if self._is_closed:
             if pump is not self._pumps[0]:
@@ -132,7 +125,7 @@ class PathSet:
         if pump not in self._pumps:
             self._pumps.append(pump)
         index = self._pumps.index(pump)
-        self._keeper.add(index, remote, trio.current_time(), opened_at=opened_at, rtt_s=rtt_s)
+        self._keeper.add(index, remote, trio.current_time(), opened_at=opened_at)
         self._after_change()
 
     def check(self, endpoints: Sequence[Endpoint]) -> None:

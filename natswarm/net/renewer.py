@@ -65,6 +65,12 @@ NAME_PART_BYTES = ATTEMPT_BYTES // 2
 
 # After a failure: the next try costs a puncture, and the old path has 0.3 of its life left.
 RETRY_FIRST_S, RETRY_MAX_S = 1.0, 15.0
+# A puncture that finds a path does so within some seconds; one that takes longer had better begin
+# anew, with what our NAT does by now.
+TRY_S = 15.0
+# With all paths the block of ports or the place of the counter may be gone that our profile tells
+# of; of a NAT that is predictable nothing of that kind can be.
+STALE_S = 15.0
 # A side that was declined waits so long for the other's wish to begin.
 THEIR_SIDE_TIMEOUT_S = 5.0
 # Two round trips of a slow mobile network; an answer that is lost costs a birthday puncture.
@@ -79,8 +85,8 @@ class Home(Protocol):
         """Whom we are connected to, oldest first."""
         ...
 
-    async def known_profile(self) -> NatProfile:
-        """What our NAT does; looks first if that is not known, or not any more."""
+    async def known_profile(self, *, max_age_s: float = math.inf) -> NatProfile:
+        """What our NAT does; looks first if that is not known, or was found out too long ago."""
         ...
 
     def record(self) -> NodeRecord:
@@ -210,12 +216,14 @@ class Renewer:
         self._wishes.add(peer_id)
         try:
             dial = await self._agree(peer)
+            with trio.fail_after(TRY_S):
+                await self._run(dial, peer.paths)
         except AlreadyConnecting:
             await self._wait_their_side(peer_id)
-            return
+        except trio.TooSlowError:
+            raise ConnectFailed(f"no path was found in {TRY_S:g} s") from None
         finally:
             self._wishes.discard(peer_id)
-        await self._run(dial, peer.paths)
 
     async def _agree(self, peer: Peer) -> Dial:
         """Have the peer start its side of a puncture, and return ours.
@@ -226,13 +234,13 @@ class Renewer:
         home, profile = await self._open_side(peer)
         is_taken = False
         try:
-            attempt = self._attempt_for(peer)
             sealed = replace(self._home.record(), profile=profile).seal(self._identity)
             if peer.is_reachable:
+                attempt = self._attempt_for(peer)
                 record = await self._introducer.meet_again(peer, attempt, sealed)
                 seen_at = peer.seen_at
             else:
-                record, seen_at = await self._introduction(peer.peer_id, attempt, sealed)
+                record, seen_at, attempt = await self._introduction(peer, sealed)
             plan = self._plan(profile, profile_as_seen(record.profile, seen_at), peer.peer_id)
             dial = self._dialler.prepare(peer.peer_id, plan, attempt, renews=peer.paths, home=home)
             is_taken = True
@@ -242,14 +250,20 @@ class Renewer:
                 home.port.close()
 
     async def _introduction(
-        self, target: PeerId, attempt: bytes, sealed: bytes
-    ) -> tuple[NodeRecord, Endpoint]:
+        self, target_peer: Peer, sealed: bytes
+    ) -> tuple[NodeRecord, Endpoint, bytes]:
+        """Have a neighbour tell the peer; return its record, where it is, and the attempt."""
+        target = target_peer.peer_id
         failure: NatswarmError = PeerNotFound(f"no neighbour is left who knows {target.short}")
         neighbours = [peer for peer in self._home.peers() if peer.is_reachable]
         self._rng.shuffle(neighbours)
         for neighbour in neighbours:
+            attempt = self._attempt_for(target_peer)
             try:
-                return await self._introducer.introduce(neighbour, target, attempt, sealed)
+                record, seen_at = await self._introducer.introduce(
+                    neighbour, target, attempt, sealed
+                )
+                return record, seen_at, attempt
             except RequestRefused as error:
                 if error.code == AlreadyConnecting.code:
                     raise AlreadyConnecting(str(error)) from error
@@ -353,6 +367,8 @@ class Renewer:
             ConfigurationError: The system gives no port.
         """
         profile = await self._home.known_profile()
+        if not peer.is_reachable and not profile.is_predictable:
+            profile = await self._home.known_profile(max_age_s=STALE_S)
         if not math.isfinite(peer.paths.lifetimes.renewal_s):
             return None, profile
         port = self._network.bind(Endpoint(self._bind_ip, 0))

@@ -49,8 +49,8 @@ class Home(Protocol):
         """What our NAT does is not known any more."""
         ...
 
-    async def inspect(self) -> object:
-        """Find out what our NAT does, and tell the neighbours."""
+    async def look_again(self) -> object:
+        """Find out what our NAT does, and have the neighbours told."""
         ...
 
 
@@ -128,7 +128,7 @@ class Roamer:
             with trio.move_on_after(SETTLE_MAX_S):
                 for peer in self._home.peers():
                     await peer.paths.wait_certain(moved_at)
-            await self._home.inspect()
+            await self._home.look_again()
         except NatswarmError as error:
             logger.info("did not find out where we are: %s", error)
         finally:

@@ -140,7 +140,7 @@ async def test_a_lifetime_that_nobody_knew_of_is_learned(open_swarm, autojump_cl
         transfer.check()
         check_survived(swarm)
         outages = [event for event in switches(swarm, "b", "a") if event.new is None]
-        assert 1 <= len(outages) <= 3
+        assert 1 <= len(outages) <= 3, "two deaths tell it; one more may come before they are known"
         late = [at for at in transfer.arrivals if at > transfer.arrivals[0] + 90]
         assert max(b - a for a, b in itertools.pairwise(late)) < 1.0
 
@@ -169,10 +169,198 @@ async def test_a_transfer_outlives_roaming(open_swarm, autojump_clock, movers, b
                 move(swarm, name, after)
             moved_at = trio.current_time()
             nursery.cancel_scope.deadline = moved_at + 60
-        print(movers, before, "gap", round(transfer.longest_gap_s, 2))
+        print(f"longest gap {transfer.longest_gap_s:.1f} s")
         transfer.check()
         check_survived(swarm)
         assert transfer.longest_gap_s < 15
         for name in movers:
             assert swarm.nodes[name].profile.public_ips == (swarm.hosts[name].nat.external_ip,)
         await swarm.check_talk("a", "b")
+
+
+@pytest.mark.parametrize("kind", ["linux-home", "vodafone-nl", "kpn-nl"])
+async def test_a_transfer_outlives_a_reboot_of_the_router(open_swarm, autojump_clock, kind):
+    async with open_swarm(seed=6) as swarm:
+        await add_pair(swarm, kind, "lebara-nl")
+        transfer = Transfer(swarm, seconds=30)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transfer.run)
+            await trio.sleep(10)
+            swarm.hosts["a"].nat.reboot()
+            nursery.cancel_scope.deadline = trio.current_time() + 60
+        print(f"longest gap {transfer.longest_gap_s:.1f} s")
+        transfer.check()
+        check_survived(swarm)
+        assert transfer.longest_gap_s < 10
+
+
+async def test_roaming_without_neighbours_reaches_a_public_peer(open_swarm, autojump_clock):
+    async with open_swarm() as swarm:
+        public = await swarm.add("b")
+        a = await swarm.add("a", "linux-home")
+        await a.connect(await public.invite())
+        transfer = Transfer(swarm, seconds=20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transfer.run)
+            await trio.sleep(10)
+            move(swarm, "a", "o2-uk-4g")
+            nursery.cancel_scope.deadline = trio.current_time() + 60
+        print(f"longest gap {transfer.longest_gap_s:.1f} s")
+        transfer.check()
+        check_survived(swarm)
+        assert transfer.longest_gap_s < 4  # 2 s until it is noticed, and QUIC's own time
+
+
+async def test_two_roam_again_and_again(open_swarm, autojump_clock):
+    async with open_swarm(seed=8) as swarm:
+        await add_pair(swarm, "linux-home", "vodafone-nl")
+        transfer = Transfer(swarm, seconds=90)
+        kinds = ["kpn-nl", "linux-home", "lebara-nl"]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transfer.run)
+            for index, name in enumerate("abaabb"):
+                await trio.sleep(12)
+                nat = swarm.internet.add_nat(f"{name}{index}", kinds[index % 3])
+                swarm.hosts[name].move(nat)
+            nursery.cancel_scope.deadline = trio.current_time() + 90
+        transfer.check()
+        check_survived(swarm)
+        await swarm.check_talk("b", "a")
+
+
+# Silence ------------------------------------------------------------------------------------------
+
+
+async def test_idle_connections_stay_by_the_measured_lifetime(open_swarm, autojump_clock):
+    """A NAT that forgets after 8 s, known to; half an hour of silence costs nothing but probes."""
+    preset = PRESETS["kpn-nl"]
+    behaviour = replace(preset.behaviour, unreplied_lifetime_s=8.0, replied_lifetime_s=8.0)
+    async with open_swarm(seed=2) as swarm:
+        await swarm.add_observers()
+        for name in "ab":
+            node = await swarm.add_inspected(name, replace(preset, behaviour=behaviour))
+            node.adopt_profile(replace(node.profile, idle_lifetime_s=8.0))
+        await swarm.nodes["a"].connect(swarm.nodes["b"].peer_id)
+        await trio.sleep(30)
+        before = swarm.internet.counters.sent_count
+        await trio.sleep(1800)
+        packets = swarm.internet.counters.sent_count - before
+        print(f"{packets / 1800:.2f} packets/s for 6 connections")
+        check_survived(swarm)
+        assert switches(swarm, "a", "b") == switches(swarm, "b", "a") == []
+        assert packets < 6 * 1800 / (0.7 * 8) * 4.5
+        await swarm.check_talk("a", "b")
+
+
+async def test_an_idle_lifetime_that_nobody_knew_of_is_learned(open_swarm, autojump_clock):
+    preset = PRESETS["kpn-nl"]
+    behaviour = replace(preset.behaviour, unreplied_lifetime_s=12.0, replied_lifetime_s=12.0)
+    async with open_swarm(seed=2) as swarm:
+        await add_pair(swarm, replace(preset, behaviour=behaviour), "kpn-nl")
+        await trio.sleep(120)
+        count = len(switches(swarm, "a", "b"))
+        assert 1 <= count <= 4
+        await trio.sleep(600)
+        assert len(switches(swarm, "a", "b")) == count, "it is known by now"
+        check_survived(swarm)
+        await swarm.check_talk("a", "b")
+
+
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+async def test_a_dead_path_is_noticed(open_swarm, autojump_clock, busy):
+    """Within 3 s while something is sent; at rest within the keepalive interval and 2 s."""
+    async with open_swarm(seed=4) as swarm:
+        await add_pair(swarm, "linux-home", "kpn-nl")
+        await trio.sleep(30)
+        async with trio.open_nursery() as nursery:
+            if busy:
+                nursery.start_soon(Transfer(swarm).run)
+            await trio.sleep(5)
+            swarm.cut("b")
+            cut_at = trio.current_time()
+            with trio.fail_after(3.2 if busy else 22.5):
+                while swarm.peer("a", "b").is_reachable:  # noqa: ASYNC110 - looks as users do
+                    await trio.sleep(0.05)
+            print(f"noticed after {trio.current_time() - cut_at:.2f} s")
+            nursery.cancel_scope.cancel()
+        assert switches(swarm, "a", "b")[-1].new is None
+        # The connection waits for a way back, and is given up after the outage that is allowed.
+        lost = swarm.peer("a", "b")
+        with trio.fail_after(61):
+            await lost.wait_lost()
+        assert trio.current_time() - cut_at >= 60
+
+
+@pytest.mark.parametrize("minutes", [0.5, 8])
+async def test_a_phone_sleeps_and_wakes(open_swarm, autojump_clock, minutes):
+    """Radio off, mappings gone; the connection and its stream go on where they stopped."""
+    async with open_swarm(seed=9) as swarm:
+        await add_pair(swarm, "kpn-nl", "linux-home", outage_s=600.0)
+        transfer = Transfer(swarm, seconds=20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transfer.run)
+            await trio.sleep(10)
+            wake = swarm.cut("a")
+            await trio.sleep(60 * minutes)
+            wake()
+            woke_at = trio.current_time()
+            nursery.cancel_scope.deadline = woke_at + 60
+        transfer.check()
+        check_survived(swarm)
+        resumed_at = min(at for at in transfer.arrivals if at > woke_at)
+        print(f"goes on {resumed_at - woke_at:.1f} s after waking")
+        assert resumed_at - woke_at < 25
+
+
+# Strangers and leftovers --------------------------------------------------------------------------
+
+
+async def test_who_records_and_forges_moves_nobody(open_swarm, autojump_clock):
+    async with open_swarm(seed=10) as swarm:
+        recorded = []
+        swarm.internet.world.trace = lambda _now, event, _where, packet: (
+            recorded.append(packet) if event == "sent" and packet.data[:1] == b"\x07" else None
+        )
+        await add_pair(swarm, "linux-home", "lyca-nl")
+        await trio.sleep(40)
+        swarm.internet.world.trace = None
+        attacker = swarm.internet.add_host("attacker").open_port(6000)
+        answers = []
+        attacker.on_datagram = lambda data, _: answers.append(data)
+        rng = random.Random(swarm.seed)
+        before = [swarm.peer("b", name).seen_at for name in ("a", "obs0", "obs1")]
+        targets = {packet.destination for packet in recorded}
+        for packet in recorded:
+            broken = bytearray(packet.data)
+            broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
+            for target in targets:
+                attacker.send(packet.data, target)
+                attacker.send(bytes(broken), target)
+            await trio.sleep(0.01)
+        await trio.sleep(5)
+        assert [swarm.peer("b", name).seen_at for name in ("a", "obs0", "obs1")] == before
+        assert answers == []
+        for name in ("a", "b", "obs0", "obs1"):
+            assert not [e for e in swarm.events[name] if isinstance(e, PathChanged)]
+        await swarm.check_talk("a", "b")
+
+
+async def test_nothing_is_left_of_paths_that_ended(open_swarm, autojump_clock):
+    async with open_swarm(seed=11) as swarm:
+        await add_pair(swarm, ageing("linux-home"), ageing("kpn-nl"))
+        await trio.sleep(200)
+        tasks = {name: len(swarm.nodes[name]._nursery.child_tasks) for name in "ab"}
+        await trio.sleep(200)
+        for name in "ab":
+            node = swarm.nodes[name]
+            # Main and alternate port, and for each of three connections at most three paths.
+            assert swarm.port_count(name) <= 2 + 3 * 3
+            assert len(node._nursery.child_tasks) <= tasks[name] + 6
+            assert len(node._dialler._dials) <= 3
+            for peer in node.peers():
+                await peer.aclose()
+        await trio.sleep(10)
+        for name in "ab":
+            assert swarm.port_count(name) == 2
+            assert swarm.nodes[name]._dialler._dials == {}
+            assert swarm.nodes[name]._dialler._path_sets == {}
