@@ -15,7 +15,7 @@ import trio
 import typer
 
 from natswarm.cli.field_test_view import live_view, record_as_text
-from natswarm.cli.options import JsonOption, console, print_json
+from natswarm.cli.options import InterfaceOption, JsonOption, console, print_json
 from natswarm.discovery.invite import Invite
 from natswarm.errors import ConfigurationError
 from natswarm.field_test.carrier import find_carrier
@@ -23,11 +23,13 @@ from natswarm.field_test.link import Link
 from natswarm.field_test.local import LocalBench
 from natswarm.field_test.page import write_report
 from natswarm.field_test.plan import FieldTestPlan, read_plan
-from natswarm.field_test.records import Record, Result
+from natswarm.field_test.records import Record, Result, Side
+from natswarm.field_test.remote import FieldTestLink, RemoteBench
 from natswarm.field_test.schedule import Bench, FieldTest
 from natswarm.field_test.session import Session, open_session
 from natswarm.field_test.side import SideConfig
 from natswarm.field_test.tally import load_tally
+from natswarm.identity import Identity, PeerId
 from natswarm.net.udp import UdpNetwork
 
 __all__ = ["field_test_app"]
@@ -38,6 +40,8 @@ ShowRecord = Callable[[Record], None]
 
 DEFAULT_FOLDER = Path("field-test")
 DEFAULT_REPORT = Path("field-test-report")
+# Of a test between two devices: its link names the host for as long as the test takes.
+IDENTITY_NAME = "identity"
 
 HelperOption = Annotated[
     list[str] | None,
@@ -55,6 +59,10 @@ OutOption = Annotated[Path, typer.Option("--out", help="Folder of the journal.")
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with the field test in that folder.")
 ]
+CarrierOption = Annotated[
+    str,
+    typer.Option("--carrier", help='Its label, such as "NL KPN".', show_default="found out"),
+]
 FullOption = Annotated[
     bool,
     typer.Option(
@@ -70,6 +78,7 @@ def _options() -> None:
     """Puncture between two carriers, again and again, and report.
 
     natswarm field-test run --left usb0 --right usb1 --join INVITE --join INVITE
+    natswarm field-test host --interface wwan0 --join INVITE     # or on two devices
     natswarm field-test report field-test
     """
 
@@ -117,6 +126,99 @@ def run(
 
 
 @field_test_app.command()
+def host(
+    interface: InterfaceOption = None,
+    carrier: CarrierOption = "",
+    join: HelperOption = None,
+    plan: PlanOption = None,
+    out: OutOption = DEFAULT_FOLDER,
+    resume: ResumeOption = False,
+    full_addresses: FullOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Test with another device: print the link for its `natswarm field-test join`."""
+    helpers = tuple(join or ())
+    if not helpers:
+        raise ConfigurationError(
+            "two devices need at least one helper, through which they agree: start `natswarm up` "
+            "on a machine with a public address, and name its invite with --join"
+        )
+    warn_of_helpers(len(helpers))
+    side = make_side(
+        "left",
+        interface,
+        carrier,
+        tuple(Invite.parse(text) for text in helpers),
+        full_addresses=full_addresses,
+    )
+    with open_session(
+        out,
+        resume=resume,
+        mode="host",
+        plan=load_plan(plan),
+        sides=[side.record()],
+        helper_count=len(helpers),
+        full_addresses=full_addresses,
+        show=record_printer(as_json=as_json),
+    ) as session:
+        identity = Identity.load_or_create(out / IDENTITY_NAME)
+        link = FieldTestLink(
+            session=session.begin.session,
+            host=identity.peer_id.key,
+            plan=session.begin.plan,
+            helpers=helpers,
+            carrier=side.carrier.text,
+        )
+        if as_json:
+            print_json({"kind": "link", "link": str(link)})
+        else:
+            console.print(f"On the other device: natswarm field-test join {link}", markup=False)
+        _test_with_other(session, side, identity, None, as_json=as_json)
+
+
+@field_test_app.command("join")
+def join_test(
+    link: Annotated[str, typer.Argument(help="What `natswarm field-test host` printed.")],
+    interface: InterfaceOption = None,
+    carrier: CarrierOption = "",
+    out: OutOption = DEFAULT_FOLDER,
+    resume: ResumeOption = False,
+    full_addresses: FullOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Test with the device that made a link; the plan comes with it."""
+    test = FieldTestLink.parse(link)
+    side = make_side("right", interface, carrier, test.invites(), full_addresses=full_addresses)
+    with open_session(
+        out,
+        resume=resume,
+        mode="join",
+        plan=test.plan,
+        sides=[Side(name="left", carrier=test.carrier), side.record()],
+        helper_count=len(test.helpers),
+        full_addresses=full_addresses,
+        show=record_printer(as_json=as_json),
+        session=test.session,
+    ) as session:
+        identity = Identity.load_or_create(out / IDENTITY_NAME)
+        _test_with_other(session, side, identity, test.host_id, as_json=as_json)
+
+
+def _test_with_other(
+    session: Session,
+    side: SideConfig,
+    identity: Identity,
+    other: PeerId | None,
+    *,
+    as_json: bool,
+) -> None:
+    begin = session.begin
+    side.full_addresses = begin.full_addresses
+    bench = RemoteBench(begin.session, begin.plan, side, identity, other, session.append)
+    trio.run(carry_out, session, bench, as_json)
+
+
+@field_test_app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Field tests.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")] = DEFAULT_REPORT,
@@ -129,13 +231,26 @@ def report(
 
 
 def make_side(
-    name: str, interface: str, carrier: str, helpers: tuple[Invite, ...], *, full_addresses: bool
+    name: str,
+    interface: str | None,
+    carrier: str,
+    helpers: tuple[Invite, ...],
+    *,
+    full_addresses: bool,
 ) -> SideConfig:
-    """Return a side that uses one interface alone.
+    """Return a side that uses one interface alone, or the system's routes.
 
     Raises:
         ConfigurationError: Nothing can get out or back by it.
     """
+    if interface is None:
+        return SideConfig(
+            name=name,
+            carrier=find_carrier("", carrier),
+            make_network=UdpNetwork,
+            helpers=helpers,
+            full_addresses=full_addresses,
+        )
     link = Link(interface)
     found = link.check()
     return SideConfig(

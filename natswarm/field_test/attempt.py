@@ -30,7 +30,7 @@ from natswarm.identity import PeerId
 from natswarm.net.peer import Peer
 from natswarm.puncture.strategy import Limits, Strategy
 
-__all__ = ["AttemptRun", "alarm_of", "limits_of", "seed_of"]
+__all__ = ["AttemptRun", "alarm_of", "limits_of", "puncture_limit_s", "seed_of"]
 
 # connect() makes three tries of up to the plan's duration, each introduced anew.
 TRIES = 3
@@ -49,6 +49,11 @@ def limits_of(plan: LimitsPlan, strategy: str) -> Limits:
         opener_ttl=plan.opener_ttl,
         strategies=() if strategy == AUTO else (Strategy(strategy),),
     )
+
+
+def puncture_limit_s(limits: Limits) -> float:
+    """Return after which time a puncture, all its tries together, has hung."""
+    return TRIES * (limits.duration_s + INTRODUCTION_S)
 
 
 def seed_of(plan_seed: int, key: str, try_index: int) -> int:
@@ -103,6 +108,11 @@ class AttemptRun:
         """Whether its result is known."""
         return self._result is not None
 
+    @property
+    def is_void(self) -> bool:
+        """Whether the slot is tried again."""
+        return self._result is Result.VOID
+
     def take_notice(self, config: SideConfig, notice: Notice) -> None:
         """Write down at once that something stopped, and end what cannot go on."""
         alarm = alarm_of(config, notice, key=self.slot.key, at=utc_text(self.clock()))
@@ -122,11 +132,10 @@ class AttemptRun:
             target: For whom.
             connect: Does it.
         """
-        plan_s = side.limits.duration_s
         side.config.status.phase = "puncturing"
         began_at = trio.current_time()
         try:
-            with trio.fail_after(TRIES * (plan_s + INTRODUCTION_S)):
+            with trio.fail_after(puncture_limit_s(side.limits)):
                 peer = await connect()
         except trio.TooSlowError:
             self.note_failure(side, target, "the puncture did not end in its time")
@@ -171,6 +180,10 @@ class AttemptRun:
         if reports:
             self._strategy = reports[-1].strategy
         self._reason = side.config.words(reason)
+
+    def note_skipped(self, reason: str) -> None:
+        """Take note that nothing is to be tried here."""
+        self._result, self._reason = Result.SKIPPED, reason
 
     def note_bench_failure(self, error: BenchFailed | ExceptionGroup[BenchFailed]) -> None:
         """Take note of what kept the attempt from being made."""

@@ -31,12 +31,12 @@ STYLE = """
 @media (prefers-color-scheme:dark){
 :root{--ink:#e6e8eb;--paper:#14171b;--soft:#9aa3af;--line:#333a43;--bar:#7aa7e0}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:0 auto;
-max-width:64rem;padding:1rem}
+max-width:64rem;padding:1rem;overflow-wrap:anywhere}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem}h3{font-size:1rem;margin-bottom:.2rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.wide{overflow-x:auto;overflow-wrap:normal}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{border:1px solid var(--line);padding:.3rem .6rem;text-align:left;vertical-align:top}
 th{font-weight:600}.matrix td{min-width:8rem}.matrix b{font-size:1.1rem}
-small,.tick,.none,caption{color:var(--soft)}.tick{font-size:12px;fill:var(--soft)}
+small,.tick,.none,caption{color:var(--soft)}.tick{font-size:14px;fill:var(--soft)}
 svg{width:100%;max-width:40rem;height:auto;display:block}.bar{fill:var(--bar)}
 .axis{stroke:var(--line)}code{font-size:.9em}.reason{min-width:16rem}
 """

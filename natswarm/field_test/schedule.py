@@ -119,6 +119,7 @@ class FieldTest:
         self._done: set[str] = set()
         self._tries: dict[str, int] = {}
         self._surveyed: set[int] = set()
+        self._is_ended = False
         self.status = Status(plan.slot_count)
         for record in earlier:
             self._count(record)
@@ -142,7 +143,8 @@ class FieldTest:
             if self._plan.lifetimes and slot.round_index not in self._surveyed:
                 await self._survey(slot.round_index)
             await self._fill(slot)
-        self._write(End(at=self._now()))
+        if not self._is_ended:
+            self._write(End(at=self._now()))
 
     async def _fill(self, slot: Slot) -> None:
         """Make attempts until the slot has a result."""
@@ -217,6 +219,8 @@ class FieldTest:
                     self.status.done_count = len(self._done)
             case Survey():
                 self._surveyed.add(record.round_index)
+            case End():
+                self._is_ended = True
             case _:
                 pass
 

@@ -236,14 +236,16 @@ def load_tally(folders: Sequence[Path]) -> Tally:
 
 
 def _notes(path: Path, contents: JournalContents) -> list[str]:
+    # Reports are shared: they do not tell where on somebody's disk a journal was.
+    name = f"{path.parent.name}/{path.name}"
     notes = []
     broken = list(contents.broken_lines)
     if contents.is_torn:
         broken.pop()
-        notes.append(f"{path}: the last line was torn by a crash, and left out")
+        notes.append(f"{name}: the last line was torn by a crash, and left out")
     if broken:
         lines = ", ".join(map(str, broken))
-        notes.append(f"{path}: no records, and left out: lines {lines}")
+        notes.append(f"{name}: no records, and left out: lines {lines}")
     return notes
 
 
@@ -274,12 +276,16 @@ def _take(
 
 
 def _join(known: AttemptRecord | None, record: AttemptRecord) -> AttemptRecord:
-    """Return one attempt of what two devices wrote of it; who asked knows more."""
-    if known is None:
+    """Return one attempt of what two devices wrote of it; who asked knows more.
+
+    A device that lost its half in a crash has `skipped` it.
+    """
+    if known is None or known.result is Result.SKIPPED:
         return record
-    asker = Direction(record.direction) is Direction.LEFT_TO_RIGHT
-    own = record.left if asker else record.right
-    first, second = (record, known) if own is not None and not known.quality else (known, record)
+    if record.result is Result.SKIPPED:
+        return known
+    is_first = known.connect_s is not None or record.connect_s is None
+    first, second = (known, record) if is_first else (record, known)
     return msgspec.structs.replace(
         first,
         left=first.left or second.left,
