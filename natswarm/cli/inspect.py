@@ -98,10 +98,17 @@ def inspect(
     """
     out = Console()
     if costs:
-        out.print(offers_table(all_offers(), QUICK))
+        if as_json:
+            print_json({"tests": [offer.as_json() for offer in all_offers()]})
+        else:
+            out.print(offers_table(all_offers(), QUICK))
         return
     if show is not None:
-        out.print(profile_view(read_profile(show)))
+        signed = read_profile(show)
+        if as_json:
+            print_json(signed.as_json())
+        else:
+            out.print(profile_view(signed))
         return
     tests = choose_tests(quick=quick, lifetimes=lifetimes, only=only or (), skip=skip or ())
     invites = [Invite.parse(text) for text in join or ()]

@@ -121,15 +121,15 @@ class Evidences:
         """Return the profile with what the path and the gateway add."""
         profile = self.findings.profile
         bounds = self.nat_counts()
-        path = self.path.result
-        opener_ttl = None if path is None else path.opener_ttl
-        inferred = [n for n in profile.inferred if n not in ("nat_count", "opener_ttl")]
+        inferred = [name for name in profile.inferred if name != "nat_count"]
         if bounds and not self._is_count_measured():
             inferred.append("nat_count")
+        # What was not looked at now, stays as it was known.
+        path = self.path.result
         return replace(
             profile,
-            nat_count=max((count for count, _ in bounds), default=None),
-            opener_ttl=opener_ttl,
+            nat_count=max((count for count, _ in bounds), default=profile.nat_count),
+            opener_ttl=profile.opener_ttl if path is None else path.opener_ttl,
             inferred=tuple(inferred),
         )
 
@@ -165,7 +165,7 @@ class Evidences:
         if name in profile.inferred:
             evidence = Evidence.INFERRED
         if name == "nat_count":
-            reason = max(self.nat_counts())[1]
+            reason = max(self.nat_counts(), default=(0, "found earlier"))[1]
         elif not profile.echo_count and test is NatTest.BEHAVIOUR:
             evidence, reason = Evidence.INFERRED, "the interface has a global address"
         return Finding(name, value, evidence, reason, intervals, test)

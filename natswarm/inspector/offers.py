@@ -7,6 +7,7 @@ retransmissions of `natswarm/net/gateway` and `natswarm/net/path.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from natswarm.address import Endpoint
 from natswarm.errors import ConfigurationError
@@ -46,6 +47,16 @@ class Offer:
     recipient: str
     packet_count: int
     duration_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for programs; keys as those of the report's tests."""
+        return {
+            "test": self.test.value,
+            "text": self.text,
+            "recipient": self.recipient,
+            "packets": self.packet_count,
+            "duration_s": self.duration_s,
+        }
 
 
 _LOCAL = (

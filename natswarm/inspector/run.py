@@ -47,6 +47,7 @@ from natswarm.net.interfaces import (
     InterfaceSource,
     inspect_interfaces,
 )
+from natswarm.net.nursery import open_private_nursery
 from natswarm.net.path import PathNetwork, SystemPaths, trace_path
 from natswarm.net.udp import UdpNetwork
 from natswarm.node import Node
@@ -153,7 +154,8 @@ class _Run:
         inspected_at_s = time.time()
         interfaces = self._look_at_interfaces()
         interface = self._choose_interface(interfaces.result, name)
-        async with trio.open_nursery() as nursery:
+        # The outer one takes off the groups that the inner ones wrap around errors.
+        async with open_private_nursery(), trio.open_nursery() as nursery:
             if LocalTest.GATEWAY in self._wanted or LocalTest.LEASE in self._wanted:
                 nursery.start_soon(self._ask_gateway, interface)
             if LocalTest.PATH in self._wanted:

@@ -26,18 +26,17 @@ if TYPE_CHECKING:
     from natswarm.nat.path import PathReport
     from natswarm.net.interfaces import Interface, InterfaceReport
 
-__all__ = ["SCHEMA_VERSION", "plain", "report_as_json"]
+__all__ = ["SCHEMA_VERSION", "plain", "report_as_json", "utc_text"]
 
 SCHEMA_VERSION = 1
 
 
 def report_as_json(report: InspectionReport) -> dict[str, Any]:
     """Return a report as dictionaries, lists, text, numbers, booleans and None."""
-    at = datetime.datetime.fromtimestamp(report.inspected_at_s, datetime.UTC)
     return {
         "version": SCHEMA_VERSION,
         "peer_id": str(report.peer_id),
-        "at": at.isoformat(timespec="seconds"),
+        "at": utc_text(report.inspected_at_s),
         "duration_s": round(report.duration_s, 3),
         "interface": None if report.interface is None else report.interface.name,
         "interfaces": _part(report.interfaces) | _interfaces(report.interfaces.result),
@@ -159,6 +158,11 @@ def _prospect(prospect: Prospect) -> dict[str, Any]:
         "probes": None if probe_count is None else round(probe_count, 1),
         "reason": prospect.reason,
     }
+
+
+def utc_text(seconds: float) -> str:
+    """Return a time since 1970 in ISO 8601."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
 def plain(value: object) -> Any:

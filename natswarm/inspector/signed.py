@@ -15,9 +15,12 @@ import base64
 import binascii
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from natswarm.errors import DecodeError
 from natswarm.identity import Identity, PeerId, open_envelope_untrusted
+from natswarm.inspector.evidence import TESTS_OF_FIELDS
+from natswarm.inspector.schema import plain, utc_text
 from natswarm.message import Message, decode_message_untrusted, encode_message
 from natswarm.nat.profile import NatProfile, decode_profile_untrusted
 
@@ -61,6 +64,15 @@ class SignedProfile:
         body = _Body(inspected_at_s=self.inspected_at_s, profile=self.profile.encode())
         sealed = identity.seal(CONTEXT, encode_message(body))
         return SCHEME + base64.urlsafe_b64encode(sealed).decode().rstrip("=")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for programs; null is what is not known."""
+        return {
+            "peer_id": str(self.peer_id),
+            "at": utc_text(self.inspected_at_s),
+            "inferred": list(self.profile.inferred),
+            "nat": {name: plain(getattr(self.profile, name)) for name in TESTS_OF_FIELDS},
+        }
 
 
 def open_signed_profile_untrusted(text: str) -> SignedProfile:

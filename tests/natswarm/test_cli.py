@@ -165,6 +165,9 @@ def test_a_profile_is_handed_over(run, tmp_path):
     status, out, err = run("inspect", "--show", str(path))
     assert (status, err) == (0, "")
     assert peer_id.strip() in out
+    status, out, err = run("inspect", "--show", str(path), "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["peer_id"] == peer_id.strip()
     text = path.read_text()
     for bad in (text[:-10], text.replace("A", "B"), "", "natswarm:abc", "\xff"):
         path.write_text(bad, "latin-1")
@@ -178,9 +181,10 @@ def test_costs_are_listed_without_doing_anything(run, tmp_path):
     status, out, err = run("inspect", "--costs", "--state", "{state}")
     assert (status, err) == (0, "")
     assert not (tmp_path / "state").exists()
-    assert {"gateway", "lease", "path", "behaviour"} <= {
-        line.split()[0] for line in out.splitlines()
-    }
+    listed = {line.split()[0] for line in out.splitlines()}
+    assert {"gateway", "lease", "path", "behaviour"} <= listed
+    _, out, _ = run("inspect", "--costs", "--json")
+    assert {each["test"] for each in json.loads(out)["tests"]} <= listed
 
 
 WATCH = ["inspect", "--bind", "127.0.0.1", "--only", "behaviour"]

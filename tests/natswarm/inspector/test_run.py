@@ -9,7 +9,15 @@ from dataclasses import replace
 import pytest
 import trio
 
-from natswarm import ConfigurationError, Evidence, LocalTest, NatTest, inspect
+from natswarm import (
+    ConfigurationError,
+    ConnectFailed,
+    Evidence,
+    LocalTest,
+    Mapping,
+    NatTest,
+    inspect,
+)
 from natswarm.inspector import FULL, QUICK, QUICK_LIMIT_S, State, changes
 
 UNKNOWN = Evidence.UNKNOWN
@@ -186,6 +194,35 @@ async def test_cancelled_it_leaves_no_port_behind(open_swarm, autojump_clock, su
         assert scope.cancelled_caught
         # The node's own two; open_swarm looks after the rest.
         assert swarm.port_count("me") == 2
+
+
+async def test_a_node_that_is_closed_meanwhile(open_swarm, autojump_clock, surround):
+    async with open_swarm() as swarm:
+        invites = [await each.invite() for each in await swarm.add_observers()]
+        node = await add_me(swarm)
+        async with trio.open_nursery() as nursery:
+
+            async def close_soon() -> None:
+                await trio.sleep(0.6)
+                await node.aclose()
+
+            nursery.start_soon(close_soon)
+            with pytest.raises(ConnectFailed, match="closed"):
+                await inspect(node, invites=invites, surroundings=surround(swarm.hosts["me"]))
+
+
+async def test_what_was_known_stays(open_swarm, autojump_clock, surround):
+    """Later the gateway alone: the node keeps what it knew."""
+    async with open_swarm() as swarm:
+        invites = [await each.invite() for each in await swarm.add_observers()]
+        node = await add_me(swarm)
+        around = surround(swarm.hosts["me"])
+        await inspect(node, invites=invites, tests=QUICK, surroundings=around)
+        known = node.profile
+        report = await inspect(node, tests=[LocalTest.GATEWAY], surroundings=around)
+        assert node.profile == report.profile
+        assert (known.mapping, known.opener_ttl, known.nat_count) == (Mapping.EIM, 2, 1)
+        assert replace(report.profile, inferred=()) == known
 
 
 async def test_what_is_new_since_the_last_time(open_swarm, autojump_clock, surround):
