@@ -110,6 +110,8 @@ def inspect(
         else:
             out.print(profile_view(signed))
         return
+    if watch and export is not None:
+        raise ConfigurationError("--export writes one report, --watch makes many: choose one")
     tests = choose_tests(quick=quick, lifetimes=lifetimes, only=only or (), skip=skip or ())
     invites = [Invite.parse(text) for text in join or ()]
     config = make_config(state, bind=bind, interface=interface)
@@ -233,13 +235,18 @@ async def _watch(
 ) -> None:
     """Inspect for ever; Ctrl-C ends it."""
     before: InspectionReport | None = None
-    with Live(console=out, auto_refresh=False) if not as_json else contextlib.nullcontext() as live:
+    is_drawn = out.is_terminal and not as_json
+    # Taller than most terminals: what does not fit scrolls out at the top.
+    drawing = Live(console=out, auto_refresh=False, vertical_overflow="visible")
+    with drawing if is_drawn else contextlib.nullcontext():
         while True:
             report = await once()
             changed = () if before is None else changes(before, report)
-            if live is None:
+            if as_json:
                 print_json(report.as_json() | {"changed": list(changed)})
+            elif is_drawn:
+                drawing.update(report_view(report, changed), refresh=True)
             else:
-                live.update(report_view(report, changed), refresh=True)
+                out.print(report_view(report, changed))
             before = report
             await trio.sleep(every_s)

@@ -121,7 +121,7 @@ class Evidences:
         """Return the profile with what the path and the gateway add."""
         profile = self.findings.profile
         bounds = self.nat_counts()
-        inferred = [name for name in profile.inferred if name != "nat_count"]
+        inferred = [name for name in profile.inferred if name != "nat_count" or not bounds]
         if bounds and not self._is_count_measured():
             inferred.append("nat_count")
         # What was not looked at now, stays as it was known.
@@ -165,7 +165,9 @@ class Evidences:
         if name in profile.inferred:
             evidence = Evidence.INFERRED
         if name == "nat_count":
-            reason = max(self.nat_counts(), default=(0, "found earlier"))[1]
+            # Of equal bounds the path's, which comes last.
+            bounds = sorted(self.nat_counts(), key=lambda bound: bound[0])
+            reason = bounds[-1][1] if bounds else "found earlier"
         elif not profile.echo_count and test is NatTest.BEHAVIOUR:
             evidence, reason = Evidence.INFERRED, "the interface has a global address"
         return Finding(name, value, evidence, reason, intervals, test)

@@ -98,6 +98,7 @@ def test_a_peer_that_cannot_be_asked_is_a_warning(run):
         (["inspect", "--skip", "weather"], "there is no test 'weather'"),
         (["inspect", "--quick", "--lifetimes"], "choose one"),
         (["inspect", "--only", "path", "--skip", "path"], "every test is left out"),
+        (["inspect", "--watch", "--export", "x"], "choose one"),
         (["inspect", "--show", "/nonexistent/file"], "cannot read /nonexistent/file"),
         (["inspect", "--only", "path", "--export", "/nonexistent/file"], "cannot write"),
         (["up", "--name", "x" * 65], "at most 64"),
