@@ -157,19 +157,18 @@ def size_one_sided(
         PunctureFailed: The probes expected exceed the limits.
     """
     allocation = allocation_of(opener)
-    addresses = max(1, len(opener.public_ips[:1] if _is_paired(opener) else opener.public_ips))
-    port_count = port_count_of(opener) * addresses
+    port_count = _drawn_from(opener)
+    opened_max = min(limits.socket_count, mapping_budget(opener, limits))
     if allocation.law is AllocationLaw.SEQUENTIAL:
         drift = (allocation.others_per_s or 0.0) * SEQUENTIAL_AGE_S
         # M + drift / 2M is least at M = sqrt(drift / 2).
         opened = min(max(round(math.sqrt(drift / 2)), SEQUENTIAL_RUN_MIN), SEQUENTIAL_RUN_MAX)
+        opened = min(opened, opened_max)
         expected = 1 + drift / 2 / opened  # one in `opened` ports is probed, from the last one up
         enough = math.ceil(port_count / opened) + opened
-    elif allocation.shape is not None and addresses == 1:
+    elif allocation.shape is not None and port_count == port_count_of(opener):
         slices = _slices(allocation)
-        opened = min(
-            cheapest_prior_opened_count(slices), limits.socket_count, mapping_budget(opener, limits)
-        )
+        opened = min(cheapest_prior_opened_count(slices), opened_max)
         expected = expected_prior_probe_count(slices, opened)
         enough = prior_probe_count_quantile(CONFIDENCE, slices, opened)
     else:
@@ -177,19 +176,22 @@ def size_one_sided(
         if allocation.law is AllocationLaw.BLOCK:
             # Half of it is left for what the subscriber does besides.
             opened = min(opened, port_count // 2)
-        opened = min(opened, limits.socket_count, mapping_budget(opener, limits))
+        opened = min(opened, opened_max)
         expected = expected_probe_count(opened_count=opened, port_count=port_count)
         enough = probe_count_quantile(CONFIDENCE, opened_count=opened, port_count=port_count)
-    opened = min(opened, limits.socket_count, mapping_budget(opener, limits))
 
     openers_per_s = mapping_pace(opener, opened, limits.probes_per_s)
-    pace = _pace(opened + expected, round_trip_s, limits)
+    start_s = max(0.0, opened / openers_per_s - round_trip_s / 2)
+    time_left_s = max(1e-3, limits.duration_s - start_s - ANSWER_WAIT_S)
+    # Courtesy ends where it would cost the puncture.
+    pace = max(
+        _pace(opened + expected, round_trip_s, limits),
+        min(enough / time_left_s, limits.probes_per_s),
+    )
     hurry = min(HURRY * pace, limits.probes_per_s)
     if not prober.is_predictable:  # each probe makes a mapping
         most = max(mapping_budget(prober, limits) / live_s(prober), PROBES_PER_S_MIN)
         pace, hurry = (mapping_pace(prober, enough, min(each, most)) for each in (pace, hurry))
-    start_s = max(0.0, opened / openers_per_s - round_trip_s / 2)
-    time_left_s = max(0.0, limits.duration_s - start_s - ANSWER_WAIT_S)
     probe_count = min(
         2 * enough + math.ceil(hurry * START_SKEW_S), limits.probe_count, int(pace * time_left_s)
     )
@@ -513,11 +515,8 @@ def _slices(allocation: PortAllocation) -> list[tuple[int, float]]:
     return sorted(found, key=lambda part: part[1] / part[0], reverse=True)
 
 
-def _is_paired(profile: NatProfile) -> bool:
-    return bool(profile.public_ips) and len(public_ips_of(profile)) == 1
-
-
 def _drawn_from(profile: NatProfile) -> int:
+    """Return how many ports a NAT draws from, at all its addresses together."""
     addresses = len(public_ips_of(profile)) if profile.public_ips else 1
     return port_count_of(profile) * addresses
 

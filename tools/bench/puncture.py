@@ -1,12 +1,12 @@
 """How many probes a puncture takes against the fewest possible, and how long; rivals beside us.
 
-    python -m tools.bench.puncture [--seed N] [--quick] [--count N] [--json] [--only TEXT]
+    python -m tools.bench.puncture [--seed N] [--quick] [--count N] [--json] [--only TEXT] [--bad]
 
 Every class of pair of NATs (`puncture_classes.py`), many seeds each: one-way delay of 20 to 150 ms,
-1 % loss, profiles as true as an inspection could make them (a block, a range, a counter's last port
-up to 2 s ago), round trip known within 20 %. We run as in life: two plans, two machines, on the
-virtual internet's bare event heap. The published strategies of others run on the same seeds
-(`puncture_rivals.py`).
+1 % loss (`--bad`: 150 ms, 10 %, and one side starts 2 s late), profiles as true as an inspection
+could make them (a block, a range, a counter's last port up to 2 s ago), round trip known within
+20 %. We run as in life: two plans, two machines, on the virtual internet's bare event heap. The
+published strategies of others run on the same seeds (`puncture_rivals.py`).
 
     ok        share that opened in the time of the class; 95 % interval (Wilson)
     probes    of both sides until both have a path, answers not counted; mean, and 99th percentile,
@@ -46,8 +46,6 @@ from natswarm.sim.world import World
 from tools.bench.puncture_classes import CLASSES, ECHO_AGE_MAX_S, Optimum, PairClass, Side
 from tools.bench.puncture_rivals import RIVALS, Schedule, Send, View
 
-DELAY_S = (0.020, 0.150)  # one way
-LOSS = 0.01  # of a datagram on the whole way
 ROUND_TRIP_ERROR = 0.2
 FIT_ECHOES = 30  # as many as an inspection makes
 
@@ -72,15 +70,33 @@ class Outcome:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """How bad the network is.
+
+    Attributes:
+        delay_s: Bounds of the one-way delay.
+        loss: Of a datagram on the whole way.
+        skew_s: How much later one side starts.
+    """
+
+    delay_s: tuple[float, float] = (0.020, 0.150)
+    loss: float = 0.01
+    skew_s: float = 0.0
+
+
+BAD = Conditions((0.150, 0.150), 0.1, 2.0)
+
+
 class Scene:
     """Two hosts behind their NATs, their profiles, and the time."""
 
-    def __init__(self, pair: PairClass, seed: int) -> None:
+    def __init__(self, pair: PairClass, seed: int, conditions: Conditions) -> None:
         self.world = World(seed)
         rng = self.world.rng
-        delay_s = rng.uniform(*DELAY_S)
+        delay_s = rng.uniform(*conditions.delay_s)
         self.round_trip_s = 2 * delay_s * rng.uniform(1 - ROUND_TRIP_ERROR, 1 + ROUND_TRIP_ERROR)
-        link = LinkConditions(delay_s=delay_s / 2, loss=1 - math.sqrt(1 - LOSS))
+        link = LinkConditions(delay_s=delay_s / 2, loss=1 - math.sqrt(1 - conditions.loss))
         self.internet = Internet(self.world, core_delay_s=0.0)
         self.observer = self.internet.add_host("observer").open_port(4000)
         self.hosts = [self._add(index, side, link) for index, side in enumerate(pair.sides)]
@@ -311,19 +327,23 @@ def _known_law(law: ScaledBeta) -> Callable[[random.Random], int]:
     return lambda rng: round(law.offset + law.span * rng.betavariate(law.alpha, law.beta))
 
 
-def run(pair: PairClass, strategy: str, seed: int) -> Outcome:
-    """Puncture once."""
-    scene = Scene(pair, seed)
+def run(pair: PairClass, strategy: str, seed: int, conditions: Conditions) -> Outcome:
+    """Puncture once; time counts from the later start."""
+    scene = Scene(pair, seed, conditions)
     world = scene.world
-    started_at = world.now
-    halves: list[OurHalf] | list[RivalHalf]
+    halves: list[OurHalf | RivalHalf] = []
+    late = seed % 2
     try:
-        if strategy == OURS:
-            halves = [OurHalf(scene, index, pair) for index in (0, 1)]
-        else:
-            halves = [RivalHalf(scene, index, pair, strategy) for index in (0, 1)]
+        for index in (1 - late, late):
+            if strategy == OURS:
+                halves.append(OurHalf(scene, index, pair))
+            else:
+                halves.append(RivalHalf(scene, index, pair, strategy))
+            if len(halves) == 1:
+                world.run_for(conditions.skew_s)
     except PunctureFailed:
         return Outcome(False, 0, 0, math.inf)
+    started_at = world.now
     deadline = started_at + pair.deadline_s
     is_open = world.run(until=lambda: halves[0].is_open and halves[1].is_open, deadline=deadline)
     seconds = world.now - started_at if is_open else math.inf
@@ -377,16 +397,17 @@ def _quantile(values: Iterable[float], probability: float) -> float:
     return ordered[min(int(probability * len(ordered)), len(ordered) - 1)]
 
 
-Job = tuple[int, str, int, int]
+Job = tuple[int, str, int, int, Conditions]
 
 
 def _work(job: Job) -> tuple[Job, list[Outcome]]:
-    index, strategy, first, count = job
-    pair = CLASSES[index]
-    return job, [run(pair, strategy, seed) for seed in range(first, first + count)]
+    index, strategy, first, count, conditions = job
+    seeds = range(first, first + count)
+    return job, [run(CLASSES[index], strategy, seed, conditions) for seed in seeds]
 
 
 def _jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    conditions = BAD if arguments.bad else Conditions()
     for index, pair in enumerate(CLASSES):
         if arguments.only not in pair.name:
             continue
@@ -400,14 +421,14 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[Job]:
                 share = min(share, FLOOD_SHARE)
             count = max(2, round(arguments.count * share))
             for first in range(0, count, 25):
-                yield index, strategy, arguments.seed + first, min(25, count - first)
+                yield index, strategy, arguments.seed + first, min(25, count - first), conditions
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """Return figures by class and strategy."""
     outcomes: dict[tuple[int, str], list[Outcome]] = {}
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        for (index, strategy, _, _), some in pool.imap_unordered(_work, list(_jobs(arguments))):
+        for (index, strategy, *_), some in pool.imap_unordered(_work, list(_jobs(arguments))):
             outcomes.setdefault((index, strategy), []).extend(some)
     result: dict[str, dict[str, dict[str, float]]] = {}
     for index, pair in enumerate(CLASSES):
@@ -468,6 +489,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 seeds a class: under 40 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--only", default="", help="classes whose name holds this text")
+    parser.add_argument("--bad", action="store_true", help="300 ms, 10 %% loss, 2 s start skew")
     parser.add_argument("--ours", action="store_true", help="without the rivals")
     arguments = parser.parse_args()
     if arguments.count is None:
