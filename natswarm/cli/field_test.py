@@ -104,24 +104,21 @@ def run(
     if left == right:
         raise ConfigurationError(f"both sides are {left}: name the interface of another SIM")
     helpers = tuple(Invite.parse(text) for text in join or ())
-    configs = [
-        make_side("left", left, left_carrier, helpers, full_addresses=full_addresses),
-        make_side("right", right, right_carrier, helpers, full_addresses=full_addresses),
-    ]
+    one = make_side("left", left, left_carrier, helpers, full_addresses=full_addresses)
+    other = make_side("right", right, right_carrier, helpers, full_addresses=full_addresses)
     warn_of_helpers(len(helpers))
     with open_session(
         out,
         resume=resume,
         mode="run",
         plan=load_plan(plan),
-        sides=[config.record() for config in configs],
+        sides=[one.record(), other.record()],
         helper_count=len(helpers),
         full_addresses=full_addresses,
         show=record_printer(as_json=as_json),
     ) as session:
-        for config in configs:
-            config.full_addresses = session.begin.full_addresses
-        bench = LocalBench(session.begin.plan, *configs, session.append)
+        one.full_addresses = other.full_addresses = session.begin.full_addresses
+        bench = LocalBench(session.begin.plan, one, other, session.append)
         trio.run(carry_out, session, bench, as_json)
 
 

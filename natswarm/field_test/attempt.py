@@ -11,6 +11,7 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import trio
 
 from natswarm.errors import NatswarmError, PunctureFailed
@@ -98,7 +99,7 @@ class AttemptRun:
     _hole_s: float | None = None
     _connect_s: float | None = None
     _strategy: str = ""
-    quality: PathQuality | None = None
+    _quality: PathQuality | None = None
 
     def __post_init__(self) -> None:
         self.began_at = utc_text(self.clock())
@@ -181,6 +182,12 @@ class AttemptRun:
             self._strategy = reports[-1].strategy
         self._reason = side.config.words(reason)
 
+    def note_quality(self, side: OpenSide, quality: PathQuality | None) -> None:
+        """Take note of what was measured over the path."""
+        if quality is not None:
+            trouble = side.config.words(quality.trouble)
+            self._quality = msgspec.structs.replace(quality, trouble=trouble)
+
     def note_skipped(self, reason: str) -> None:
         """Take note that nothing is to be tried here."""
         self._result, self._reason = Result.SKIPPED, reason
@@ -214,5 +221,5 @@ class AttemptRun:
             connect_s=None if self._connect_s is None else round(self._connect_s, 4),
             left=left,
             right=right,
-            quality=self.quality,
+            quality=self._quality,
         )

@@ -121,9 +121,9 @@ class LocalBench:
             return
         with trio.move_on_after(OTHER_SIDE_S):
             await asked.wait_peer(asker.node.peer_id)
-        run.quality, _ = await measure_path(
-            peer, self._plan.measure, asker.seen(asked.node.peer_id)
-        )
+        mine = asker.seen(asked.node.peer_id)
+        quality, _ = await measure_path(peer, self._plan.measure, mine)
+        run.note_quality(asker, quality)
 
     async def survey(self, round_index: int) -> list[Survey]:
         """See `schedule.Bench.survey`."""

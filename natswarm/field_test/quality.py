@@ -113,14 +113,14 @@ async def measure_path(
             await run.measure(messages)
             comparison = await run.compare(messages, mine)
     except trio.TooSlowError:
-        run.values["trouble"] = f"the path fell silent for {PING_TIMEOUT_S:g} s"
+        run.note(trouble=f"the path fell silent for {PING_TIMEOUT_S:g} s")
     except (
         NatswarmError,
         trio.BrokenResourceError,
         trio.ClosedResourceError,
         trio.EndOfChannel,
     ) as error:
-        run.values["trouble"] = str(error) or "the peer ended it"
+        run.note(trouble=str(error) or "the peer ended it")
     else:
         return run.quality(), comparison
     return run.quality(), Comparison()
@@ -130,15 +130,15 @@ class _Run:
     def __init__(self, peer: Peer, plan: MeasurePlan) -> None:
         self._peer = peer
         self._plan = plan
-        self._rtts_ms: list[float] = []
-        self._unanswered_count = 0
-        self.values: dict[str, float | str | None] = {}
+        self._quality = PathQuality()
 
     def quality(self) -> PathQuality:
         """Return what was found by now."""
-        return PathQuality(
-            rtts_ms=tuple(self._rtts_ms), unanswered_count=self._unanswered_count, **self.values
-        )
+        return self._quality
+
+    def note(self, **found: float | str | tuple[float, ...] | None) -> None:
+        """Take note of what was found."""
+        self._quality = msgspec.structs.replace(self._quality, **found)
 
     async def measure(self, messages: MessageStream) -> None:
         """Ask everything that the plan wants."""
@@ -148,20 +148,20 @@ class _Run:
             await self._ping(messages, index)
             await trio.sleep_until(began_at + plan.ping_interval_s)
         if plan.bulk_s and plan.bulk_bytes:
-            self.values["out_bytes_per_s"] = await self._send_bulk(messages)
-            self.values["back_bytes_per_s"] = await self._receive_bulk(messages)
+            self.note(out_bytes_per_s=await self._send_bulk(messages))
+            self.note(back_bytes_per_s=await self._receive_bulk(messages))
         if plan.stay_s:
             await self._stay(messages)
 
     async def compare(self, messages: MessageStream, mine: SideSeen) -> Comparison:
         """Exchange what each side knows."""
-        self.values["out_loss"] = _loss(self._peer)
+        self.note(out_loss=_loss(self._peer))
         request = Compare(
             msgspec.json.encode(mine), None, quality=msgspec.json.encode(self.quality())
         )
         with trio.fail_after(PING_TIMEOUT_S):
             theirs = await messages.call(request, Compare)
-        self.values["back_loss"] = theirs.loss
+        self.note(back_loss=theirs.loss)
         return Comparison(_side(theirs.side))
 
     async def _ping(self, messages: MessageStream, index: int) -> None:
@@ -170,11 +170,12 @@ class _Run:
             with trio.fail_after(PING_TIMEOUT_S):
                 pong = await messages.call(Ping(index), Pong)
         except trio.TooSlowError:
-            self._unanswered_count += 1
+            self.note(unanswered_count=self._quality.unanswered_count + 1)
             raise
         if pong.index != index:
             raise DecodeError("the peer answered another ping")
-        self._rtts_ms.append(round(1000 * (trio.current_time() - began_at), 2))
+        rtt_ms = round(1000 * (trio.current_time() - began_at), 2)
+        self.note(rtts_ms=(*self._quality.rtts_ms, rtt_ms))
 
     async def _send_bulk(self, messages: MessageStream) -> float | None:
         await messages.send(Bulk())
@@ -200,8 +201,8 @@ class _Run:
                 heard_at = trio.current_time()
                 await trio.sleep_until(now + STAY_INTERVAL_S)
         finally:
-            self.values["stayed_s"] = round(heard_at - began_at, 2)
-            self.values["longest_gap_s"] = round(gap_s, 3)
+            self.note(stayed_s=round(heard_at - began_at, 2))
+            self.note(longest_gap_s=round(gap_s, 3))
 
 
 async def answer_measurement(messages: MessageStream, peer: Peer, mine: SideSeen) -> Comparison:

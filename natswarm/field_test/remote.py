@@ -238,9 +238,8 @@ class _Part:
             # Until it was seen; the node is closed after this.
             await trio.sleep(4 * LOOK_INTERVAL_S)
             return
-        run.quality, self._comparison = await measure_path(
-            peer, self._plan.measure, side.seen(peer_id)
-        )
+        quality, self._comparison = await measure_path(peer, self._plan.measure, side.seen(peer_id))
+        run.note_quality(side, quality)
 
     async def _be_asked(self, other: Seen) -> None:
         """Wait until the other device has connected, or says that it could not."""
@@ -259,7 +258,7 @@ class _Part:
         limit_s = MEASURE_SPARE_S + pings_s + 2 * measure.bulk_s + measure.stay_s
         with trio.move_on_after(limit_s):
             await self._compared.wait()
-        self._run.quality = self._comparison.quality
+        self._run.note_quality(self._side, self._comparison.quality)
 
     async def _watch_failure(self, other: Seen, scope: trio.CancelScope) -> None:
         """Note when the other device says that it could not connect; then cancel."""

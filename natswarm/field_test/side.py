@@ -10,7 +10,7 @@ are never answered.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -155,19 +155,16 @@ async def open_side(
     node_config = NodeConfig(
         identity=identity, network=network, limits=limits, seed=seed, on_event=events.take
     )
-    opened = open_node(node_config)
-    try:
-        node = await opened.__aenter__()
-    except NatswarmError as error:
-        raise BenchFailed(f"{config.name}: {error}") from error
-    try:
-        async with open_private_nursery() as nursery:
-            side = OpenSide(config, node, network, limits, events, on_notice)
-            nursery.start_soon(side.watch)
-            nursery.start_soon(side.ask_helpers)
-            yield side
-    finally:
-        await opened.__aexit__(None, None, None)
+    async with AsyncExitStack() as stack:
+        try:
+            node = await stack.enter_async_context(open_node(node_config))
+        except NatswarmError as error:
+            raise BenchFailed(f"{config.name}: {config.words(str(error))}") from error
+        nursery = await stack.enter_async_context(open_private_nursery())
+        side = OpenSide(config, node, network, limits, events, on_notice)
+        nursery.start_soon(side.watch)
+        nursery.start_soon(side.ask_helpers)
+        yield side
 
 
 class _Events:

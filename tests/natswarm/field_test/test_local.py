@@ -8,7 +8,7 @@ import trio
 
 from natswarm.errors import ConfigurationError
 from natswarm.field_test.plan import Direction, FieldTestPlan, LimitsPlan, MeasurePlan
-from natswarm.field_test.records import Alarm, AttemptRecord, End, Record, Result, Start
+from natswarm.field_test.records import Alarm, AttemptRecord, End, Record, Result, Start, Survey
 
 MEASURE = MeasurePlan(ping_count=5, bulk_s=1.0, bulk_bytes=200_000)
 
@@ -173,6 +173,21 @@ async def test_a_strategy_that_does_not_apply_is_skipped(autojump_clock, open_sw
         wanted = Result.OK if "simultaneous" in key else Result.SKIPPED
         assert attempt.result is wanted, attempt
     assert "not what these NATs call for" in results["0/two-sided-birthday/left-to-right/1"].reason
+
+
+async def test_lifetimes_are_surveyed_once_a_round(autojump_clock, open_swarm, make_bed):
+    async with open_swarm(seed=12) as swarm:
+        bed = make_bed(swarm)
+        await bed.add_sides("linux-home", "kpn-nl")
+        long = plan(lifetimes=True, directions=(Direction.LEFT_TO_RIGHT,))
+        await bed.field_test(long).run()
+        await bed.field_test(long, earlier=list(bed.records)).run()
+    surveys = bed.of(Survey)
+    assert [each.side for each in surveys] == ["left", "right"]
+    for survey in surveys:
+        assert survey.nat.mapping
+        found = {name for name in ("idle_lifetime_s", "remotes_seen") if getattr(survey.nat, name)}
+        assert found | set(survey.unknown), "what is not known has its reason"
 
 
 async def test_no_helper_voids_and_stops_after_three(autojump_clock, open_swarm, make_bed):
