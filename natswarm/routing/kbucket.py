@@ -26,7 +26,7 @@ K = 8
 # who is dead, so caches forget the dead as the living are mentioned; those that are kept are what a
 # partition heals from, so they are asked for ever.
 RETRY_S = 60.0
-RETRY_MAX_S = 3600.0
+RETRY_MAX_S = 600.0
 
 # What one neighbour may make us pass on, see `Link.take`: a lookup is one request on each of some
 # ten links of the swarm, so a neighbour that speaks for 1,000 others asks for far less than this.
@@ -42,7 +42,6 @@ class Link:
         node_id: Who.
         since: When the link came up.
         prefix: The part of its address that costs money: the limits count by it.
-        is_pinned: The connection is used for more than routing and is never given up by it.
         number: The id as a number.
         round_trip_s: Smoothed time until it accepts a request.
         strikes: Requests in a row that it left without any reaction.
@@ -53,7 +52,6 @@ class Link:
     node_id: bytes
     since: float
     prefix: str = ""
-    is_pinned: bool = False
     number: int = field(init=False)
     round_trip_s: float = 0.2
     strikes: int = 0
@@ -87,12 +85,14 @@ class Candidate:
     Attributes:
         node_id: Whose.
         failure_count: Tries in vain since it was last heard of at first hand.
+        failed_at: When the last try failed.
         retry_at: Not to be tried before.
     """
 
     node_id: bytes
     number: int = field(init=False)
     failure_count: int = 0
+    failed_at: float = 0.0
     retry_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -140,9 +140,13 @@ class KBucket:
     def add_candidate(self, node_id: bytes) -> Candidate | None:
         """Somebody mentioned an id; return it if it was not known.
 
-        A full cache forgets its oldest entry, those that failed before the others.
+        A full cache forgets its oldest entry, those that failed before the others. Who mentions an
+        id is linked to it, so the pause after failures is cut short.
         """
-        if node_id in self._links or node_id in self._candidates:
+        if node_id in self._links:
+            return None
+        if (known := self._candidates.get(node_id)) is not None:
+            known.retry_at = min(known.retry_at, known.failed_at + RETRY_S)
             return None
         if len(self._candidates) >= K:
             worst = max(self._candidates.values(), key=lambda each: each.failure_count)
@@ -155,5 +159,6 @@ class KBucket:
         if (candidate := self._candidates.get(node_id)) is None:
             return
         candidate.failure_count += 1
+        candidate.failed_at = now
         pause_s = RETRY_S * 2.0 ** min(candidate.failure_count - 1, 10)
         candidate.retry_at = now + min(pause_s, RETRY_MAX_S)

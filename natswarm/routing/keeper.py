@@ -2,7 +2,9 @@
 
 A record lives on the K nodes nearest to its key. Its publisher stores it anew before it expires;
 whoever takes it in first hands it to the others. In between nodes come and go: of those that hold
-a record, the one nearest to its key gives it to nodes near the key that do not have it yet.
+a record, the one nearest to its key gives it to nodes near the key that do not have it yet. Every
+few minutes all of them show it to the nearest they know, and who has a later version sends it back:
+so a replica that missed a version learns of it.
 
 Source: Kademlia section 2.5. Knows no lookups; the overlay carries out what it says.
 """
@@ -19,7 +21,7 @@ from natswarm.routing.distance import as_int
 from natswarm.routing.kbucket import K
 from natswarm.routing.protocol import RECORDS_PER_REPLICATE, Replicate
 from natswarm.routing.record import Record, RecordKind
-from natswarm.routing.store import RecordStore, StoredRecord
+from natswarm.routing.store import RecordStore
 from natswarm.routing.table import RoutingTable
 
 __all__ = ["Keeper"]
@@ -31,10 +33,9 @@ REPUBLISH_S = 1200.0
 REPUBLISH_SOON_S = 30.0
 
 HANDOVER_S = 30.0
+SHOW_S = 300.0
 # To one newcomer at a time: 16 records are 5 to 20 KB.
 HANDOVER_RECORDS_MAX = 16
-# Who takes in what a neighbour hands over: the K nearest, and some, since views differ.
-TAKE_RANK = 2 * K
 
 
 @dataclass(slots=True)
@@ -62,6 +63,7 @@ class Keeper:
         self._rng = rng
         self._publications: dict[tuple[RecordKind, str], _Publication] = {}
         self._next_handover = 0.0
+        self._next_show = 0.0
 
     # What we publish ------------------------------------------------------------------------------
 
@@ -110,31 +112,40 @@ class Keeper:
 
     # What we keep ---------------------------------------------------------------------------------
 
-    def take_in(
-        self, sealed: bytes, now: float
-    ) -> tuple[StoredRecord, list[tuple[bytes, Replicate]]]:
+    def take_in(self, sealed: bytes, point: bytes, now: float) -> list[tuple[bytes, Replicate]]:
         """Store a record that was brought here to be stored.
 
+        Args:
+            sealed: The record.
+            point: What it was brought here as the nearest to: its key, or a point near it.
+            now: The time.
+
         Returns:
-            It as it is kept, and to whom to hand it.
+            To whom to hand it.
 
         Raises:
             RequestRefused: It is not kept.
         """
         stored = self._store.put(sealed, now)
-        replicas = self._table.replicas(as_int(stored.record.key), K - 1)
+        replicas = self._table.replicas(as_int(point), K - 1)
         fresh = [link.node_id for link in replicas if link.node_id not in stored.sent_to]
         stored.sent_to.update(fresh)
-        return stored, [(node_id, Replicate((stored.sealed,))) for node_id in fresh]
+        return [(node_id, Replicate((stored.sealed,))) for node_id in fresh]
 
-    def receive_untrusted(self, message: Replicate, neighbour: bytes, now: float) -> None:
-        """Keep what a neighbour hands over, as far as we are near."""
+    def receive_untrusted(
+        self, message: Replicate, neighbour: bytes, now: float
+    ) -> list[tuple[bytes, Replicate]]:
+        """Keep what a neighbour hands over; return later versions of it for the neighbour."""
+        later: list[bytes] = []
         for sealed in message.records[:RECORDS_PER_REPLICATE]:
             try:
                 stored = self._store.put(sealed, now)
             except RequestRefused:
                 continue  # counted by the store
             stored.sent_to.add(neighbour)
+            if stored.sealed != sealed and stored.record.expires_at_s > now:
+                later.append(stored.sealed)
+        return [(neighbour, Replicate(tuple(later)))] if later else []
 
     def due_handovers(self, now: float) -> Iterator[tuple[bytes, Replicate]]:
         """Yield what is to be handed to newcomers now."""
@@ -142,15 +153,20 @@ class Keeper:
             return
         self._next_handover = now + HANDOVER_S * self._rng.uniform(0.75, 1.25)
         self._store.forget_old(now)
+        is_show = now >= self._next_show
+        if is_show:
+            self._next_show = now + SHOW_S * self._rng.uniform(0.75, 1.25)
         batches: dict[bytes, list[bytes]] = {}
         for stored in self._store.alive(now):
             key = as_int(stored.record.key)
             replicas = self._table.replicas(key, K - 1)
             own = self._table.own_number ^ key
             holders = [link for link in replicas if link.node_id in stored.sent_to]
-            if any(link.number ^ key < own for link in holders):
-                continue  # somebody nearer has it, and sees to it
-            for link in replicas:
+            is_nearest = not any(link.number ^ key < own for link in holders)
+            # Where somebody nearer has it, that one sees to the rest; but it may have an old version.
+            if is_show and not is_nearest:
+                stored.sent_to.discard(replicas[0].node_id)
+            for link in replicas if is_nearest else replicas[:1]:
                 batch = batches.setdefault(link.node_id, [])
                 if link.node_id not in stored.sent_to and len(batch) < HANDOVER_RECORDS_MAX:
                     stored.sent_to.add(link.node_id)

@@ -1,9 +1,15 @@
 """A request seen from its origin: how many paths, when the next one starts, when it is enough.
 
 One path may die in a hole, or end at a liar who says "I am nearest, and there is nothing". So a
-lookup has up to `ALPHA` paths, which no two nodes but the origin share (router.py sees to it), and
-which end at different replicas. Where the answer proves itself (an introduction) the paths start
-one after the other, as hedges; where the best of several answers counts, they start at once.
+lookup has several paths, which no two nodes but the origin share (router.py sees to it), and which
+end at different replicas. Where the answer proves itself (an introduction) they start one after the
+other, as hedges; where the best of several answers counts, `ALPHA` start at once.
+
+Two things let an answer count for little, so that another path starts, too. A node that is too far
+from where the path was to end can't be the nearest there: it lied, or the path went astray. And
+"there is no record" proves nothing, as a record does. Since ids near a key can be ground by whoever
+has the time, only the first path goes to the key itself; the others go to random points among its
+replicas (`is_spread`), where a cluster of ground ids around the key is nobody's nearest.
 
 Source: Kademlia's alpha; disjoint paths from S/Kademlia; the test whether an answer can come from
 the nearest node at all from Castro et al., "Secure routing for structured overlays" (2002).
@@ -12,6 +18,7 @@ Knows neither links nor records; the overlay starts the paths it asks for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,9 +37,13 @@ __all__ = ["ALPHA", "GivenAnswer", "Lookup", "LookupPlan"]
 # Kademlia's alpha. With a quarter of all nodes holes, a path of 6 hops lives with a chance of 0.18
 # without retries; with them and three paths, docs/routing.md has what was measured.
 ALPHA = 3
+# Paths in all, where some come to nothing.
+PATHS_MAX = 12
 
 # A hedge starts when the first path has had time for a slow answer.
 STAGGER_S = 2.0
+# A lookup ends after this many times the patience of one path.
+DEADLINE_ROUNDS = 1.5
 # Once a record is there, the other paths get so long to bring a later one.
 GRACE_S = 1.0
 
@@ -44,20 +55,22 @@ class LookupPlan:
     Attributes:
         mode: How paths go.
         path_count: Paths, at most.
-        stagger_s: Between their starts; 0 starts all at once.
+        at_once: Paths that start at once; others as those come to nothing.
+        stagger_s: If above 0, another one starts each time this passes.
         enough: So many good answers end it.
+        is_spread: Whether paths but the first go to random points near the target.
         patience_s: For each path.
         steps: Of a walk.
-        has_grace: Whether after a first record the others have only `GRACE_S` more.
     """
 
     mode: Mode
     path_count: int = ALPHA
+    at_once: int = ALPHA
     stagger_s: float = 0.0
     enough: int = ALPHA
+    is_spread: bool = False
     patience_s: float = 7.0
     steps: int = 32
-    has_grace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,27 +122,40 @@ class Lookup:
         self._answer_type = answer_type
         self._digest = digest_of(request)
         self._good_count = 0
-        self._to_start_count = plan.path_count
+        self.started_count = 0
         self._open_count = 0
-        self._next_start = now
-        self._deadline = now + plan.patience_s + plan.stagger_s * (plan.path_count - 1)
+        self._due_count = plan.at_once
+        self._next_start = now + plan.stagger_s if plan.stagger_s else math.inf
+        # Time for a second round where the first came to nothing.
+        self._deadline = now + DEADLINE_ROUNDS * plan.patience_s
 
     def take_start(self, now: float) -> bool:
         """Return whether one more path is to start now; the caller then starts it."""
-        if not self._to_start_count or now < self._next_start:
+        if self.started_count >= self.plan.path_count:
             return False
-        self._to_start_count -= 1
+        if now >= self._next_start:
+            self._due_count += 1
+            self._next_start = now + self.plan.stagger_s
+        if not self._due_count:
+            return False
+        self._due_count -= 1
+        self.started_count += 1
         self._open_count += 1
-        self._next_start = now + self.plan.stagger_s
         return True
 
     def receive_untrusted(
-        self, answer: bytes, *, is_plausible: Callable[[bytes, bytes], bool], now: float
+        self,
+        answer: bytes,
+        target: bytes,
+        *,
+        is_plausible: Callable[[bytes, bytes], bool],
+        now: float,
     ) -> None:
         """Take the answer of a path.
 
         Args:
             answer: As it came.
+            target: Where the path was to end.
             is_plausible: Whether a node (first) may be the nearest to a target (second) at all.
             now: The time.
         """
@@ -144,27 +170,32 @@ class Lookup:
             or (self.plan.mode is Mode.EXACT and signer.key != self.target)
         ):
             self.rejected_count += 1
-            self._next_start = now
+            self._due_count += 1
             return
         self.answers.append(GivenAnswer(signer, opened))
-        if self.plan.mode is Mode.CLOSEST and not is_plausible(signer.key, self.target):
-            self._next_start = now  # kept, since it may be true; but somebody else is asked, too
+        if isinstance(opened, Fetched) and opened.records:
+            # It proves itself, wherever it comes from.
+            self._deadline = min(self._deadline, now + GRACE_S)
+        elif isinstance(opened, Fetched) or (
+            self.plan.mode is Mode.CLOSEST and not is_plausible(signer.key, target)
+        ):
+            self._due_count += 1  # it may be true; but somebody else is asked, too
             return
         self._good_count += 1
-        if self.plan.has_grace and isinstance(opened, Fetched) and opened.records:
-            self._deadline = min(self._deadline, now + GRACE_S)
 
-    def path_failed(self, now: float) -> None:
-        """A path came to nothing: the next one need not wait."""
+    def path_failed(self) -> None:
+        """A path came to nothing: another one takes its place."""
         self._open_count -= 1
-        self._next_start = now
+        self._due_count += 1
 
     def is_over(self, now: float) -> bool:
         """Whether there is nothing more to wait for."""
         if now >= self._deadline or self._good_count >= self.plan.enough:
             return True
-        return not self._open_count and not self._to_start_count
+        return not self._open_count and self.started_count >= self.plan.path_count
 
     def next_timer(self) -> float:
         """Return when something is due by itself: a start or the end."""
-        return min(self._next_start, self._deadline) if self._to_start_count else self._deadline
+        if self.started_count >= self.plan.path_count:
+            return self._deadline
+        return min(self._next_start, self._deadline)

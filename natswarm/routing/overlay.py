@@ -24,7 +24,14 @@ from natswarm.identity import Identity, PeerId
 from natswarm.routing.distance import as_int
 from natswarm.routing.kbucket import K, Link
 from natswarm.routing.keeper import Keeper
-from natswarm.routing.lookup import ALPHA, STAGGER_S, GivenAnswer, Lookup, LookupPlan
+from natswarm.routing.lookup import (
+    ALPHA,
+    PATHS_MAX,
+    STAGGER_S,
+    GivenAnswer,
+    Lookup,
+    LookupPlan,
+)
 from natswarm.routing.protocol import (
     PATIENCE_MAX_S,
     Answer,
@@ -33,6 +40,7 @@ from natswarm.routing.protocol import (
     Fetch,
     Fetched,
     FindClosest,
+    Forward,
     Goodbye,
     LinkMessage,
     Mode,
@@ -149,7 +157,7 @@ class Overlay:
         self._upkeep = Upkeep(self.table, rng)
         self._keeper = Keeper(identity, self.table, self.store, rng)
         self._lookups: dict[bytes, Lookup] = {}
-        self._paths: dict[int, Lookup] = {}
+        self._paths: dict[int, tuple[Lookup, bytes]] = {}
         self._publishing: dict[bytes, Record] = {}
         self._upkeep_lookups: set[bytes] = set()  # only asked for membership
         self._asked: dict[bytes, _Question] = {}
@@ -165,9 +173,11 @@ class Overlay:
 
     def find_closest(self, target: bytes, now: float) -> bytes:
         """Look for the node nearest to an id; ends in Closest answers."""
-        plan = LookupPlan(Mode.CLOSEST, min(2, self._alpha), stagger_s=STAGGER_S, enough=1)
+        plan = LookupPlan(
+            Mode.CLOSEST, min(2, self._alpha), at_once=1, stagger_s=STAGGER_S, enough=1
+        )
         if target == self.table.own_id:
-            plan = LookupPlan(Mode.CLOSEST, self._alpha)
+            plan = LookupPlan(Mode.CLOSEST, self._alpha, self._alpha, enough=self._alpha)
         return self._look(plan, FindClosest(self._new_name(), target), Closest, now)
 
     def ask(
@@ -190,6 +200,7 @@ class Overlay:
         plan = LookupPlan(
             Mode.EXACT,
             path_count or self._alpha,
+            at_once=1,
             stagger_s=STAGGER_S,
             enough=1,
             patience_s=PATIENCE_MAX_S,
@@ -208,8 +219,7 @@ class Overlay:
 
     def fetch(self, key: bytes, now: float) -> bytes:
         """Look for the records of a key; ends in Fetched answers."""
-        plan = LookupPlan(Mode.CLOSEST, self._alpha, enough=self._alpha, has_grace=True)
-        return self._look(plan, Fetch(self._new_name(), key), Fetched, now)
+        return self._look(self._spread_plan(), Fetch(self._new_name(), key), Fetched, now)
 
     def publish(self, kind: RecordKind, topic: str, value: bytes, now: float) -> bytes:
         """Publish a record, now and again until `withdraw`; ends in Stored answers.
@@ -226,7 +236,13 @@ class Overlay:
     def sample(self, now: float) -> bytes:
         """Look for a node drawn uniformly from all, ourselves included; ends in one Sampled."""
         plan = LookupPlan(
-            Mode.WALK, ALPHA, stagger_s=4.0, enough=1, patience_s=10.0, steps=WALK_STEPS
+            Mode.WALK,
+            ALPHA,
+            at_once=1,
+            stagger_s=4.0,
+            enough=1,
+            patience_s=PATIENCE_MAX_S,
+            steps=WALK_STEPS,
         )
         return self._look(plan, Sample(self._new_name(), bytes(32)), Sampled, now)
 
@@ -236,9 +252,7 @@ class Overlay:
 
     # Inputs ---------------------------------------------------------------------------------------
 
-    def link_up(
-        self, peer_id: PeerId, now: float, *, prefix: str = "", is_pinned: bool = False
-    ) -> None:
+    def link_up(self, peer_id: PeerId, now: float, *, prefix: str = "") -> None:
         """A neighbour speaks our protocol.
 
         Args:
@@ -246,9 +260,8 @@ class Overlay:
             now: The time.
             prefix: What of its address costs money to have, such as the first 24 bits of an IPv4
                 address; empty for addresses that say nothing.
-            is_pinned: The connection is kept for other reasons, so the link is never given up.
         """
-        self.table.add_link(Link(peer_id.key, now, prefix, is_pinned))
+        self.table.add_link(Link(peer_id.key, now, prefix))
         self._upkeep.try_over(peer_id.key)
         self._upkeep.note_change(now, is_near=self._is_near(peer_id.key))
         self._tell_neighbours(peer_id.key)
@@ -273,13 +286,12 @@ class Overlay:
         link = self.table.link(peer_id.key)
         if link is None:
             return
-        link.strikes = 0
         try:
             if isinstance(message, (Neighbours, Goodbye)):
                 self._receive_ids(message, link, now)
             elif isinstance(message, Replicate):
                 if link.take(now):
-                    self._keeper.receive_untrusted(message, link.node_id, now)
+                    self._outbox.extend(self._keeper.receive_untrusted(message, link.node_id, now))
             else:
                 self.router.receive(message, link, now)
         except DecodeError:
@@ -340,7 +352,14 @@ class Overlay:
     def _publish(self, record: Record, now: float) -> bytes:
         request = Store(self._new_name(), record.key, record.seal(self._identity))
         self._publishing[request.lookup] = record
-        return self._look(LookupPlan(Mode.CLOSEST, self._alpha), request, Stored, now)
+        # A liar's "I keep it" can't be told from the truth, so two more than alpha have to say so.
+        return self._look(self._spread_plan(more=2), request, Stored, now)
+
+    def _spread_plan(self, more: int = 0) -> LookupPlan:
+        if self._alpha == 1:
+            return LookupPlan(Mode.CLOSEST, 1, 1, enough=1)
+        count = self._alpha + more
+        return LookupPlan(Mode.CLOSEST, PATHS_MAX, count, enough=count, is_spread=True)
 
     def _after(self, now: float) -> None:
         """Go on until nothing follows from what has happened."""
@@ -350,15 +369,15 @@ class Overlay:
                 if isinstance(event, Arrived):
                     self._answer(event, now)
                     continue
-                lookup = self._paths.pop(event.label, None)
-                if lookup is None:
+                if event.label not in self._paths:
                     continue  # over before
+                lookup, target = self._paths.pop(event.label)
                 if isinstance(event, PathAnswered):
                     lookup.receive_untrusted(
-                        event.answer, is_plausible=self.table.is_plausible, now=now
+                        event.answer, target, is_plausible=self.table.is_plausible, now=now
                     )
                 else:
-                    lookup.path_failed(now)
+                    lookup.path_failed()
             for lookup in list(self._lookups.values()):
                 self._advance(lookup, now)
             if not self.router.events:
@@ -367,17 +386,20 @@ class Overlay:
     def _advance(self, lookup: Lookup, now: float) -> None:
         while not lookup.is_over(now) and lookup.take_start(now):
             plan = lookup.plan
+            target = lookup.target
+            if plan.is_spread and lookup.started_count > 1:
+                target = self.table.point_near(target, self._rng)
             label = self.router.start(
                 plan.mode,
                 lookup.name,
-                lookup.target,
+                target,
                 lookup.request,
                 patience_s=plan.patience_s,
                 steps=plan.steps,
                 tried=tuple(lookup.first_hops) if plan.mode is not Mode.WALK else (),
                 now=now,
             )
-            self._paths[label] = lookup
+            self._paths[label] = lookup, target
             if (first_hop := self.router.first_hop(label)) is not None:
                 lookup.first_hops.append(first_hop)
         if lookup.is_over(now):
@@ -385,7 +407,7 @@ class Overlay:
 
     def _end(self, lookup: Lookup, now: float) -> None:
         del self._lookups[lookup.name]
-        self._paths = {label: each for label, each in self._paths.items() if each is not lookup}
+        self._paths = {label: path for label, path in self._paths.items() if path[0] is not lookup}
         self.rejected_count += lookup.rejected_count
         is_news = False
         for given in lookup.answers:
@@ -421,7 +443,7 @@ class Overlay:
             case FindClosest(target=target):
                 answer = Closest(digest, self._ids_near(as_int(target), origin.key))
             case Store(record=record):
-                answer = self._take_in(digest, record, request.target, now)
+                answer = self._take_in(digest, record, arrived.forward, now)
             case Fetch(target=target):
                 ids = self._ids_near(as_int(target), origin.key)
                 answer = Fetched(digest, self.store.get(target, now), ids)
@@ -432,13 +454,11 @@ class Overlay:
                 return
         self.router.answer(arrived.label, seal_answer(self._identity, answer))
 
-    def _take_in(self, digest: bytes, sealed: bytes, target: bytes, now: float) -> Stored:
+    def _take_in(self, digest: bytes, sealed: bytes, forward: Forward, now: float) -> Stored:
         try:
-            stored, messages = self._keeper.take_in(sealed, now)
+            messages = self._keeper.take_in(sealed, forward.target, now)
         except RequestRefused as error:
             return Stored(digest, 0, str(error))
-        if stored.record.key != target:
-            return Stored(digest, 0, "the record has another key")
         self._outbox.extend(messages)
         return Stored(digest, len(messages))
 
@@ -462,6 +482,8 @@ class Overlay:
     def _receive_ids(self, message: Neighbours | Goodbye, link: Link, now: float) -> None:
         if not link.take(now):
             return
+        if link.strikes:
+            link.strikes -= 1  # it gossips, every few minutes: a second chance
         is_news = False
         for node_id in check_ids_untrusted(message.ids):
             is_news |= self.table.add_candidate(node_id)

@@ -75,7 +75,7 @@ BODY_BYTES_MAX = 6 * 1024
 # A million nodes take 20 hops if each mends one bit, and 8 in practice; the rest is for detours.
 HOPS_MAX = 32
 # Steps away from the target where nobody nearer is left.
-DETOURS_MAX = 1
+DETOURS_MAX = 2
 # The longest anybody works on a request; an introduction may wait for a look at a NAT, 5 s.
 PATIENCE_MAX_S = 15.0
 
@@ -267,7 +267,8 @@ def open_request_untrusted(forward: Forward) -> tuple[PeerId, Request]:
     """
     origin, payload = open_envelope_untrusted(REQUEST_CONTEXT, forward.request)
     request = cast("Request", decode_message_untrusted(payload, *_REQUESTS))
-    if request.lookup != forward.lookup or request.target != forward.target:
+    is_elsewhere = request.target != forward.target and isinstance(request, (FindClosest, Ask))
+    if request.lookup != forward.lookup or is_elsewhere:
         raise DecodeError("a request was put under another's name or target")
     return origin, request
 

@@ -53,11 +53,13 @@ __all__ = ["Arrived", "PathAnswered", "PathFailed", "Router", "RouterStatistics"
 # The part of its time that a hop gives to one neighbour. With 0.7, the sixth hop still has 0.8 s of
 # 7 s, which is many round trips, and each has the time for a second and third try.
 SHARE = 0.7
+# A walk has many steps and does not matter: it starts anew instead of going another way.
+WALK_SHARE = 0.97
 PATIENCE_MIN_S = 0.1
-# Tries of one hop: who failed with four neighbours will fail with the fifth.
-TRIES_MAX = 4
+# Tries of one hop: who failed with five neighbours will fail with the sixth.
+TRIES_MAX = 5
 # Neighbours that a node asks for a target which it should know and does not.
-DETOUR_TRIES_MAX = 2
+DETOUR_TRIES_MAX = 3
 # Steps of a walk that end at a neighbour which declined them don't count as tries, but are bounded.
 BOUNCES_MAX = 64
 
@@ -236,6 +238,7 @@ class Router:
         if isinstance(message, Forward):
             self._receive_forward(message, link, now)
             return
+        link.strikes = 0
         passage = self._passages.get(message.label)
         if passage is None or passage.has_arrived:
             return
@@ -335,7 +338,8 @@ class Router:
             if forward.mode == Mode.CLOSEST and not passage.is_at_origin:
                 return self._arrive(passage)
             return self._fail(passage)
-        patience_s = SHARE * remaining_s  # less a round trip, so that its "no" comes in time
+        share = WALK_SHARE if forward.mode == Mode.WALK else SHARE
+        patience_s = share * remaining_s  # less a round trip, so that its "no" comes in time
         accept_s = min(max(ACCEPT_FACTOR * link.round_trip_s, ACCEPT_MIN_S), ACCEPT_MAX_S)
         passage.neighbour, passage.is_accepted, passage.sent_at = link.node_id, False, now
         passage.tried.append(link.node_id)
@@ -381,8 +385,11 @@ class Router:
             return suspect, False
         if farther is not None and passage.is_at_origin:
             return farther, False
-        can_detour = passage.forward.detours_left > 0 and passage.detour_count < DETOUR_TRIES_MAX
-        return (farther, True) if can_detour else (None, False)
+        forward = passage.forward
+        can_detour = forward.detours_left > 0 and passage.detour_count < DETOUR_TRIES_MAX
+        if forward.mode == Mode.EXACT and can_detour:
+            return farther, True
+        return None, False
 
     def _random_link(self, passage: _Passage) -> Link | None:
         links = [link for link in self._table.links() if link.strikes == 0]
@@ -393,7 +400,8 @@ class Router:
             return
         passage.is_accepted = True
         link.round_trip_s += SMOOTHING * (now - passage.sent_at - link.round_trip_s)
-        self._arm(passage, passage.sent_at + SHARE * (passage.deadline - passage.sent_at))
+        share = WALK_SHARE if passage.forward.mode == Mode.WALK else SHARE
+        self._arm(passage, passage.sent_at + share * (passage.deadline - passage.sent_at))
 
     def _note_declined(self, passage: _Passage, reason: int, now: float) -> None:
         if passage.forward.mode == Mode.WALK and reason == Reason.BOUNCED:

@@ -19,17 +19,20 @@ Source: Kademlia; Rowstron and Druschel, "Pastry" (2001); Baumgart and Mies, "S/
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
 
-from natswarm.routing.distance import ID_BITS, as_int, shared_bits
+from natswarm.routing.distance import ID_BITS, ID_BYTES, as_int, shared_bits
 from natswarm.routing.kbucket import Candidate, K, KBucket, Link
 
-__all__ = ["LINKS_MAX", "RoutingTable"]
+__all__ = ["LINKS_MAX", "LINKS_MIN", "RoutingTable"]
 
 # What a phone keeps (issue 5); each costs a PING of some 60 bytes every 10 s.
 LINKS_MAX = 30
+# The K nearest, and something for the far buckets: enough for some hundred nodes.
+LINKS_MIN = 16
 
 # Second links are not asked for beyond this share, so that others find room with us.
 COMFORT_SHARE = 0.75
@@ -37,9 +40,10 @@ COMFORT_SHARE = 0.75
 # Of K nearest nodes so many may come from one prefix, while there are others.
 NEAR_PER_PREFIX = 2
 
-# A node this many times farther from a key than the nearest should be on average is not the
-# nearest: with random ids the chance is exp(-24). (The estimate itself is off by a factor of 2.)
-IMPLAUSIBLE_SPACINGS = 24
+# A node this many times farther from a key than the nearest should be on average is hardly the
+# nearest: with random ids the chance is exp(-6), 0.2 %, or 2 % as our estimate is off by a third.
+# A false alarm costs one more path.
+IMPLAUSIBLE_SPACINGS = 6
 
 # A link is not given up before. A newcomer learns whom else to link to in less.
 PROBATION_S = 60.0
@@ -52,12 +56,12 @@ class RoutingTable:
 
     Args:
         own_id: Our id.
-        links_max: Links to keep, at least 8.
+        links_max: Links to keep, at least `LINKS_MIN`.
     """
 
     def __init__(self, own_id: bytes, *, links_max: int = LINKS_MAX) -> None:
-        if links_max < K:
-            raise ValueError(f"a node needs at least {K} links, not {links_max}, to be found")
+        if links_max < LINKS_MIN:
+            raise ValueError(f"a node needs at least {LINKS_MIN} links, not {links_max}")
         self.own_id = own_id
         self.own_number = as_int(own_id)
         self.links_max = links_max
@@ -103,6 +107,11 @@ class RoutingTable:
         if len(near) < K:
             return 1 << ID_BITS  # too few to tell
         return (near[-1].number ^ self.own_number) // K
+
+    def point_near(self, key: bytes, rng: random.Random) -> bytes:
+        """Return a random point no farther from a key than its K-th nearest node should be."""
+        reach = min(K * self.expected_spacing(), 1 << ID_BITS)
+        return (as_int(key) ^ rng.randrange(reach)).to_bytes(ID_BYTES, "big")
 
     def is_plausible(self, node_id: bytes, target: bytes) -> bool:
         """Whether a node may be the one nearest to `target`, as far as we can tell."""
@@ -179,7 +188,7 @@ class RoutingTable:
             for index, bucket in self._buckets.items()
             if index >= depth or bucket.link_count > 1
             for link in bucket.links
-            if link not in near and not link.is_pinned and link.since <= now - PROBATION_S
+            if link not in near and link.since <= now - PROBATION_S
         ]
         return self._links[max(spare)[-1]] if spare else None
 
