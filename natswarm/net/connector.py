@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -57,6 +58,10 @@ logger = logging.getLogger("natswarm.node")
 # what a second or third try mends is a path lost during the handshake, or a neighbour that lied.
 # The second is gentle, for NATs that limit new mappings or that an early probe poisons.
 TRIES = 3
+
+# An introduction goes to the peer and back by way of the neighbour, so it takes at least about what
+# a probe does; much more where the peer had to look at its NAT first, which says nothing.
+ROUND_TRIP_MAX_S = 0.3
 
 # A peer that declines because it is connecting to us itself starts its side within a few seconds:
 # its introduction, and perhaps a look at its NAT. (Once it has, we wait for the end of it.)
@@ -153,7 +158,23 @@ class Connector:
 
     async def connect(self, target: PeerId | Invite) -> Peer:
         """Return the connection to a peer, making it first if there is none; see `Node.connect`."""
-        peer_id = target.record.peer_id if isinstance(target, Invite) else target
+        if isinstance(target, Invite):
+            asks_peer = bool(_dialled_endpoints(target))
+            how = partial(self._connect_by_invite, target)
+            return await self._connect(target.record.peer_id, how, asks_peer=asks_peer)
+        return await self._connect(target, partial(self._connect_by_introduction, target))
+
+    async def connect_at(self, peer_id: PeerId, endpoints: tuple[Endpoint, ...]) -> Peer:
+        """Return the connection to a peer, dialling it where it takes strangers if there is none.
+
+        Raises:
+            ConnectFailed: It does not answer there, or there is no room.
+        """
+        return await self._connect(peer_id, partial(self._dial_at, peer_id, endpoints))
+
+    async def _connect(
+        self, peer_id: PeerId, how: Callable[[], Awaitable[Peer]], *, asks_peer: bool = True
+    ) -> Peer:
         if peer_id == self._peer_id:
             raise ConnectFailed("that is this node itself")
         # The peer may be at it already: one path is enough. Waited for once, not for ever.
@@ -165,13 +186,9 @@ class Connector:
             if (other := self._wishes.get(peer_id)) is None:
                 break
             await other.is_over.wait()
-        wish = self._wishes[peer_id] = _Wish(
-            asks_peer=isinstance(target, PeerId) or bool(_dialled_endpoints(target))
-        )
+        wish = self._wishes[peer_id] = _Wish(asks_peer)
         try:
-            if isinstance(target, Invite):
-                return await self._connect_by_invite(target)
-            return await self._connect_by_introduction(target)
+            return await how()
         finally:
             del self._wishes[peer_id]
             wish.is_over.set()
@@ -179,10 +196,7 @@ class Connector:
     async def _connect_by_invite(self, invite: Invite) -> Peer:
         peer_id, profile = invite.record.peer_id, invite.record.profile
         if endpoints := _dialled_endpoints(invite):
-            attempt = self._new_attempt_id()
-            hello = Hello(attempt, self._peer_id, peer_id).encode(self._identity)
-            plan = plan_direct(endpoints, limits=self._limits)
-            return await self._dial(peer_id, plan, attempt, hello=hello)
+            return await self._dial_at(peer_id, endpoints)
         # Both hold the other's invite: the attempt has the one name that both can derive.
         try:
             secret = self._identity.shared_secret(peer_id, purpose=b"invite")
@@ -190,6 +204,12 @@ class Connector:
             raise ConnectFailed(str(error)) from error
         plan = self._plan(await self._home.known_profile(), profile, peer_id)
         return await self._dial(peer_id, plan, secret[:ATTEMPT_BYTES])
+
+    async def _dial_at(self, peer_id: PeerId, endpoints: tuple[Endpoint, ...]) -> Peer:
+        attempt = self._new_attempt_id()
+        hello = Hello(attempt, self._peer_id, peer_id).encode(self._identity)
+        plan = plan_direct(endpoints, limits=self._limits)
+        return await self._dial(peer_id, plan, attempt, hello=hello)
 
     async def _connect_by_introduction(self, target: PeerId) -> Peer:
         introducers: list[PeerId] = []
@@ -232,6 +252,7 @@ class Connector:
         for neighbour in sorted(neighbours, key=lambda peer: introducers.count(peer.peer_id)):
             name = neighbour.peer_id.short
             attempt = self._new_attempt_id()
+            asked_at = trio.current_time()
             try:
                 record, seen_at = await self._introducer.introduce(neighbour, target, attempt)
             except RequestRefused as error:
@@ -252,7 +273,13 @@ class Connector:
             else:
                 introducers.append(neighbour.peer_id)
                 theirs = profile_as_seen(record.profile, seen_at)
-                plan = self._plan(profile, theirs, target, is_gentle=len(introducers) == 2)
+                plan = self._plan(
+                    profile,
+                    theirs,
+                    target,
+                    is_gentle=len(introducers) == 2,
+                    round_trip_s=min(trio.current_time() - asked_at, ROUND_TRIP_MAX_S),
+                )
                 return plan, attempt
         raise failure
 
@@ -353,9 +380,22 @@ class Connector:
         return peer
 
     def _plan(
-        self, ours: NatProfile, theirs: NatProfile, peer_id: PeerId, *, is_gentle: bool = False
+        self,
+        ours: NatProfile,
+        theirs: NatProfile,
+        peer_id: PeerId,
+        *,
+        is_gentle: bool = False,
+        round_trip_s: float | None = None,
     ) -> Plan:
-        plan = partial(plan_puncture, ours, theirs, my_id=self._peer_id, their_id=peer_id)
+        plan = partial(
+            plan_puncture,
+            ours,
+            theirs,
+            my_id=self._peer_id,
+            their_id=peer_id,
+            round_trip_s=round_trip_s,
+        )
         if is_gentle:
             with contextlib.suppress(PunctureFailed):  # too slow for this pair
                 return plan(limits=self._limits.gentler())
