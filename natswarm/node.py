@@ -48,6 +48,7 @@ from natswarm.net.connector import Connector
 from natswarm.net.dialler import Dialler, PunctureEnded, PunctureStarted
 from natswarm.net.echo import EchoService
 from natswarm.net.introducer import Introducer, Neighbour
+from natswarm.net.lan import Lan, LanService
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.path_keeper import Lifetimes, PathSwitched
 from natswarm.net.path_set import PathSet
@@ -99,6 +100,7 @@ class NodeConfig:
         limits: Bounds of a puncture.
         outage_s: How long a connection outlives its last path, at most 600: a phone that changes
             networks needs seconds, one that sleeps minutes. Streams wait meanwhile.
+        lan: Find peers in our own networks by multicast, on the real network alone; None: do not.
         seed: Seed of the node's random behaviour; None draws one. Keys never depend on it.
         on_event: Called with every NodeEvent, at once; must return quickly and not raise.
     """
@@ -112,6 +114,7 @@ class NodeConfig:
     limits: Limits = field(default_factory=Limits)
     seed: int | None = None
     outage_s: float = 60.0
+    lan: Lan | None = None
     on_event: Callable[[NodeEvent], None] = lambda _event: None
 
 
@@ -263,6 +266,15 @@ class Node:
         self._nursery.start_soon(self._main.run)
         self._nursery.start_soon(self._alternate.run)
         self._nursery.start_soon(self._roamer.run)
+        if self._config.lan is not None:
+            lan = LanService(
+                self,
+                identity=self._identity,
+                local=self.local_endpoint,
+                config=self._config.lan,
+                rng=self._rng,
+            )
+            self._nursery.start_soon(lan.run)
 
     async def aclose(self) -> None:
         """Give up what is under way and say goodbye to every peer."""
@@ -419,6 +431,22 @@ class Node:
         peer = await self._connector.connect(target)
         await peer.wait_introduced()
         return peer
+
+    async def connect_at(self, peer_id: PeerId, endpoints: tuple[Endpoint, ...]) -> Peer:
+        """Return the connection to a peer that takes strangers at `endpoints`, made if need be.
+
+        Raises:
+            PunctureFailed: It does not answer there.
+            HandshakeFailed: There was a path, but not the peer at its end.
+            ConnectFailed: Anything else that kept us from it.
+        """
+        peer = await self._connector.connect_at(peer_id, endpoints)
+        await peer.wait_introduced()
+        return peer
+
+    def is_connected(self, peer_id: PeerId) -> bool:
+        """Whether there is a connection to a peer."""
+        return self.living_peer(peer_id) is not None
 
     # What the connector asks for ------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ def up(
     interface: InterfaceOption = None,
     port: PortOption = 0,
     join: JoinOption = None,
+    lan: Annotated[bool, typer.Option(help="Find peers on the LAN by multicast.")] = True,
     qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code, too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -91,6 +92,7 @@ def up(
         bind=bind,
         port=port,
         interface=interface,
+        lan=lan,
         on_event=_event_printer(as_json),
     )
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from natswarm.identity import Identity
+from natswarm.net.lan import Lan
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.udp import UdpNetwork
 from natswarm.node import Node, NodeConfig, NodeEvent, open_node
@@ -72,6 +73,7 @@ def make_config(
     bind: str = "0.0.0.0",
     port: int = 0,
     interface: str | None = None,
+    lan: bool = False,
     on_event: Callable[[NodeEvent], None] = lambda _event: None,
 ) -> NodeConfig:
     """Return how to open this device's node, making its identity on the first call.
@@ -85,6 +87,7 @@ def make_config(
         name=name,
         bind_ip=bind,
         port=port,
+        lan=Lan(interface) if lan else None,
         on_event=on_event,
     )
 

@@ -20,6 +20,7 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import trio
 
@@ -29,7 +30,7 @@ from natswarm.net.device import address_on, tie_to_interface
 from natswarm.net.interfaces import inspect_interfaces
 from natswarm.net.port import Arrival, PortStatistics
 
-__all__ = ["UdpNetwork", "UdpPort", "UdpPortGroup"]
+__all__ = ["UdpNetwork", "UdpPort", "UdpPortGroup", "endpoint_of"]
 
 # Linux, include/uapi/linux/udp.h and in.h; Python's socket module does not name them.
 UDP_SEGMENT = 103
@@ -58,9 +59,21 @@ SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 
 
 @lru_cache(maxsize=4096)
-def _endpoint(ip: str, port: int) -> Endpoint:
+def endpoint_of(ip: str, port: int, _flow: int = 0, scope: int = 0) -> Endpoint:
+    """Return the endpoint of a socket address; link-local ones name their interface, `%eth0`."""
     # Cached because a frozen dataclass costs more to make than the system call costs per datagram.
+    if scope:
+        with contextlib.suppress(OSError):  # the interface is gone
+            ip = f"{ip}%{socket.if_indextoname(scope)}"
     return Endpoint(ip, port)
+
+
+def _socket_address(endpoint: Endpoint) -> tuple[str, int] | tuple[str, int, int, int]:
+    """Return what the system takes for an endpoint; Python ignores a scope within the text."""
+    ip, _, scope = endpoint.ip.partition("%")
+    if not scope:
+        return ip, endpoint.port
+    return ip, endpoint.port, 0, socket.if_nametoindex(scope)
 
 
 class UdpPort:
@@ -113,7 +126,7 @@ class UdpPort:
             if wanted_ttl != self._ttl:
                 self._socket.setsockopt(*self._ttl_option, wanted_ttl)
                 self._ttl = wanted_ttl
-            self._socket.sendto(data, (destination.ip, destination.port))
+            self._socket.sendto(data, _socket_address(destination))
         except OSError as error:
             # EAGAIN, ENOBUFS: full; ENETUNREACH, EHOSTUNREACH: no route; EPERM: a firewall here;
             # EMSGSIZE: longer than the interface takes; ENETDOWN, ENODEV, EADDRNOTAVAIL: the
@@ -145,7 +158,7 @@ class UdpPort:
                 datagrams,
                 [(socket.IPPROTO_UDP, UDP_SEGMENT, size)],
                 0,
-                (destination.ip, destination.port),
+                _socket_address(destination),
             )
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EINVAL, errno.ENOPROTOOPT):
@@ -185,7 +198,7 @@ class UdpPort:
                 # An ICMP error that an earlier datagram of ours caused (ECONNREFUSED here,
                 # ECONNRESET on Windows). It is not authenticated and names no datagram: ignore.
                 continue
-            source = _endpoint(address[0], address[1])
+            source = endpoint_of(*address)
             merged = bytes(view[:received])
             if received <= segment:
                 arrivals.append(Arrival(merged, source))
@@ -200,7 +213,7 @@ class UdpPort:
         self._statistics.received_count += len(arrivals)
         return arrivals
 
-    def _receive_into(self, view: memoryview) -> tuple[int, int, tuple[str, int]]:
+    def _receive_into(self, view: memoryview) -> tuple[int, int, tuple[Any, ...]]:
         """Return the bytes received, the size of a segment of them, and the source."""
         if not HAS_OFFLOADS:
             received, address = self._socket.recvfrom_into(view)
