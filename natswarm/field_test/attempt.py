@@ -46,6 +46,7 @@ def limits_of(plan: LimitsPlan, strategy: str) -> Limits:
         probes_per_s=plan.probes_per_s,
         probe_count=plan.probe_count,
         socket_count=plan.socket_count,
+        mapping_count=plan.mapping_count,
         duration_s=plan.duration_s,
         opener_ttl=plan.opener_ttl,
         strategies=() if strategy == AUTO else (Strategy(strategy),),

@@ -57,6 +57,7 @@ class LimitsPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     probes_per_s: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = DEFAULTS.probes_per_s
     probe_count: Annotated[int, msgspec.Meta(ge=1, le=300_000)] = DEFAULTS.probe_count
     socket_count: Annotated[int, msgspec.Meta(ge=1, le=4096)] = DEFAULTS.socket_count
+    mapping_count: Annotated[int, msgspec.Meta(ge=1, le=300_000)] = DEFAULTS.mapping_count
     duration_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = DEFAULTS.duration_s
     opener_ttl: Annotated[int, msgspec.Meta(ge=1, le=255)] | None = None
 

@@ -93,7 +93,10 @@ class Bed:
         helpers = [option for invite in self.invites for option in ("--join", invite)]
         labels = ["--left-carrier", "NL Vodafone", "--right-carrier", "NL KPN"]
         sides = ["--left", "usb0", "--right", "usb1", *labels]
-        return self.laptop.spawn([*NATSWARM, "field-test", "run", *sides, *helpers, *options])
+        return self.spawn("run", *sides, *helpers, *options)
+
+    def spawn(self, *words: str) -> LabProcess:
+        return self.laptop.spawn([*NATSWARM, "field-test", *words])
 
 
 async def in_thread(call: Callable[[], Any]) -> Any:
@@ -171,7 +174,7 @@ async def test_a_field_test_survives_a_pulled_cable_and_a_crash(tmp_path: Path):
         await in_thread(partial(second.wait, timeout_s=TEST_TIMEOUT_S))
         # Once more: nothing is left to do, and nothing is done twice.
         await in_thread(partial(bed.start(*options, "--resume").wait, timeout_s=60))
-        report = bed.laptop.spawn([*NATSWARM, "field-test", "report", str(out), "--out", str(page)])
+        report = bed.spawn("report", str(out), "--out", str(page))
         await in_thread(partial(report.wait, timeout_s=60))
 
     contents = read_journal(out / "journal.jsonl")
@@ -221,3 +224,73 @@ def check_attempt(attempt: AttemptRecord) -> None:
         assert side.interface_sent_count >= 0.9 * side.handed_count
     assert attempt.left.nat.mapping == "EIM"
     assert attempt.right.nat.mapping == "APDM"
+
+
+LONG_PLAN = """
+repeats = 1
+directions = ["left-to-right"]
+
+[limits]
+probe_count = 250000
+mapping_count = 250000
+duration_s = 600.0
+"""
+
+# Drops what the kernel has taken, before the driver counts it; no system call fails.
+SWALLOW = """
+table netdev swallow {
+    chain out { type filter hook egress device "usb1" priority 0; policy drop; }
+}
+"""
+
+
+async def test_a_kernel_that_silently_stops_sending_is_told_at_once(tmp_path: Path):
+    plan, out = tmp_path / "plan.toml", tmp_path / "results"
+    plan.write_text(LONG_PLAN)
+    async with open_bed("orange-bg", "orange-bg", tmp_path) as bed:
+        test = bed.start("--plan", str(plan), "--out", str(out), "--json")
+        await in_thread(
+            partial(test.wait_line, lambda line: '"start"' in line, timeout_s=START_TIMEOUT_S)
+        )
+        await bed.wait_sent("usb1", 3000)
+        bed.laptop.nft(SWALLOW)
+        stopped_at = trio.current_time()
+        line = await in_thread(
+            partial(test.wait_line, lambda line: '"alarm"' in line, timeout_s=START_TIMEOUT_S)
+        )
+        print(f"told after {trio.current_time() - stopped_at:.2f} s: {line}")
+        assert trio.current_time() - stopped_at < 5
+        test.kill()
+    [alarm, *_] = [
+        each for each in read_journal(out / "journal.jsonl").records if isinstance(each, Alarm)
+    ]
+    assert (alarm.side, alarm.what) == ("right", "swallowed")
+    assert "the system stopped sending on usb1 after " in alarm.text
+
+
+async def test_two_devices_run_one_test(tmp_path: Path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.replace("repeats = 2", "repeats = 1"))
+    async with open_bed("linux-home", "kpn-nl", tmp_path) as bed:
+        helpers = [option for invite in bed.invites for option in ("--join", invite)]
+        host = bed.spawn(
+            *("host", "--interface", "usb0", "--carrier", "NL Home", "--plan", str(plan)),
+            *("--out", str(tmp_path / "host"), "--json", *helpers),
+        )
+        line = await in_thread(
+            partial(host.wait_line, lambda line: '"link"' in line, timeout_s=START_TIMEOUT_S)
+        )
+        joined = bed.spawn(
+            *("join", json.loads(line)["link"], "--interface", "usb1", "--carrier", "NL KPN"),
+            *("--out", str(tmp_path / "join"), "--json"),
+        )
+        for process in (host, joined):
+            await in_thread(partial(process.wait, timeout_s=TEST_TIMEOUT_S))
+    for folder in ("host", "join"):
+        contents = read_journal(tmp_path / folder / "journal.jsonl")
+        assert [each.key for each in contents.attempts] == [
+            "0/auto/left-to-right/1",
+            "0/auto/right-to-left/1",
+        ]
+        for attempt in contents.attempts:
+            check_attempt(attempt)
