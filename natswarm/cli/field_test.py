@@ -164,7 +164,7 @@ def host(
             host=identity.peer_id.key,
             plan=session.begin.plan,
             helpers=helpers,
-            carrier=side.carrier.text,
+            carrier=side.label,
         )
         if as_json:
             print_json({"kind": "link", "link": str(link)})

@@ -114,11 +114,16 @@ class SideConfig:
         """Return it as written down."""
         return Side(
             name=self.name,
-            carrier=self.carrier.text,
+            carrier=self.label,
             carrier_source=self.carrier.source,
-            interface=self.interface,
+            interface=self.words(self.interface),
             interface_kind=self.interface_kind,
         )
+
+    @property
+    def label(self) -> str:
+        """The carrier's label as it may be written down."""
+        return self.words(self.carrier.text)
 
     def words(self, text: str) -> str:
         """Return a sentence as it may be written down."""
@@ -287,7 +292,7 @@ class OpenSide:
             sent = after.sent_packets - self._counters_before.sent_packets
             received = after.received_packets - self._counters_before.received_packets
         return SideSeen(
-            carrier=self.config.carrier.text,
+            carrier=self.config.label,
             nat=None if profile is None else NatSeen.of(profile, full_addresses=full),
             is_controlling=self.node.peer_id < peer_id,
             punctures=tuple(

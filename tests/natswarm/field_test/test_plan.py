@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import datetime
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from natswarm.errors import ConfigurationError
 from natswarm.field_test.attempt import limits_of, seed_of
-from natswarm.field_test.plan import Direction, FieldTestPlan, read_plan
+from natswarm.field_test.plan import (
+    Direction,
+    FieldTestPlan,
+    LimitsPlan,
+    MeasurePlan,
+    read_plan,
+)
 from natswarm.puncture.strategy import Limits, Strategy
+
+PLANS = Path(__file__).parents[3] / "field-tests" / "plans"
 
 PLAN = """
 repeats = 2
@@ -36,6 +45,18 @@ def test_a_plan_makes_every_combination_once():
     assert plan.directions == (Direction.RIGHT_TO_LEFT,)
     assert plan.limits.probes_per_s == 250
     assert read_plan("") == FieldTestPlan()
+
+
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.toml")), ids=lambda path: path.name)
+def test_the_plans_that_are_shipped_can_be(path: Path):
+    assert read_plan(path.read_text()).slot_count
+
+
+def test_the_readme_names_every_key():
+    readme = (PLANS.parent / "README.md").read_text()
+    for kind in (FieldTestPlan, LimitsPlan, MeasurePlan):
+        for name in kind.__struct_fields__:
+            assert f"`{name}`" in readme or f"[{name}]" in readme, name
 
 
 def test_without_a_word_on_limits_the_planner_has_its_own():

@@ -42,6 +42,7 @@ def test_addresses_in_sentences_are_shortened():
     for text in ("took 1.2.3 s", "version 1.2.3.4.5", "ports 1024..2047", "block 256 at 4096", ""):
         assert shorten_text(text) == text
     assert shorten_text(shorten_text(said)) == shorten_text(said)
+    assert shorten_text("the interface enx0250f4000001 is gone") == "the interface enx* is gone"
 
 
 def modem_manager(argv) -> str | None:
