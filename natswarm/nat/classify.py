@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from natswarm.address import AddressKind, Endpoint
 from natswarm.identity import PeerId
@@ -116,6 +117,10 @@ def classify(
             inferred=("mapping", *(["filtering"] if is_filter_inferred else [])),
         )
     mapping, common_endpoint, is_mapping_inferred = _mapping(main)
+    if len(ips) > 1 and mapping in (Mapping.EIM, Mapping.ADM):
+        drawn = _mapping_of_drawn(believed)
+        if drawn is Mapping.APDM or (drawn is Mapping.ADM and mapping is Mapping.EIM):
+            mapping, common_endpoint, is_mapping_inferred = drawn, None, False
     allocation = fit_allocation(_samples(_heard(believed)))
     main_endpoint = common_endpoint
     is_main_inferred = False
@@ -264,6 +269,29 @@ def _mapping(main: Sequence[Observation]) -> tuple[Mapping | None, Endpoint | No
     if same_count > different_count:
         return Mapping.ADM, None, False
     return Mapping.APDM, None, different_count == 0
+
+
+def _mapping_of_drawn(believed: Sequence[Observation]) -> Mapping | None:
+    """Return the mapping that any port shows with two endpoints; None where all keep theirs.
+
+    Where each mapping draws one of several addresses and keeps its port, one port alone may see
+    equal endpoints by chance.
+    """
+    by_port: dict[int, list[Observation]] = {}
+    for each in believed:
+        by_port.setdefault(each.port_index, []).append(each)
+    differing = [
+        (one, other)
+        for seen in by_port.values()
+        for one, other in combinations(seen, 2)
+        if one.observed != other.observed
+    ]
+    if any(
+        one.destination.ip == other.destination.ip and one.destination != other.destination
+        for one, other in differing
+    ):
+        return Mapping.APDM
+    return Mapping.ADM if differing else None
 
 
 def _filtering(

@@ -36,7 +36,7 @@ from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.counter import Chain, follow
 from natswarm.nat.cross_traffic import rate_interval
 from natswarm.nat.interval import Interval
-from natswarm.nat.shape import fit_shape
+from natswarm.nat.shape import Shape, fit_shape
 
 __all__ = ["allocation_intervals", "fit_allocation"]
 
@@ -115,7 +115,10 @@ def fit_allocation(samples: Sequence[PortSample]) -> PortAllocation | None:
 
     ports = [sample.external_port for sample in mappings]
     chains = _chains(mappings)
-    fits = [(_uniform_log_evidence(ports), AllocationLaw.UNIFORM, -1)]
+    # Ports that crowd inside a range would else look like some large blocks in the crowd.
+    shape = fit_shape(ports) if count >= SHAPE_SAMPLES_MIN else None
+    range_evidence = _uniform_log_evidence(ports) + (0.0 if shape is None else shape.advantage)
+    fits = [(range_evidence, AllocationLaw.UNIFORM, -1)]
     fits += [
         (_block_log_evidence(mappings, grid), AllocationLaw.BLOCK, index)
         for index, grid in enumerate(GRIDS)
@@ -134,7 +137,7 @@ def fit_allocation(samples: Sequence[PortSample]) -> PortAllocation | None:
     # stays open whether the NAT counts, only all ports hold everything.
     chosen = PortAllocation(AllocationLaw.UNIFORM)
     if by_law.get(AllocationLaw.SEQUENTIAL, 0.0) <= DOUBT_MAX:
-        chosen = _uniform(ports)
+        chosen = _uniform(ports, shape)
     if by_law[likeliest] >= 1 - DOUBT_MAX:
         if likeliest is AllocationLaw.BLOCK and count >= RANGE_SAMPLES_MIN:
             shares = {
@@ -231,8 +234,8 @@ def _uniform_log_evidence(ports: Sequence[int]) -> float:
     return evidence
 
 
-def _uniform(ports: Sequence[int]) -> PortAllocation:
-    """Range of a uniform law, wide enough to hold the true one with 99 %.
+def _uniform(ports: Sequence[int], shape: Shape | None) -> PortAllocation:
+    """Range of a uniform law, wide enough to hold the true one with 99 %; or of one with a shape.
 
     The unbiased estimate (the span stretched by 1/(n-1) at both ends) is too narrow half of the
     time. A span s of n draws from a range r obeys P(s <= f*r) = n*f^(n-1) - (n-1)*f^n; what is
@@ -252,10 +255,9 @@ def _uniform(ports: Sequence[int]) -> PortAllocation:
         seen_low=low,
         seen_high=high,
     )
-    shape = fit_shape(ports) if count >= SHAPE_SAMPLES_MIN else None
     if shape is not None:
-        alpha, beta, low, high = shape
-        fitted = replace(fitted, low=low, high=high, shape=(alpha, beta))
+        parameters = (shape.alpha, shape.beta)
+        fitted = replace(fitted, low=shape.low, high=shape.high, shape=parameters)
     return fitted
 
 

@@ -11,6 +11,10 @@ We ask from our main port, and from fresh ports, each of which talks to one obse
         neither, several times over           only P1:p does                 APDF
     the external ports of all of them         the law of allocation          `fit.py`
 
+A NAT that keeps ports and has several addresses, one drawn for each mapping, shows equal endpoints
+by chance: once in two to eight times. So where the main port got one port everywhere and fresh ones
+got several addresses, some fresh ports that are done with ask other endpoints as well.
+
 This machine decides which echoes to ask for and when to ask again; `classify.py` says what follows.
 It sends at most 60 packets and takes less than 3 s where somebody answers.
 
@@ -48,6 +52,10 @@ RETRY_AFTER_S = (0.5, 0.7, 1.0)
 # Silence proves a filter only when loss is unlikely: four tries at 10 % loss each way are all lost
 # once in 770.
 FILTER_TRIAL_COUNT = 4
+# Half of them ask another address, half another port of the same: with mappings of their own for
+# each, four ports get the same of two addresses by chance once in 16 times, after the main port.
+POOLED_PORTS = 8
+
 # Asking a third peer takes two messages over connections before its datagram leaves.
 FILTER_TRIAL_TIMEOUT_S = 1.5
 
@@ -116,6 +124,7 @@ class BehaviourTest:
             True: FILTER_TRIAL_COUNT if any(e.is_neighbour for e in findings.observers) else 0,
         }
         self._pending: dict[bytes, tuple[_Exchange | _Trial, float]] = {}  # and when it was sent
+        self._looked_closer = False
         self.ignored_count = 0
 
     def requests_to_send(self, now: float) -> list[Request]:
@@ -138,6 +147,7 @@ class BehaviourTest:
                     exchange.due_at = now + RETRY_AFTER_S[exchange.try_count]
                     exchange.try_count += 1
                     requests.append(self._ask_echo(exchange, now))
+        self._look_closer(now)
         return requests
 
     def receive_reply(self, reply: Reply, now: float) -> None:
@@ -156,8 +166,9 @@ class BehaviourTest:
                     sent_at=sent_at,
                 )
             )
-            if reply.port_index > 0:
+            if reply.port_index > 0 and not self._looked_closer:
                 self._start_trial(asked, reply.observed, now)
+            self._look_closer(now)
         elif isinstance(asked, _Trial) and _got_in(asked, reply):
             self._forget(asked)
             asked.due_at = None
@@ -224,6 +235,30 @@ class BehaviourTest:
             return
         left[by_stranger] -= 1
         self._trials.append(_Trial(echo, by_stranger, observed, now))
+
+    def _look_closer(self, now: float) -> None:
+        """Once all is asked: where addresses are drawn, see if equal ones were chance."""
+        if self._looked_closer or any(each.due_at is not None for each in self._exchanges):
+            return
+        self._looked_closer = True
+        seen = self._findings.observations
+        main_ports = {each.observed.port for each in seen if each.port_index == 0}
+        if len(main_ports) != 1 or len({each.observed.ip for each in seen}) == 1:
+            return
+        in_trial = {trial.exchange.port_index for trial in self._trials}
+        first_asked = {each.port_index: each.destination for each in seen if each.port_index > 0}
+        ready = [port for port in first_asked if port not in in_trial]
+        for index, port in enumerate(ready[:POOLED_PORTS]):
+            asked = first_asked[port]
+            others = [
+                each
+                for each in _main_asks(self._findings.observers)
+                # Every second one asks the other port of the same address.
+                if each[1] != asked and (each[1].ip == asked.ip) is (index % 2 == 1)
+            ]
+            if others:
+                due_at = now + index * SPACING_S
+                self._exchanges.append(_Exchange(port, *self._rng.choice(others), due_at))
 
     def _note(self, trial: _Trial, *, was_answered: bool) -> None:
         # An answer that comes after its time is noted as well: one that got in outweighs all

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-__all__ = ["fit_shape", "shape_density"]
+__all__ = ["Shape", "fit_shape", "shape_density"]
 
 # How far beyond the ports that were seen the range may end, in spans: the tails of a Beta law are
 # thin, so more than twice what an even one leaves.
@@ -27,8 +28,26 @@ PARAMETER_MAX = 20.0
 DOUBT_NATS = math.log(50)
 
 
-def fit_shape(ports: Sequence[int]) -> tuple[float, float, int, int] | None:
-    """Return (alpha, beta, low, high) of a Beta law; None where an even one explains the ports.
+class Shape(NamedTuple):
+    """A Beta law over a range.
+
+    Attributes:
+        alpha: Its first parameter, above 1.
+        beta: Its second, above 1.
+        low: The lowest port.
+        high: The highest.
+        advantage: Natural logarithm of how much better it explains the ports than an even law.
+    """
+
+    alpha: float
+    beta: float
+    low: int
+    high: int
+    advantage: float
+
+
+def fit_shape(ports: Sequence[int]) -> Shape | None:
+    """Return the likeliest Beta law; None where an even one explains the ports as well.
 
     Args:
         ports: External ports of distinct mappings.
@@ -50,10 +69,13 @@ def fit_shape(ports: Sequence[int]) -> tuple[float, float, int, int] | None:
             likelihood = _log_likelihood(ports, *fitted, low, high)
             if best is None or likelihood > best[0]:
                 best = likelihood, (*fitted, low, high)
-    if best is None or best[0] - even < math.log(count) + DOUBT_NATS:
+    if best is None:
+        return None
+    advantage = best[0] - even - math.log(count) - DOUBT_NATS
+    if advantage < 0:
         return None
     alpha, beta, low, high = best[1]
-    return round(alpha, 3), round(beta, 3), low, high
+    return Shape(round(alpha, 3), round(beta, 3), low, high, advantage)
 
 
 def shape_density(alpha: float, beta: float, share: float) -> float:

@@ -158,3 +158,18 @@ def test_hundreds_of_ports_show_an_uneven_range() -> None:
         even += fit_shape(flat) is None
     assert uneven >= 11
     assert even >= 11
+
+
+def test_a_crowd_in_a_range_is_no_pair_of_blocks() -> None:
+    # Nine tenths of these lie within 4,600 ports: two blocks of 4096, were they drawn evenly.
+    for seed in range(8):
+        rng = random.Random(seed)
+        ports = [round(20_000 + 8300 * rng.betavariate(4, 4)) for _ in range(300)]
+        allocation = fit_allocation(samples_of(ports))
+        assert allocation is not None
+        assert allocation.law is AllocationLaw.UNIFORM, f"seed {seed}: {allocation}"
+        assert allocation.shape is not None
+        block = random.Random(seed).choices(range(20_480, 24_576), k=300)
+        fitted = fit_allocation(samples_of(block))
+        assert fitted is not None
+        assert (fitted.law, fitted.block_size) == (AllocationLaw.BLOCK, 4096), f"seed {seed}"

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from natswarm.address import Endpoint
-from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
+from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Pooling
 from natswarm.nat.findings import NatTest
 from natswarm.nat.inspection import TESTS
 from natswarm.nat.profile import NatProfile
@@ -86,6 +86,19 @@ def test_every_pair_of_behaviours_is_found_out(mapping: Mapping, filtering: Filt
         assert profile.allocation is not None
         assert profile.allocation.law is allocation.law
         assert profile.accepts_strangers is (filtering is Filtering.EIF)
+
+
+@pytest.mark.parametrize("mapping", Mapping)
+def test_addresses_that_are_drawn_do_not_look_equal_by_chance(mapping: Mapping) -> None:
+    # The main port alone would see one endpoint everywhere in up to half of all cases.
+    behaviour = NatBehaviour(
+        mapping=mapping,
+        filtering=Filtering.ADF if mapping is Mapping.ADM else Filtering.EIF,
+        address_count=2,
+        pooling=Pooling.ARBITRARY,
+    )
+    found = [inspect(behaviour, seed)[0].mapping for seed in range(40)]
+    assert found.count(mapping) >= 38, found
 
 
 @pytest.mark.parametrize("name", ["linux-home", "vodafone-nl", "kpn-nl"])
