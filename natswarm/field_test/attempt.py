@@ -2,7 +2,7 @@
 
 What went wrong decides the result. A puncture that ended without a path is `failed`. Whatever kept
 it from being made at all is `void`: no helper, no port, an interface that went down before there
-was a path. A strategy that does not apply to this pair of NATs is `skipped`.
+was a path. A strategy that does not apply to this pair of NATs within the limits is `skipped`.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class AttemptRun:
         append: Writes a record.
         clock: Seconds since 1970.
         scope: Cancelled when an interface goes down.
+        began_at: As a journal writes it.
     """
 
     slot: Slot
@@ -204,6 +205,8 @@ class AttemptRun:
         result, reason = self._result or Result.VOID, self._reason
         if self._outage and result is not Result.OK:
             result, reason = Result.VOID, self._outage
+        elif self._outage and self._quality is None:
+            self._quality = PathQuality(trouble=self._outage)
         elif result is Result.FAILED and self._alarms:
             reason += f"; meanwhile {'; '.join(self._alarms)}"
         return AttemptRecord(

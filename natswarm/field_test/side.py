@@ -213,6 +213,7 @@ class OpenSide:
         self._events = events
         self._on_notice = on_notice
         self._helper_ids = {invite.record.peer_id for invite in config.helpers}
+        config.status = SideStatus(config.label, config.interface)
         self._is_joined = False
         self._waiting_since: float | None = None
         self._counters_before = None if config.link is None else config.link.counters()

@@ -98,6 +98,27 @@ async def test_a_pulled_cable_voids_the_attempt_and_the_slot_is_made_again(
     assert test.status.done_count == 4
 
 
+async def test_a_cable_pulled_after_the_hole_leaves_the_result(
+    autojump_clock, open_swarm, make_bed
+):
+    async with open_swarm(seed=13) as swarm:
+        bed = make_bed(swarm)
+        await bed.add_sides("linux-home", "linux-home")
+        stay = MeasurePlan(ping_count=1, bulk_s=0, stay_s=40)
+        test = bed.field_test(plan(measure=stay, directions=(Direction.LEFT_TO_RIGHT,)))
+
+        async def pull() -> None:
+            await bed.wait(lambda: bed.sides[0].status.phase == "measuring")
+            bed.sides[0].link.is_unplugged = True
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pull)
+            await test.run()
+    [attempt] = bed.of(AttemptRecord)
+    assert attempt.result is Result.OK
+    assert "is gone" in attempt.quality.trouble
+
+
 async def test_an_interface_that_stays_away_ends_the_test_and_it_resumes(
     autojump_clock, open_swarm, make_bed
 ):
