@@ -223,7 +223,6 @@ class Node:
             bind_ip=config.bind_ip,
             main=self._main,
             nursery=nursery,
-            rng=self._rng,
             on_event=self._emit,
         )
         self._introducer = Introducer(self)

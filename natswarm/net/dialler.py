@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -83,7 +82,6 @@ class Dialler:
         bind_ip: The address they are bound to.
         main: The pump of the node's main port.
         nursery: Where connections run; theirs to be cancelled in.
-        rng: Behaviour of the punctures.
         on_event: Told of each puncture; must not raise.
     """
 
@@ -95,7 +93,6 @@ class Dialler:
         bind_ip: str,
         main: PortPump,
         nursery: trio.Nursery,
-        rng: random.Random,
         on_event: Callable[[PunctureStarted | PunctureEnded], None],
     ) -> None:
         self._identity = identity
@@ -103,7 +100,6 @@ class Dialler:
         self._bind_ip = bind_ip
         self._main = main
         self._nursery = nursery
-        self._rng = rng
         self._on_event = on_event
         self._dials: dict[bytes, Dial] = {}
         self._path_sets: dict[bytes, PathSet] = {}

@@ -124,7 +124,7 @@ class Path:
         found_at: When it was added.
         rtt_s: Smoothed round trip; None before the first answer.
         heard_at: When the last authentic datagram came by it.
-        active_since: Since when QUIC goes by it; infinity while it does not.
+        active_since: Since when QUIC goes by it, or went when it last did.
         is_dead: Whether it was silent for too long.
     """
 
@@ -232,6 +232,8 @@ class PathKeeper:
     _sequence: int = 0
     _generation: int = 0
     _stranded_since: float | None = None
+    _mourned: Path | None = None
+    """The path that died when no other was left."""
     _moved_at: float = -math.inf
     _looked_at: float = -math.inf
     _ages_at_death: deque[float] = field(default_factory=lambda: deque(maxlen=2))
@@ -498,30 +500,38 @@ class PathKeeper:
 
     def _choose(self, now: float) -> None:
         """Switch to a better path, and forget those that are of no more use."""
-        before, was_stranded = self.active, self._stranded_since is not None
+        before, why = self.active, ""
         for path in self.paths:
             if (reason := self._why_better(path, now)) is not None:
                 self.active, why = path, reason
         active = self.active
         if active is None:
             return
-        if active.is_dead:
-            if not was_stranded:
-                self._stranded_since = now
-                self._events.append(PathSwitched(active.endpoint, None, "it fell silent"))
-        elif was_stranded or active is not before:
-            if active is before:
-                why = "it answers again"
-            elif was_stranded:
-                why = "another path was found"
-            if before is not None and active is not before:
+        if active is not before:
+            active.active_since = now
+        if self._mourned is not None:
+            # Only by the connection's name: a peer that has lost its end of the connection, and
+            # makes a new one, takes part in punctures, too.
+            if active.is_proven and not active.is_dead:
+                self._end_outage(self._mourned, active)
+        elif active.is_dead:
+            self._mourned, self._stranded_since = active, now
+            self._events.append(PathSwitched(active.endpoint, None, "it fell silent"))
+        elif active is not before:
+            if before is not None:
                 self._learn(before, active)
-                before.active_since = math.inf
-            active.active_since = min(active.active_since, now)
-            self._stranded_since = None
-            old = None if was_stranded or before is None else before.endpoint
+            old = None if before is None else before.endpoint
             self._events.append(PathSwitched(old, active.endpoint, why))
         self._forget_useless(now)
+
+    def _end_outage(self, lost: Path, found: Path) -> None:
+        self._mourned = self._stranded_since = None
+        if found is lost:
+            why = "it answers again"
+        else:
+            why = "another path was found"
+            self._learn(lost, found)
+        self._events.append(PathSwitched(None, found.endpoint, why))
 
     def _why_better(self, path: Path, now: float) -> str | None:
         """Return why to leave the active path for this one; None: no reason."""

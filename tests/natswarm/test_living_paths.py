@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from natswarm import PRESETS, PathChanged, PeerLost
+from natswarm.cli.show import event_as_json, event_as_text
 from natswarm.sim.presets import Preset
 
 TRANSFER_S = 60
@@ -364,3 +365,37 @@ async def test_nothing_is_left_of_paths_that_ended(open_swarm, autojump_clock):
             assert swarm.port_count(name) == 2
             assert swarm.nodes[name]._dialler._dials == {}
             assert swarm.nodes[name]._dialler._path_sets == {}
+
+
+async def test_a_peer_that_has_forgotten_us_is_given_up(open_swarm, autojump_clock):
+    """It was restarted and takes part in punctures, but has no end of our connection any more."""
+    async with open_swarm(seed=12) as swarm:
+        await add_pair(swarm, "linux-home", "vodafone-nl")
+        ghost = swarm.peer("a", "b")
+        await swarm.crash("b")
+        await swarm.add_inspected("b")
+        with trio.fail_after(90):
+            await ghost.wait_lost()
+        assert await swarm.nodes["a"].connect(swarm.identity("b").peer_id) is not ghost
+        await swarm.check_talk("a", "b")
+
+
+async def test_what_is_told_of_paths_can_be_shown(open_swarm, autojump_clock):
+    async with open_swarm(seed=13) as swarm:
+        await add_pair(swarm, "linux-home", "lyca-nl")
+        mend = swarm.cut("b")
+        await trio.sleep(30)
+        mend()
+        await trio.sleep(10)
+        gone, back = switches(swarm, "a", "b")
+        endpoint = str(swarm.peer("a", "b").seen_at)
+        assert event_as_json(gone) == {
+            "event": "path",
+            "peer_id": str(swarm.identity("b").peer_id),
+            "old": endpoint,
+            "new": None,
+            "reason": "it fell silent",
+        }
+        assert event_as_json(back)["new"] == endpoint
+        assert "no path" in event_as_text(gone)
+        assert endpoint in event_as_text(back)

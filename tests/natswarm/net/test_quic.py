@@ -635,3 +635,55 @@ async def test_peers_words_are_cleaned_and_cut(lab, autojump_clock):
         await server.wait_closed()
         assert server.close_reason.isprintable()
         assert len(server.close_reason) < 150
+
+
+@pytest.mark.parametrize("outage_s", [2, 10, 300])
+async def test_after_an_outage_it_goes_on_at_once(lab, autojump_clock, outage_s):
+    """QUIC by itself would wait for a time-out that has doubled and doubled."""
+    options = {"keepalive_s": 200.0, "idle_timeout_s": 600.0}
+    async with lab.connected_pair(**options) as (client, server, link):
+        stream, other = await lab.open_pair(client, server)
+
+        async def write():
+            while True:
+                await stream.send_all(bytes(20_000))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await lab.receive_exactly(other, 100_000)
+            link.is_cut = True
+            await trio.sleep(outage_s)
+            while await _read_what_is_there(other):
+                pass
+            link.is_cut = False
+            for connection in (client, server):
+                connection.resume()
+            with trio.fail_after(0.5):
+                await lab.receive_exactly(other, 1)
+            nursery.cancel_scope.cancel()
+
+
+async def _read_what_is_there(stream):
+    with trio.move_on_after(0.001):
+        return await stream.receive_some()
+    return b""
+
+
+async def test_an_abandoned_connection_ends_without_a_word(lab, autojump_clock):
+    async with lab.connected_pair() as (client, server, _):
+        client.abandon("no path to it for 60 s")
+        assert client.close_reason == "no path to it for 60 s"
+        with pytest.raises(ConnectionLost, match="no path"):
+            await client.open_stream("test")
+        await trio.sleep(1)
+        assert server.close_reason is None
+
+
+async def test_both_ends_and_nobody_else_know_the_name_of_a_connection(lab, autojump_clock):
+    names = []
+    for seed in range(2):
+        async with lab.connected_pair(seed=seed) as (client, server, _):
+            names.append(await client.wait_proved())
+            assert names[-1] == await server.wait_proved()
+    assert len(set(names)) == 2
+    assert {len(name) for name in names} == {8}

@@ -474,3 +474,47 @@ def test_uniform_ports_are_seen_by_the_server():
     ports = internet.nats["phone-nat"].nat.ports_in_use(internet.world.now)
     assert len(ports) > 20
     assert all(15_340 <= port <= 44_360 for port in ports)
+
+
+def test_a_host_that_moves_keeps_its_ports_and_leaves_its_address():
+    internet = Internet(World(3))
+    phone, server = internet.add_host("phone", "lyca-nl"), internet.add_host("server")
+    here, there = Probe(phone), Probe(server, 4000)
+    assert here.reaches(there, Endpoint(server.ip, 4000))
+    old = there.seen[-1][1]
+    assert there.reaches(here, old)
+    home = internet.add_nat("home", "linux-home")
+    there.port.send(b"on the way", old)
+    phone.move(home)
+    assert phone.ip.startswith("192.168.")
+    assert here.port.endpoint.ip == phone.ip
+    internet.world.run_for(1)
+    assert [data for data, _ in here.seen] == [b"probe"], "what was on the way is lost"
+    assert not there.reaches(here, old)
+    assert here.reaches(there, Endpoint(server.ip, 4000))
+    assert there.seen[-1][1].ip == home.external_ip
+    assert there.reaches(here, there.seen[-1][1])
+    phone.move(None)
+    assert here.reaches(there, Endpoint(server.ip, 4000))
+    assert there.seen[-1][1] == Endpoint(phone.ip, here.port.endpoint.port)
+
+
+def test_a_host_with_ipv6_does_not_move():
+    internet = Internet(World(3))
+    host = internet.add_host("dual", "linux-home-dual")
+    with pytest.raises(ConfigurationError, match="IPv6"):
+        host.move(None)
+
+
+def test_a_router_that_reboots_forgets_every_mapping():
+    internet = Internet(World(3))
+    phone, server = internet.add_host("phone", "vodafone-nl"), internet.add_host("server")
+    here, there = Probe(phone), Probe(server, 4000)
+    assert here.reaches(there, Endpoint(server.ip, 4000))
+    old = there.seen[-1][1]
+    phone.nat.reboot()
+    assert phone.nat.nat.mapping_count(internet.world.now) == 0
+    assert not there.reaches(here, old)
+    assert here.reaches(there, Endpoint(server.ip, 4000))
+    assert there.seen[-1][1] != old
+    assert there.reaches(here, there.seen[-1][1])
