@@ -217,12 +217,24 @@ def _of_counts(counts: list[int]) -> Optimum:
     )
 
 
-def drawing(allocation: Allocation, **changes: object) -> Side:
+def drawing(
+    allocation: Allocation,
+    *,
+    max_mappings: int | None = None,
+    subscriber_rate: RateLimit | None = None,
+    tftp_helper: bool = False,
+) -> Side:
     """An APDM/APDF carrier."""
-    behaviour = NatBehaviour(
-        mapping=Mapping.APDM, filtering=Filtering.APDF, allocation=allocation, **changes
-    )  # type: ignore[arg-type]
-    return Side(behaviour)
+    return Side(
+        NatBehaviour(
+            mapping=Mapping.APDM,
+            filtering=Filtering.APDF,
+            allocation=allocation,
+            max_mappings=max_mappings,
+            subscriber_rate=subscriber_rate,
+            tftp_helper=tftp_helper,
+        )
+    )
 
 
 BETA = ScaledBeta(4630.72, 13937.38, 2.242, 5.008)
