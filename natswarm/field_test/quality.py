@@ -264,6 +264,8 @@ async def _receive_chunks(messages: MessageStream) -> Received:
             first_at = last_at
         else:
             byte_count += len(payload)
+        if byte_count > BULK_BYTES_MAX:
+            raise DecodeError(f"a bulk has at most {BULK_BYTES_MAX:,} bytes")
 
 
 def _rate(byte_count: int, seconds: float) -> float | None:

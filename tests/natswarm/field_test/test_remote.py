@@ -5,14 +5,17 @@ from __future__ import annotations
 import msgspec
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from natswarm.errors import InviteError
+from natswarm.field_test.board import Board, Note
 from natswarm.field_test.plan import FieldTestPlan, MeasurePlan
 from natswarm.field_test.records import AttemptRecord, Begin, End, Result
 from natswarm.field_test.remote import FieldTestLink, RemoteBench
 from natswarm.field_test.schedule import FieldTest
 from natswarm.field_test.tally import load_tally
-from natswarm.identity import Identity
+from natswarm.identity import Identity, PeerId
 
 PLAN = FieldTestPlan(
     repeats=1, pause_s=5.0, measure=MeasurePlan(ping_count=3, bulk_s=0.5, bulk_bytes=50_000)
@@ -152,10 +155,45 @@ async def test_a_device_that_lost_its_result_goes_on_with_the_other(
     assert "the other one has the result" in right.attempts[0].reason
 
 
+LINK = FieldTestLink(
+    session="s", host=bytes(range(32)), plan=PLAN, helpers=("natswarm:x",), carrier="NL KPN"
+)
+
+
+@given(st.data())
+def test_a_changed_link_is_refused_or_another_link(data):
+    text = str(LINK)
+    index = data.draw(st.integers(0, len(text) - 1))
+    changed = text[:index] + data.draw(st.characters()) + text[index + 1 :]
+    try:
+        link = FieldTestLink.parse(changed)
+        link.invites()
+    except InviteError:
+        return
+    assert isinstance(link.host_id, PeerId)
+
+
+@pytest.mark.parametrize(
+    "service",
+    [
+        "field-test/s/right/3/abcd",
+        "field-test/s/right/-3/abcd/ready",
+        "field-test/s/right/²/abcd/ready",
+        "field-test/s/right/99999999/abcd/ready",
+        "field-test/other/right/3/abcd/ready",
+        "field-test/s/left/3/abcd/ready",
+        "llmload/stage/0-2",
+        "",
+    ],
+)
+def test_notes_of_others_are_not_taken_for_the_other_side(service: str):
+    board = Board(None, "s", "left", None)
+    assert board._parse_untrusted(service) is None
+    assert board._parse_untrusted("field-test/s/right/3/abcd/ready") == Note(3, "abcd", "ready")
+
+
 def test_a_link_is_read_back_and_damage_is_told():
-    link = FieldTestLink(
-        session="s", host=bytes(range(32)), plan=PLAN, helpers=("natswarm:x",), carrier="NL KPN"
-    )
+    link = LINK
     assert FieldTestLink.parse(f" {link}\n") == link
     for damaged in (str(link)[:-9], str(link).replace("field", "yield"), "natswarm:abc"):
         with pytest.raises(InviteError):
