@@ -53,8 +53,10 @@ from natswarm.net.nursery import open_private_nursery
 from natswarm.net.path_keeper import Lifetimes, PathSwitched
 from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
+from natswarm.net.peer_cache import PeerStore
 from natswarm.net.port import DatagramPort, Network
 from natswarm.net.pump import PortPump
+from natswarm.net.rejoin import Rejoiner
 from natswarm.net.renewer import Renewer, lifetimes_of, with_lifetimes_of
 from natswarm.net.roaming import Roamer
 from natswarm.net.stream import Stream
@@ -100,6 +102,7 @@ class NodeConfig:
         limits: Bounds of a puncture.
         outage_s: How long a connection outlives its last path, at most 600: a phone that changes
             networks needs seconds, one that sleeps minutes. Streams wait meanwhile.
+        cache: Where to remember peers, such as a `PeerCache`; None: nowhere.
         lan: Find peers in our own networks by multicast, on the real network alone; None: do not.
         seed: Seed of the node's random behaviour; None draws one. Keys never depend on it.
         on_event: Called with every NodeEvent, at once; must return quickly and not raise.
@@ -114,6 +117,7 @@ class NodeConfig:
     limits: Limits = field(default_factory=Limits)
     seed: int | None = None
     outage_s: float = 60.0
+    cache: PeerStore | None = None
     lan: Lan | None = None
     on_event: Callable[[NodeEvent], None] = lambda _event: None
 
@@ -248,6 +252,7 @@ class Node:
             outage_s=config.outage_s,
         )
         self._roamer = Roamer(self, config.network, check=self._renewer.check)
+        self._rejoiner = None if config.cache is None else Rejoiner(self, config.cache, nursery)
         self._echo = EchoService(
             self._identity, config.network, config.bind_ip, self._main.port, self._alternate.port
         )
@@ -265,6 +270,8 @@ class Node:
         self._nursery.start_soon(self._main.run)
         self._nursery.start_soon(self._alternate.run)
         self._nursery.start_soon(self._roamer.run)
+        if self._rejoiner is not None:
+            self._nursery.start_soon(self._rejoiner.run)
         if self._config.lan is not None:
             lan = LanService(
                 self,
@@ -280,6 +287,8 @@ class Node:
         self._is_closed = True
         self._dialler.close()
         async with trio.open_nursery() as nursery:
+            if self._rejoiner is not None:
+                nursery.start_soon(self._rejoiner.aclose)
             for peer in list(self._peers.values()):
                 nursery.start_soon(peer.aclose)
 
@@ -443,6 +452,18 @@ class Node:
         await peer.wait_introduced()
         return peer
 
+    async def rejoin(self) -> None:
+        """Connect to peers of the cache; return when one is there, or none of them is.
+
+        More are dialled in the background. Without a cache it returns at once.
+        """
+        if self._rejoiner is not None:
+            await self._rejoiner.rejoin()
+
+    def local_addresses(self) -> list[str]:
+        """Return the addresses we can be reached at by our network."""
+        return [endpoint.ip for endpoint in self._host_candidates()]
+
     def is_connected(self, peer_id: PeerId) -> bool:
         """Whether there is a connection to a peer."""
         return self.living_peer(peer_id) is not None
@@ -506,6 +527,8 @@ class Node:
             await self._share_record(peer)
         finally:
             peer.introduced.set()
+            if self._rejoiner is not None:
+                self._rejoiner.note_connected(peer)
 
     # Streams --------------------------------------------------------------------------------------
 

@@ -152,7 +152,9 @@ async def _joined(
     async def meet(node: Node) -> None:
         for invite in invites:
             await node.connect(invite)
-        if invites:
+        if not invites:
+            await node.rejoin()
+        if node.peers():
             await node.inspect()
         await body(node)
 

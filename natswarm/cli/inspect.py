@@ -51,6 +51,7 @@ from natswarm.node import Node
 __all__ = ["inspect"]
 
 WATCH_INTERVAL_S = 10.0
+REJOIN_S = 2.0
 
 
 def inspect(
@@ -117,6 +118,9 @@ def inspect(
     config = make_config(state, bind=bind, interface=interface)
 
     async def body(node: Node) -> None:
+        if not invites:  # whoever of the cache answers at once can be asked
+            with trio.move_on_after(REJOIN_S):
+                await node.rejoin()
         once = partial(
             inspect_nat,
             node,

@@ -16,6 +16,7 @@ from rich.console import Console
 from natswarm.identity import Identity
 from natswarm.net.lan import Lan
 from natswarm.net.nursery import open_private_nursery
+from natswarm.net.peer_cache import PeerCache
 from natswarm.net.udp import UdpNetwork
 from natswarm.node import Node, NodeConfig, NodeEvent, open_node
 
@@ -87,6 +88,7 @@ def make_config(
         name=name,
         bind_ip=bind,
         port=port,
+        cache=PeerCache(state / "peers.sqlite3"),
         lan=Lan(interface) if lan else None,
         on_event=on_event,
     )
