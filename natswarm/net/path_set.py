@@ -43,7 +43,9 @@ class PathSet:
         self.connection = connection
         self.on_switch: Callable[[PathSwitched], None] = lambda _switch: None
         self.on_rebound: Callable[[], None] = lambda: None
-        self._pumps: list[PortPump | None] = [main]
+        self._main = main
+        self._pumps: dict[int, PortPump] = {0: main}
+        self._port_count = 1  # so far: an index is never used again
         self._attached: dict[tuple[int, Endpoint], PortPump] = {}
         self._keeper = PathKeeper(keys, bytes(8))
         self._is_named = False
@@ -119,12 +121,13 @@ class PathSet:
     def add(self, pump: PortPump, remote: Endpoint, *, opened_at: float) -> None:
         """Take a path that a puncture has proved, and move to it; its port, if own, is ours."""
         if self._is_closed:
-            if pump is not self._pumps[0]:
+            if pump is not self._main:
                 pump.port.close()
             return
-        if pump not in self._pumps:
-            self._pumps.append(pump)
-        index = self._pumps.index(pump)
+        if (index := self._index_of(pump)) is None:
+            index = self._port_count
+            self._port_count += 1
+            self._pumps[index] = pump
         self._keeper.add(index, remote, trio.current_time(), opened_at=opened_at)
         self._after_change()
 
@@ -140,9 +143,9 @@ class PathSet:
 
     def receive_untrusted(self, data: bytes, source: Endpoint, pump: PortPump) -> None:
         """Take a probe of our name."""
-        if self._is_closed or pump not in self._pumps:
+        index = self._index_of(pump)
+        if self._is_closed or index is None:
             return
-        index = self._pumps.index(pump)
         rebound_count = self._keeper.statistics.rebound_count
         self._keeper.receive_datagram(index, data, source, trio.current_time())
         if self._keeper.statistics.rebound_count != rebound_count:
@@ -168,8 +171,8 @@ class PathSet:
         self._is_closed = True
         for way in list(self._attached):
             self._detach(way)
-        for pump in self._pumps[1:]:
-            if pump is not None:
+        for pump in self._pumps.values():
+            if pump is not self._main:
                 pump.port.close()
         self._tell_change()
 
@@ -179,9 +182,7 @@ class PathSet:
         active = self._keeper.active
         if active is None or self._is_closed:
             return
-        pump = self._pumps[active.port_index]
-        assert pump is not None, "a path's port is open"
-        pump.port.send_run(datagrams, active.endpoint)
+        self._pumps[active.port_index].port.send_run(datagrams, active.endpoint)
         if self._keeper.note_traffic(trio.current_time()):
             self._wake()
 
@@ -189,7 +190,7 @@ class PathSet:
         if not self._is_named or self._is_closed:
             return
         for probe in self._keeper.probes_to_send(trio.current_time()):
-            if (pump := self._pumps[probe.port_index]) is not None:
+            if (pump := self._pumps.get(probe.port_index)) is not None:
                 with contextlib.suppress(trio.ClosedResourceError):
                     pump.port.send(probe.data, probe.destination)
 
@@ -200,7 +201,8 @@ class PathSet:
             if way not in wanted:
                 self._detach(way)
         for way in wanted:
-            if way not in self._attached and (pump := self._pumps[way[0]]) is not None:
+            if way not in self._attached:
+                pump = self._pumps[way[0]]
                 # Whoever was there before is not any more: the peer has answered from there.
                 pump.detach(way[1])
                 pump.attach(way[1], self.connection.receive_datagrams)
@@ -216,11 +218,17 @@ class PathSet:
 
     def _close_unused(self) -> None:
         used = {path.port_index for path in self._keeper.paths}
-        for index, pump in enumerate(self._pumps):
-            if index and pump is not None and index not in used:
+        for index, pump in list(self._pumps.items()):
+            if pump is not self._main and index not in used:
                 pump.port.close()
-                self._pumps[index] = None
+                del self._pumps[index]
                 self._keeper.forget_port(index)
+
+    def _index_of(self, pump: PortPump) -> int | None:
+        for index, each in self._pumps.items():
+            if each is pump:
+                return index
+        return None
 
     def _detach(self, way: tuple[int, Endpoint]) -> None:
         # Another connection may have taken the endpoint over: only our own receiver goes.
