@@ -54,7 +54,6 @@ from natswarm.puncture.birthday import (
     TFTP_PORT,
     plan_opener,
     plan_prober,
-    plan_two_sided,
 )
 from natswarm.puncture.bounds import (
     allocation_of,
@@ -66,6 +65,7 @@ from natswarm.puncture.bounds import (
 )
 from natswarm.puncture.scan import plan_sequential
 from natswarm.puncture.strategy import CHECK_RETRY_S, Burst, Limits, Openers, Plan, Strategy
+from natswarm.puncture.two_sided import plan_two_sided
 
 __all__ = [
     "Alternative",
