@@ -66,6 +66,7 @@ from natswarm.node import (
     open_node,
 )
 from natswarm.puncture.plan import Limits, Plan
+from natswarm.routing.record import Record, own_key, service_key
 from natswarm.sim.presets import PRESETS
 from natswarm.sim.topology import Internet
 from natswarm.sim.world import World
@@ -116,6 +117,7 @@ __all__ = [
     "PunctureFailed",
     "PunctureReport",
     "PunctureStarted",
+    "Record",
     "Refusal",
     "RequestRefused",
     "SignedProfile",
@@ -127,5 +129,7 @@ __all__ = [
     "inspect",
     "open_node",
     "open_signed_profile_untrusted",
+    "own_key",
     "run_world",
+    "service_key",
 ]

@@ -4,7 +4,8 @@
     second port q ┴─ PortPump ─ first byte ──────┼── Dialler       probes: dials under way
                        │                         └── Connector     HELLO: strangers who knock
                        └─ QUIC by remote endpoint ── Peer ── streams ── handlers by protocol
-                                                                └── Introducer
+                                                                ├── Introducer
+                                                                └── OverlayService  routing
     PathSet: the paths of each connection    Renewer: the next path    Roamer: are we elsewhere?
 
 `open_node` starts it and, on leaving, closes everything it opened. The node owns its peers: a lost
@@ -37,6 +38,7 @@ from natswarm.errors import (
     ConnectFailed,
     DecodeError,
     NatswarmError,
+    PeerNotFound,
 )
 from natswarm.identity import Identity, PeerId
 from natswarm.nat.findings import Findings, NatTest
@@ -50,6 +52,7 @@ from natswarm.net.echo import EchoService
 from natswarm.net.introducer import Introducer, Neighbour
 from natswarm.net.lan import Lan, LanService
 from natswarm.net.nursery import open_private_nursery
+from natswarm.net.overlay import OverlayService
 from natswarm.net.path_keeper import Lifetimes, PathSwitched
 from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
@@ -62,6 +65,8 @@ from natswarm.net.roaming import Roamer
 from natswarm.net.stream import Stream
 from natswarm.net.udp import UdpNetwork
 from natswarm.puncture.plan import Limits
+from natswarm.routing.record import Record, RecordKind, service_key
+from natswarm.routing.table import LINKS_MIN
 from natswarm.wire import DatagramType
 
 __all__ = [
@@ -100,6 +105,8 @@ class NodeConfig:
         port: UDP port of the main port p; 0 lets the system choose.
         services: Names of what we serve, for others to find; 16 of at most 128 characters.
         limits: Bounds of a puncture.
+        links_max: Connections to keep for routing, 16 to 128; a phone keeps 30. With 0 the node
+            takes no part in routing: it finds only its neighbours' neighbours.
         outage_s: How long a connection outlives its last path, at most 600: a phone that changes
             networks needs seconds, one that sleeps minutes. Streams wait meanwhile.
         cache: Where to remember peers, such as a `PeerCache`; None: nowhere.
@@ -115,6 +122,7 @@ class NodeConfig:
     port: int = 0
     services: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    links_max: int = 0
     seed: int | None = None
     outage_s: float = 60.0
     cache: PeerStore | None = None
@@ -175,6 +183,11 @@ async def open_node(config: NodeConfig) -> AsyncIterator[Node]:
         ConfigurationError: The address or port cannot be bound, or peers would refuse our record.
     """
     _check_presentable(config.name, config.services)
+    if config.links_max and not LINKS_MIN <= config.links_max <= PEERS_MAX // 2:
+        raise ConfigurationError(
+            f"links_max is 0 or {LINKS_MIN} to {PEERS_MAX // 2}, not {config.links_max}: with "
+            "fewer links a node is not found, with more there is no room for peers of your own"
+        )
     try:
         address_kind(config.bind_ip)
     except AddressError as error:
@@ -230,6 +243,15 @@ class Node:
             on_event=self._emit,
         )
         self._introducer = Introducer(self)
+        self._overlay: OverlayService | None = None
+        if config.links_max:
+            self._overlay = OverlayService(
+                self,
+                identity=config.identity,
+                nursery=nursery,
+                rng=random.Random(self._rng.random()),
+                links_max=config.links_max,
+            )
         self._connector = Connector(
             self,
             identity=config.identity,
@@ -238,6 +260,7 @@ class Node:
             nursery=nursery,
             limits=config.limits,
             rng=self._rng,
+            routes=self._overlay,
         )
         self._renewer = Renewer(
             self,
@@ -257,6 +280,8 @@ class Node:
             self._identity, config.network, config.bind_ip, self._main.port, self._alternate.port
         )
         self._handlers: dict[str, StreamHandler] = dict(self._introducer.handlers())
+        if self._overlay is not None:
+            self._handlers.update(self._overlay.handlers())
         self._peers: dict[PeerId, Peer] = {}
         self._profile: NatProfile | None = None
         self._inspecting = trio.Lock()
@@ -269,6 +294,8 @@ class Node:
         """Start receiving."""
         self._nursery.start_soon(self._main.run)
         self._nursery.start_soon(self._alternate.run)
+        if self._overlay is not None:
+            self._nursery.start_soon(self._overlay.run)
         self._nursery.start_soon(self._roamer.run)
         if self._rejoiner is not None:
             self._nursery.start_soon(self._rejoiner.run)
@@ -423,7 +450,8 @@ class Node:
     async def connect(self, target: PeerId | Invite) -> Peer:
         """Return the connection to a peer, making it first if there is none.
 
-        A PeerId is looked for among our neighbours' neighbours. An Invite is dialled where the
+        A PeerId is looked for in the whole swarm if we take part in routing (`links_max`), and
+        among our neighbours' neighbours otherwise. An Invite is dialled where the
         invited node takes strangers; otherwise both sides puncture, which needs the other side to
         connect with our invite at the same time.
 
@@ -437,8 +465,86 @@ class Node:
             ConfigurationError: The system gives fewer ports than the puncture needs.
         """
         peer = await self._connector.connect(target)
+        if self._overlay is not None:
+            self._overlay.keep(peer.peer_id)
         await peer.wait_introduced()
         return peer
+
+    # Routing --------------------------------------------------------------------------------------
+
+    @property
+    def overlay(self) -> OverlayService:
+        """Our part in the swarm's routing: neighbours by bucket, the swarm's size, counters.
+
+        Raises:
+            ConfigurationError: This node takes no part.
+        """
+        if self._overlay is None:
+            raise ConfigurationError("this node takes no part in routing; open it with links_max")
+        return self._overlay
+
+    async def find(self, peer_id: PeerId) -> Peer:
+        """Return the connection to a peer anywhere in the swarm, making it first; see `connect`.
+
+        Raises:
+            ConfigurationError: This node takes no part in routing.
+            ConnectFailed: As `connect`.
+        """
+        _ = self.overlay
+        return await self.connect(peer_id)
+
+    async def lookup(self, key: bytes) -> list[Record]:
+        """Return what is published under a key, `own_key(...)` or `service_key(...)`.
+
+        Every record is genuine, has not expired and is the latest of its publisher that anybody
+        asked knew. Empty if there is none.
+        """
+        return await self.overlay.lookup(key)
+
+    async def publish(self, topic: str, value: bytes = b"", *, is_service: bool = False) -> int:
+        """Publish a record, and again every 20 minutes while this node runs.
+
+        Args:
+            topic: What it is about; publishing under it again replaces it. Of a service, its name.
+            value: At most 1,000 bytes.
+            is_service: Whether it is found by its topic alone, beside those of all who serve the
+                same, and not by whose it is.
+
+        Returns:
+            How many nodes have it now.
+
+        Raises:
+            ValueError: The topic has more than 128 printable characters, or the value is too long.
+            PeerNotFound: Nobody is there to keep it; it is tried again.
+            RequestRefused: Nobody keeps it, and why; it is tried again.
+        """
+        kind = RecordKind.SERVICE if is_service else RecordKind.OWN
+        return await self.overlay.publish(kind, topic, value)
+
+    def withdraw(self, topic: str, *, is_service: bool = False) -> None:
+        """Publish a record no more; it is gone within an hour."""
+        self.overlay.withdraw(RecordKind.SERVICE if is_service else RecordKind.OWN, topic)
+
+    async def find_service(self, name: str) -> list[PeerId]:
+        """Return who published the service `name`: a sample, if there are more than some 15."""
+        return [record.publisher for record in await self.lookup(service_key(name))]
+
+    async def sample_peer(self) -> PeerId:
+        """Return a node of the swarm, drawn by a random walk: each as likely as any other.
+
+        Raises:
+            PeerNotFound: The walks got lost.
+        """
+        return await self.overlay.sample()
+
+    async def connect_for_link(self, peer_id: PeerId, last_known: NodeRecord | None) -> Peer:
+        """Connect to a peer for routing alone; used by the overlay."""
+        try:
+            return await self._connector.connect_for_link(peer_id)
+        except PeerNotFound:
+            if last_known is None:
+                raise
+            return await self._connector.connect(Invite(last_known, ""))
 
     async def connect_at(self, peer_id: PeerId, endpoints: tuple[Endpoint, ...]) -> Peer:
         """Return the connection to a peer that takes strangers at `endpoints`, made if need be.
@@ -512,6 +618,8 @@ class Node:
         self._emit(PeerConnected(peer))
         self._nursery.start_soon(self._introduce_ourselves, peer)
         self._nursery.start_soon(self._accept_streams, peer)
+        if self._overlay is not None:
+            self._overlay.peer_connected(peer)
         self._nursery.start_soon(self._renewer.keep, peer)
         return peer
 

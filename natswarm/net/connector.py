@@ -107,6 +107,21 @@ class Home(Protocol):
         ...
 
 
+class Routes(Protocol):
+    """Introductions over several hops; `net/overlay.py`."""
+
+    async def introduce(
+        self, target: PeerId, attempt: bytes, *, is_for_link: bool
+    ) -> tuple[NodeRecord, Endpoint]:
+        """Have the swarm introduce us to `target`; its side has started when this returns.
+
+        Raises:
+            PeerNotFound: The request did not reach it.
+            NatswarmError: It is not willing, or there is no valid answer.
+        """
+        ...
+
+
 @dataclass(slots=True)
 class _Wish:
     """A connect() under way.
@@ -117,6 +132,9 @@ class _Wish:
 
     asks_peer: bool
     is_over: trio.Event = field(default_factory=trio.Event)
+
+
+_Introduce = Callable[[PeerId, bytes], Awaitable[tuple[NodeRecord, Endpoint]]]
 
 
 class Connector:
@@ -130,6 +148,7 @@ class Connector:
         nursery: Where dials by others' wish run.
         limits: Bounds of a puncture.
         rng: Draws the names of attempts.
+        routes: Introduces us to peers that none of our neighbours knows; None: nobody does.
     """
 
     def __init__(
@@ -142,8 +161,11 @@ class Connector:
         nursery: trio.Nursery,
         limits: Limits,
         rng: random.Random,
+        routes: Routes | None = None,
     ) -> None:
         self._home = home
+        self._routes = routes
+        self._for_links: set[PeerId] = set()
         self._identity = identity
         self._peer_id = identity.peer_id
         self._dialler = dialler
@@ -231,11 +253,15 @@ class Connector:
         raise failure
 
     async def _introduction(self, target: PeerId, introducers: list[PeerId]) -> tuple[Plan, bytes]:
-        """Have a neighbour introduce us; the peer's side has started when this returns.
+        """Have somebody introduce us; the peer's side has started when this returns.
+
+        The swarm's routing is asked first, since it finds whoever is linked to the peer; for a link
+        nobody else is asked.
 
         Args:
             target: To whom.
-            introducers: Who has done so before, in vain: others come first.
+            introducers: Who has done so before, in vain: others come first. Routing goes by our
+                own name here.
 
         Raises:
             AlreadyConnecting: The peer is connecting to us itself.
@@ -249,19 +275,28 @@ class Connector:
             f"none of our {len(neighbours)} neighbours is connected to {target.short}; "
             "ask its user for an invite"
         )
-        for neighbour in sorted(neighbours, key=lambda peer: introducers.count(peer.peer_id)):
-            name = neighbour.peer_id.short
+        ways: list[tuple[PeerId, _Introduce]] = [
+            (peer.peer_id, partial(self._introducer.introduce, peer)) for peer in neighbours
+        ]
+        if self._routes is not None:
+            is_for_link = target in self._for_links
+            routed = partial(self._routes.introduce, is_for_link=is_for_link)
+            ways = [(self._peer_id, routed), *([] if is_for_link else ways)]
+        for introducer, introduce in sorted(ways, key=lambda way: introducers.count(way[0])):
+            name = "the swarm" if introducer == self._peer_id else introducer.short
             attempt = self._new_attempt_id()
             asked_at = trio.current_time()
             try:
-                record, seen_at = await self._introducer.introduce(neighbour, target, attempt)
+                record, seen_at = await introduce(target, attempt)
+            except PeerNotFound:
+                continue
             except RequestRefused as error:
                 if error.code == PeerNotFound.code:
                     continue
                 if error.code == PunctureFailed.code:
                     raise PunctureFailed(f"{target.short} sees no way: {error}") from error
                 if error.code == AlreadyConnecting.code:
-                    introducers.append(neighbour.peer_id)
+                    introducers.append(introducer)
                     raise AlreadyConnecting(
                         f"{target.short} was said to be connecting to us, and did not"
                     ) from error
@@ -271,7 +306,7 @@ class Connector:
             except ConnectFailed as error:
                 failure = error
             else:
-                introducers.append(neighbour.peer_id)
+                introducers.append(introducer)
                 theirs = profile_as_seen(record.profile, seen_at)
                 plan = self._plan(
                     profile,
@@ -303,6 +338,14 @@ class Connector:
             if (peer := self._home.living_peer(peer_id)) is not None:
                 return peer
             raise
+
+    async def connect_for_link(self, target: PeerId) -> Peer:
+        """Connect to a peer only to route for each other; who has links enough may decline."""
+        self._for_links.add(target)
+        try:
+            return await self.connect(target)
+        finally:
+            self._for_links.discard(target)
 
     # Others' wishes -------------------------------------------------------------------------------
 

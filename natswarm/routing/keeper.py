@@ -163,7 +163,7 @@ class Keeper:
             own = self._table.own_number ^ key
             holders = [link for link in replicas if link.node_id in stored.sent_to]
             is_nearest = not any(link.number ^ key < own for link in holders)
-            # Where somebody nearer has it, that one sees to the rest; but it may have an old version.
+            # Where somebody nearer has it, that one sees to the rest; but its version may be old.
             if is_show and not is_nearest:
                 stored.sent_to.discard(replicas[0].node_id)
             for link in replicas if is_nearest else replicas[:1]:

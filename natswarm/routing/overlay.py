@@ -397,6 +397,7 @@ class Overlay:
                 patience_s=plan.patience_s,
                 steps=plan.steps,
                 tried=tuple(lookup.first_hops) if plan.mode is not Mode.WALK else (),
+                must_leave=lookup.started_count > 1,
                 now=now,
             )
             self._paths[label] = lookup, target
@@ -419,7 +420,9 @@ class Overlay:
             self._upkeep.note_change(now, is_near=False)
         record = self._publishing.pop(lookup.name, None)
         if record is not None and not any(
-            isinstance(given.answer, Stored) and not given.answer.complaint
+            isinstance(given.answer, Stored)
+            and not given.answer.complaint
+            and (given.signer != self.peer_id or given.answer.replica_count)
             for given in lookup.answers
         ):
             self._keeper.note_unpublished(record, now)

@@ -188,6 +188,7 @@ class Router:
         patience_s: float,
         steps: int = HOPS_MAX,
         tried: tuple[bytes, ...] = (),
+        must_leave: bool = False,
         now: float,
     ) -> int:
         """Start one path of a lookup; return its label.
@@ -199,8 +200,8 @@ class Router:
             request: What to bring.
             patience_s: When to give up.
             steps: Of a walk, how many.
-            tried: Neighbours at which other paths of the lookup begin. A path that has these goes
-                to somebody else even if nobody else is nearer to the target than we are.
+            tried: Neighbours at which other paths of the lookup begin.
+            must_leave: Whether it goes to somebody else even if we are the nearest ourselves.
             now: The time.
         """
         detours = DETOURS_MAX if mode is Mode.EXACT else 0
@@ -210,7 +211,7 @@ class Router:
         passage.tried.extend(tried)
         passage.tried_before = len(tried)
         # Our own id is nearest to us: whoever looks for it means its neighbourhood.
-        passage.is_at_origin = bool(tried) or target == self._table.own_id
+        passage.is_at_origin = must_leave or target == self._table.own_id
         self._pass_on(passage, now)
         return passage.label
 

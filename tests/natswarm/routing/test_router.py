@@ -241,7 +241,14 @@ def test_our_own_paths_begin_at_different_neighbours_and_end_as_events():
     hop = Hop(*NEAR)
     first = hop.router.start(Mode.CLOSEST, LOOKUP, TARGET, b"q", patience_s=5.0, now=0.0)
     second = hop.router.start(
-        Mode.CLOSEST, LOOKUP, TARGET, b"q", patience_s=5.0, tried=(NEAR[0],), now=0.0
+        Mode.CLOSEST,
+        LOOKUP,
+        TARGET,
+        b"q",
+        patience_s=5.0,
+        tried=(NEAR[0],),
+        must_leave=True,
+        now=0.0,
     )
     assert receivers(hop.sent()) == [NEAR[0], NEAR[1]]
     hop.say(Answered(first, b"answer"), NEAR[0])
