@@ -101,6 +101,8 @@ def report_page(tally: Tally) -> str:
         _failures(tally, (Result.VOID, Result.SKIPPED)),
         "<h2>What stopped sending</h2>",
         _alarms(tally),
+        "<h2>The field tests</h2>",
+        _sessions(tally),
         (
             f'<p><a download="{CSV_NAME}" href="{_data_link(attempts_csv(tally), "text/csv")}">All '
             "attempts as CSV</a>"
@@ -117,6 +119,11 @@ def _summary(tally: Tally) -> str:
     lines = [f"{len(tally.meetings)} attempts: {words}."]
     if times:
         lines.append(f"From {min(times)} to {max(times)}.")
+    notes = "".join(f"<p><b>Note:</b> {escape(note)}" for note in tally.notes)
+    return f"<p>{escape(' '.join(lines))}{notes}"
+
+
+def _sessions(tally: Tally) -> str:
     rows = [
         (
             begin.session,
@@ -134,8 +141,7 @@ def _summary(tally: Tally) -> str:
         for begin in tally.begins
     ]
     heads = ("session", "mode", "began", "carriers", "helpers", "seed", "versions")
-    notes = "".join(f"<p><b>Note:</b> {escape(note)}" for note in tally.notes)
-    return f"<p>{escape(' '.join(lines))}{_table(heads, rows)}{notes}"
+    return _table(heads, rows)
 
 
 def _matrix(tally: Tally) -> str:
