@@ -14,6 +14,7 @@
     ├── RequestRefused         the peer understood and said no; says why
     ├── GatewayError           the gateway did not do what it was asked in one protocol; says why
     ├── PortMappingFailed      the gateway made no port mapping in any protocol; says why for each
+    ├── LabError               a command of `natswarm lab` failed (`natswarm/lab/errors.py`)
     └── ConnectionLost         a living connection ended (also a `trio.BrokenResourceError`)
 
 The text of each error says what happened, why, and what to do. Knows nothing else of the project.
