@@ -1,4 +1,4 @@
-"""What nodes say to each other to route: eight words between neighbours, five questions end to end.
+"""What nodes say to each other to route: seven words between neighbours, five questions end to end.
 
 Between neighbours, on one stream of messages (`natswarm/route/1`), in both directions:
 

@@ -35,8 +35,8 @@ TRIES_AT_ONCE = 3
 TRY_TIMEOUT_S = 60.0
 REFRESHES_AT_ONCE = 2
 
+# How often near neighbours tell each other whom they know near the other.
 GOSSIP_S = 180.0
-"""How often near neighbours tell each other whom they know near the other."""
 
 
 @dataclass(slots=True)
