@@ -15,7 +15,14 @@ import trio
 import typer
 
 from natswarm.cli.field_test_view import live_view, record_as_text
-from natswarm.cli.options import InterfaceOption, JsonOption, console, print_json
+from natswarm.cli.options import (
+    DEFAULT_STATE,
+    InterfaceOption,
+    JsonOption,
+    StateOption,
+    console,
+    print_json,
+)
 from natswarm.discovery.invite import Invite
 from natswarm.errors import ConfigurationError
 from natswarm.field_test.carrier import find_carrier
@@ -40,8 +47,9 @@ ShowRecord = Callable[[Record], None]
 
 DEFAULT_FOLDER = Path("field-test")
 DEFAULT_REPORT = Path("field-test-report")
-# Of a test between two devices: its link names the host for as long as the test takes.
-IDENTITY_NAME = "identity"
+# Of a test between two devices, whose link names the host for as long as the test takes. Not in the
+# folder of the results, which is made to be shared.
+IDENTITY_NAME = "field-test-{}"
 
 HelperOption = Annotated[
     list[str] | None,
@@ -131,6 +139,7 @@ def host(
     out: OutOption = DEFAULT_FOLDER,
     resume: ResumeOption = False,
     full_addresses: FullOption = False,
+    state: StateOption = DEFAULT_STATE,
     as_json: JsonOption = False,
 ) -> None:
     """Test with another device: print the link for its `natswarm field-test join`."""
@@ -158,7 +167,7 @@ def host(
         full_addresses=full_addresses,
         show=record_printer(as_json=as_json),
     ) as session:
-        identity = Identity.load_or_create(out / IDENTITY_NAME)
+        identity = _identity(state, session)
         link = FieldTestLink(
             session=session.begin.session,
             host=identity.peer_id.key,
@@ -181,6 +190,7 @@ def join_test(
     out: OutOption = DEFAULT_FOLDER,
     resume: ResumeOption = False,
     full_addresses: FullOption = False,
+    state: StateOption = DEFAULT_STATE,
     as_json: JsonOption = False,
 ) -> None:
     """Test with the device that made a link; the plan comes with it."""
@@ -197,8 +207,12 @@ def join_test(
         show=record_printer(as_json=as_json),
         session=test.session,
     ) as session:
-        identity = Identity.load_or_create(out / IDENTITY_NAME)
+        identity = _identity(state, session)
         _test_with_other(session, side, identity, test.host_id, as_json=as_json)
+
+
+def _identity(state: Path, session: Session) -> Identity:
+    return Identity.load_or_create(state / IDENTITY_NAME.format(session.begin.session))
 
 
 def _test_with_other(

@@ -5,6 +5,7 @@
 | plan.py | a plan file, and the slots it makes |
 | records.py | the lines of a journal |
 | journal.py | append-only, synced, resumed |
+| session.py | begins or resumes: the journal decides what was agreed |
 | privacy.py | what of an address is written down |
 | carrier.py | what to call a carrier |
 | link.py | is an interface usable, does it stand, what has it sent? |

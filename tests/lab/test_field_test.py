@@ -275,18 +275,20 @@ async def test_two_devices_run_one_test(tmp_path: Path):
         helpers = [option for invite in bed.invites for option in ("--join", invite)]
         host = bed.spawn(
             *("host", "--interface", "usb0", "--carrier", "NL Home", "--plan", str(plan)),
-            *("--out", str(tmp_path / "host"), "--json", *helpers),
+            *("--out", str(tmp_path / "host"), "--state", str(tmp_path / "a"), "--json", *helpers),
         )
         line = await in_thread(
             partial(host.wait_line, lambda line: '"link"' in line, timeout_s=START_TIMEOUT_S)
         )
         joined = bed.spawn(
             *("join", json.loads(line)["link"], "--interface", "usb1", "--carrier", "NL KPN"),
-            *("--out", str(tmp_path / "join"), "--json"),
+            *("--out", str(tmp_path / "join"), "--state", str(tmp_path / "b"), "--json"),
         )
         for process in (host, joined):
             await in_thread(partial(process.wait, timeout_s=TEST_TIMEOUT_S))
     for folder in ("host", "join"):
+        # Results are made to be shared: no key is among them.
+        assert [path.name for path in (tmp_path / folder).iterdir()] == ["journal.jsonl"]
         contents = read_journal(tmp_path / folder / "journal.jsonl")
         assert [each.key for each in contents.attempts] == [
             "0/auto/left-to-right/1",
