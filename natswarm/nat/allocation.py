@@ -72,6 +72,7 @@ class PortSample:
         external_port: What they saw.
         sent_at: When the datagram left, seconds.
         external_ip: At which of our public addresses; empty where there is only one.
+        is_contiguous: Whether all mappings that we made since the sample before are samples, too.
     """
 
     local_port: int
@@ -79,6 +80,7 @@ class PortSample:
     external_port: int
     sent_at: float
     external_ip: str = ""
+    is_contiguous: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ class Observation:
         destination: Where we sent to; its address has the vote.
         observed: What they saw.
         sent_at: When the request left, seconds.
+        is_contiguous: Whether every mapping that we had made since the observation before was
+            observed, too, as far as is known: else ports in between may be our own.
     """
 
     port_index: int
@@ -58,6 +60,7 @@ class Observation:
     destination: Endpoint
     observed: Endpoint
     sent_at: float
+    is_contiguous: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,7 @@ def _samples(believed: Sequence[Observation]) -> list[PortSample]:
             each.observed.port,
             each.sent_at,
             each.observed.ip,
+            each.is_contiguous,
         )
         for each in believed
     ]

@@ -198,10 +198,10 @@ def _chain(
         if seconds > PAUSE_S:
             costs += min(pace.gap_cost(skips, seconds), JUMP_COST)
         else:
-            gaps.append((skips, seconds))
-    duration_s = sum(seconds for _, seconds in gaps)
-    fitted = _Pace(step, sum(count for count, _ in gaps) / max(duration_s, TIME_MIN_S))
-    costs += sum(fitted.gap_cost(skips, seconds) for skips, seconds in gaps)
+            gaps.append(Gap(skips, seconds, ours + 1))
+    duration_s = sum(gap.seconds for gap in gaps)
+    fitted = _Pace(step, sum(gap.step_count for gap in gaps) / max(duration_s, TIME_MIN_S))
+    costs += sum(fitted.gap_cost(gap.step_count, gap.seconds) for gap in gaps)
     costs += fitted.displaced_cost() * (len(ports) - len(path))
     evidence = (
         -costs

@@ -3,9 +3,9 @@
 Between two mappings of ours, `t` seconds apart, others take k steps; with a rate of r a second k is
 Poisson with mean r*t. From Jeffreys' prior (density r^-1/2) the rate has a gamma law, whose central
 90 % hold the truth 90 % of the time on average over rates (Brown, Cai & DasGupta 2003); Garwood's
-exact interval is too wide. A NAT that keeps the parity of ports may waste a step of its own each
-time: then k is what was seen or one less, both are possible, and the law is a mixture. So it is
-integrated on a grid, which does for both.
+exact interval is too wide. A NAT that keeps the parity of ports wastes a step of its own for every
+second mapping: then k is less than what was seen by as many as were wasted, and the law is a
+mixture. So it is integrated on a grid, which does for both.
 
 Source: RFC 4787 section 4.2.2 for parity. Pure arithmetic.
 """
@@ -14,13 +14,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from natswarm.nat.interval import Interval
 
 __all__ = ["Gap", "rate_interval"]
 
-Gap = tuple[int, float]
-"""Steps between two mappings of ours, and seconds."""
+
+class Gap(NamedTuple):
+    """What lies between two mappings of ours.
+
+    Attributes:
+        step_count: Steps that were not ours.
+        seconds: How long it took.
+        own_count: Mappings of ours that were made until the second, it included.
+    """
+
+    step_count: int
+    seconds: float
+    own_count: int = 1
+
 
 GRID_POINTS = 400
 
@@ -30,11 +43,13 @@ def rate_interval(gaps: Sequence[Gap], *, keeps_parity: bool) -> Interval:
 
     Args:
         gaps: At least one that took time.
-        keeps_parity: Whether one step of each gap may be the NAT's own.
+        keeps_parity: Whether each mapping of ours may have wasted a step.
     """
-    most = sum(count for count, _ in gaps)
-    least = sum(max(0, count - 1) for count, _ in gaps) if keeps_parity else most
-    duration_s = sum(seconds for _, seconds in gaps)
+    most = sum(gap.step_count for gap in gaps)
+    least = most
+    if keeps_parity:
+        least = sum(max(0, gap.step_count - gap.own_count) for gap in gaps)
+    duration_s = sum(gap.seconds for gap in gaps)
     low = max(0.0, least - 6 * math.sqrt(least + 1)) / duration_s
     high = (most + 6 * math.sqrt(most + 1) + 6) / duration_s
     # Cells in the square root of the rate, where Jeffreys' prior is even.
@@ -63,11 +78,17 @@ def rate_interval(gaps: Sequence[Gap], *, keeps_parity: bool) -> Interval:
 
 
 def _log_likelihood_of_either(gaps: Sequence[Gap], rate: float) -> float:
-    """Return it for gaps of `count` steps of others, or one less, as likely beforehand."""
+    """Return it where each mapping of ours wasted a step or not, as likely beforehand."""
     total = 0.0
-    for count, seconds in gaps:
+    for count, seconds, own_count in gaps:
         mean = max(rate * seconds, 1e-12)
-        # Poisson at `count` and at one less, over their common factor.
-        both = 1.0 if count == 0 else mean / count + 1.0
-        total += math.log(both) + max(0, count - 1) * math.log(mean) - mean
+        wasted_most = min(own_count, count)
+        # Poisson at what is left over Poisson at the least, from there on by recurrence.
+        mixture = float(math.comb(own_count, wasted_most))
+        left = count - wasted_most
+        term = 1.0
+        for wasted in range(wasted_most - 1, -1, -1):
+            term *= mean / (count - wasted)
+            mixture += math.comb(own_count, wasted) * term
+        total += math.log(mixture) + left * math.log(mean) - math.lgamma(left + 1) - mean
     return total

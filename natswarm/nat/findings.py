@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from natswarm.identity import PeerId
+from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.classify import FilterTrial, Observation, classify, port_intervals
 from natswarm.nat.interval import Interval
 from natswarm.nat.measurement import Measurement, Observer
@@ -92,6 +93,17 @@ class Findings:
         for name in [name for name in self.intervals if name.startswith("allocation.")]:
             del self.intervals[name]
         self.intervals.update(port_intervals(self.observations, self.profile))
+        self.unknown.pop("allocation.block_size", None)
+        allocation = self.profile.allocation
+        if (
+            allocation is not None
+            and allocation.law is AllocationLaw.SEQUENTIAL
+            and allocation.block_size is None
+        ):
+            self.unknown["allocation.block_size"] = (
+                f"{allocation.sample_count} ports in a row do not show where a block ends, if it "
+                "is one"
+            )
 
 
 class TestRun(Measurement, Protocol):

@@ -23,7 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from natswarm.nat.allocation import (
@@ -33,7 +33,7 @@ from natswarm.nat.allocation import (
     PortSample,
 )
 from natswarm.nat.behaviour import AllocationLaw
-from natswarm.nat.counter import Chain, follow
+from natswarm.nat.counter import PAUSE_S, Chain, follow
 from natswarm.nat.cross_traffic import rate_interval
 from natswarm.nat.interval import Interval
 from natswarm.nat.shape import Shape, fit_shape
@@ -147,7 +147,7 @@ def fit_allocation(samples: Sequence[PortSample]) -> PortAllocation | None:
             }
             chosen = _block(ports, _choose_grid(shares))
         elif likeliest is AllocationLaw.SEQUENTIAL:
-            chosen = _counter(chains)
+            chosen = _counter(chains, keeps_parity=bool(_preserves_parity(mappings)))
     probability = round(by_law.get(chosen.law, 0.0), 4)
     return replace(
         chosen,
@@ -170,7 +170,7 @@ def allocation_intervals(
     mappings = _distinct_mappings(samples)
     if allocation.law is AllocationLaw.SEQUENTIAL:
         gaps = [gap for chain in _chains(mappings) for gap in chain.gaps]
-        if sum(seconds for _, seconds in gaps) <= 0:
+        if sum(gap.seconds for gap in gaps) <= 0:
             return {}
         keeps_parity = bool(allocation.preserves_parity)
         return {"allocation.others_per_s": rate_interval(gaps, keeps_parity=keeps_parity)}
@@ -312,26 +312,35 @@ def _chains(mappings: Sequence[PortSample]) -> list[Chain]:
     by_ip: dict[str, list[PortSample]] = {}
     for mapping in mappings:
         by_ip.setdefault(mapping.external_ip, []).append(mapping)
+    # What may have been in between makes a pause, which says nothing of others.
+    pauses = accumulate(0.0 if each.is_contiguous else 2 * PAUSE_S for each in mappings)
+    times = {
+        mapping: mapping.sent_at + pause for mapping, pause in zip(mappings, pauses, strict=True)
+    }
     chains = []
     for group in by_ip.values():
-        chain = follow([each.external_port for each in group], [each.sent_at for each in group])
+        chain = follow([each.external_port for each in group], [times[each] for each in group])
         if chain is None:
             return []
         chains.append(chain)
     return chains
 
 
-def _counter(chains: Sequence[Chain]) -> PortAllocation:
+def _counter(chains: Sequence[Chain], *, keeps_parity: bool) -> PortAllocation:
     # The usual address comes first; its counter is the one to predict.
     chain = max(chains, key=lambda each: len(each.ports))
     gaps = [gap for each in chains for gap in each.gaps]
-    skip_count = sum(count for count, _ in gaps)
-    duration_s = sum(seconds for _, seconds in gaps)
+    duration_s = sum(gap.seconds for gap in gaps)
+    others_per_s = sum(gap.step_count for gap in gaps) / max(duration_s, 1e-3)
+    if keeps_parity and duration_s > 0:
+        # Every second mapping of ours wasted a step, which others did not take.
+        interval = rate_interval(gaps, keeps_parity=True)
+        others_per_s = sum(interval) / 2 if interval.low > 0 else 0.0
     counter = PortAllocation(
         AllocationLaw.SEQUENTIAL,
         step=chain.step,
         # Far beyond a million a second nothing was seen.
-        others_per_s=min(round(skip_count / max(duration_s, 1e-3), 3), 1e6),
+        others_per_s=min(round(others_per_s, 3), 1e6),
         last_port=chain.ports[-1],
     )
     grid = _counted_grid(chain)

@@ -27,7 +27,7 @@ import random
 from dataclasses import dataclass
 
 from natswarm.address import Endpoint
-from natswarm.nat.behaviour import AllocationLaw, Mapping
+from natswarm.nat.behaviour import Mapping
 from natswarm.nat.classify import FilterTrial, Observation
 from natswarm.nat.findings import Findings
 from natswarm.nat.measurement import AskThirdPeer, Observer, Reply, Request, SendEcho
@@ -327,11 +327,6 @@ def _reasons(findings: Findings) -> dict[str, str]:
             reasons["mapping"] = "it takes observers at two addresses to tell EIM from ADM"
         if profile.main_endpoint is None and profile.mapping not in (None, Mapping.EIM):
             reasons["main_endpoint"] = "every peer sees the main port at another endpoint"
-    law = profile.allocation
-    if law is not None and law.law is AllocationLaw.SEQUENTIAL and law.block_size is None:
-        reasons["allocation.block_size"] = (
-            f"{law.sample_count} ports in a row do not show where a block ends, if it is one"
-        )
     if profile.filtering is None:
         is_seen = profile.is_translated is not None
         reasons["filtering"] = "too few tries to tell a filter from loss" if is_seen else why

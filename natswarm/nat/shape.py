@@ -61,8 +61,9 @@ def fit_shape(ports: Sequence[int]) -> Shape | None:
     best: tuple[float, tuple[float, float, int, int]] | None = None
     for left in STRETCHES:
         for right in STRETCHES:
-            low = max(1, lowest - 1 - round(left * span))
-            high = min(65_535, highest + 1 + round(right * span))
+            # Ends that no port lies on: there the density is 0.
+            low = max(0, lowest - 1 - round(left * span))
+            high = min(65_536, highest + 1 + round(right * span))
             fitted = _moments(ports, low, high)
             if fitted is None:
                 continue
@@ -75,7 +76,7 @@ def fit_shape(ports: Sequence[int]) -> Shape | None:
     if advantage < 0:
         return None
     alpha, beta, low, high = best[1]
-    return Shape(round(alpha, 3), round(beta, 3), low, high, advantage)
+    return Shape(round(alpha, 3), round(beta, 3), max(low, 1), min(high, 65_535), advantage)
 
 
 def shape_density(alpha: float, beta: float, share: float) -> float:

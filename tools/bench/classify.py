@@ -37,8 +37,9 @@ from dataclasses import asdict, dataclass, field
 from natswarm.nat.behaviour import Pooling
 from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.inspection import QUICK, TESTS
-from natswarm.nat.quota import ECHOES_PER_S, MAPPINGS_MAX
+from natswarm.nat.quota import MAPPINGS_MAX
 from natswarm.nat.quota import SIGN as QUOTA_SIGN
+from natswarm.nat.rush import ECHOES_PER_S
 from natswarm.sim.nat_behaviour import NatBehaviour
 from natswarm.sim.ports import Blocks, ScaledBeta, Sequential, Uniform
 from natswarm.sim.topology import Host, Internet, SimPort
@@ -234,11 +235,12 @@ def _note_rate(case: Case, behaviour: NatBehaviour, findings: Findings) -> None:
         return
     name = "mapping_rate_per_s"
     rate = findings.profile.mapping_rate_per_s
-    quota = min(_quota(behaviour) or math.inf, MAPPINGS_MAX)
-    # What a bucket grants while as many ask as a quota or the test allows, and how many it refuses:
-    # where those are no more than a few losses, "none was met" is all there is to say, and where
-    # they are some, it is right as well as the rate.
-    refused = quota - (limit.burst + limit.per_s * quota / ECHOES_PER_S)
+    # How many the bucket refuses while so many ask as a quota or the test allows: where those are
+    # no more than a few losses, "none was met" is right as well as the rate, and without any it is
+    # all there is to say.
+    has_quota = findings.profile.max_mappings is not None or "max_mappings" in findings.unknown
+    asked = findings.profile.mappings_seen if has_quota else MAPPINGS_MAX
+    refused = asked - (limit.burst + limit.per_s * asked / ECHOES_PER_S)
     is_near = rate is not None and abs(rate - limit.per_s) <= 0.2 * limit.per_s
     truth = "near" if refused > 0 else "not met"
     found = (

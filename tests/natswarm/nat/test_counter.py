@@ -11,7 +11,7 @@ from natswarm.address import Endpoint
 from natswarm.nat.allocation import PortSample
 from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.counter import follow
-from natswarm.nat.cross_traffic import rate_interval
+from natswarm.nat.cross_traffic import Gap, rate_interval
 from natswarm.nat.fit import allocation_intervals, fit_allocation
 from natswarm.nat.shape import fit_shape
 
@@ -41,7 +41,7 @@ def poisson(rng: random.Random, mean: float) -> int:
 def test_a_plain_counter() -> None:
     chain = follow(list(range(5000, 5030)), times(30))
     assert chain is not None
-    assert (chain.step, chain.jumps, sum(count for count, _ in chain.gaps)) == (1, (), 0)
+    assert (chain.step, chain.jumps, sum(gap.step_count for gap in chain.gaps)) == (1, (), 0)
 
 
 @pytest.mark.parametrize("step", [1, -1, 2, -2, 4])
@@ -63,7 +63,7 @@ def test_overtaken_ports_are_out_of_place_but_not_steps_of_others() -> None:
     assert chain is not None
     assert chain.step == 1
     assert len(chain.ports) == 28
-    assert sum(count for count, _ in chain.gaps) == 0
+    assert sum(gap.step_count for gap in chain.gaps) == 0
 
 
 def test_ports_at_random_are_no_counter() -> None:
@@ -110,8 +110,15 @@ def test_intervals_of_rates_hold_the_truth_nine_times_in_ten() -> None:
     for seed in range(trials):
         rng = random.Random(seed)
         rate = math.exp(rng.uniform(math.log(3), math.log(300)))
-        gaps = [(poisson(rng, rate * SPACING_S), SPACING_S) for _ in range(35)]
-        wasted = [(count + rng.randrange(2), seconds) for count, seconds in gaps]
+        # One in five follows a mapping of ours that was seen too late.
+        gaps = [
+            Gap(poisson(rng, rate * SPACING_S), SPACING_S, rng.choice((1, 1, 1, 1, 2)))
+            for _ in range(35)
+        ]
+        wasted = [
+            gap._replace(step_count=gap.step_count + sum(rng.randrange(2) for _ in range(gap.own_count)))
+            for gap in gaps
+        ]
         for keeps_parity, seen in ((False, gaps), (True, wasted)):
             low, high = rate_interval(seen, keeps_parity=keeps_parity)
             held[keeps_parity] += low <= rate <= high
@@ -121,7 +128,7 @@ def test_intervals_of_rates_hold_the_truth_nine_times_in_ten() -> None:
 
 
 def test_nobody_else_seen_may_be_nobody() -> None:
-    low, high = rate_interval([(0, SPACING_S)] * 30, keeps_parity=False)
+    low, high = rate_interval([Gap(0, SPACING_S)] * 30, keeps_parity=False)
     assert low == 0
     assert 1 < high < 10
 
@@ -158,6 +165,14 @@ def test_hundreds_of_ports_show_an_uneven_range() -> None:
         even += fit_shape(flat) is None
     assert uneven >= 11
     assert even >= 11
+
+
+def test_a_range_may_reach_the_last_port() -> None:
+    rng = random.Random(2)
+    ports = [1, 65_535, *(round(65_535 * rng.betavariate(3, 3)) for _ in range(300))]
+    shape = fit_shape(ports)
+    assert shape is not None
+    assert (shape.low, shape.high) == (1, 65_535)
 
 
 def test_a_crowd_in_a_range_is_no_pair_of_blocks() -> None:

@@ -18,7 +18,7 @@ from natswarm.nat.allocation import PortAllocation
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
 from natswarm.nat.overloading import overloading_of
 from natswarm.nat.quota import MAPPINGS_MAX, QuotaTest
-from natswarm.nat.token_bucket import since_empty, smallest_burst
+from natswarm.nat.token_bucket import smallest_burst, while_empty
 from natswarm.sim.nat_behaviour import NatBehaviour
 from natswarm.sim.ports import Allocation, Blocks, Preserving, Sequential, Uniform
 from natswarm.sim.rate import RateLimit
@@ -226,9 +226,9 @@ def test_a_bucket_is_read_from_its_times() -> None:
     rush = [index * 0.005 for index in range(30)]
     drops = [0.2 + index * 0.1 for index in range(40)]
     tries = [index * 0.005 for index in range(900)]
-    counted = since_empty(rush + drops, tries)
+    counted = while_empty(rush + drops, tries, 0.0)
     assert 25 <= len(counted) < 40
     assert counted == drops[-len(counted) :]
     assert smallest_burst(rush + drops, 10.0) == pytest.approx(29, abs=1)
-    assert since_empty(rush, rush) == []
+    assert while_empty(rush, rush, 0.0) == []
     assert smallest_burst([], 10.0) == 1
