@@ -48,6 +48,7 @@ from natswarm import (
     PeerConnected,
     PeerLost,
     PunctureEnded,
+    SystemPaths,
     open_node,
 )
 
@@ -261,7 +262,7 @@ async def _generate_on_peers(
     bind: str,
 ) -> dict[str, Any]:
     # Whoever only asks needs no lasting name, and may ask on a device that serves, too.
-    config = NodeConfig(identity=Identity.generate(), bind_ip=bind)
+    config = NodeConfig(identity=Identity.generate(), bind_ip=bind, paths=SystemPaths(ip=bind))
     with screen:
         screen.tell("joining the mesh")
         async with open_node(config) as node:
@@ -350,6 +351,7 @@ def serve(
         name=name,
         bind_ip=bind,
         port=port,
+        paths=SystemPaths(ip=bind),
         services=(stage_service(loaded.content_hash, held),),
         on_event=partial(_show_event, as_json),
     )

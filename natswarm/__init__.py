@@ -48,6 +48,7 @@ from natswarm.nat.findings import NatTest
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
 from natswarm.net.message_stream import MessageStream
+from natswarm.net.path import SystemPaths
 from natswarm.net.port import Network
 from natswarm.net.stream import Stream
 from natswarm.net.udp import UdpNetwork
@@ -123,6 +124,7 @@ __all__ = [
     "SignedProfile",
     "Stream",
     "Surroundings",
+    "SystemPaths",
     "UdpNetwork",
     "VirtualNetwork",
     "World",

@@ -16,34 +16,38 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import trio
 
-from natswarm.address import Endpoint, address_kind
+from natswarm.address import AddressKind, Endpoint, address_kind
+from natswarm.discovery.beacon import OPEN_SWARM_KEY
 from natswarm.discovery.introduction import (
     NodeRecord,
     complaint_about,
     record_as_seen,
 )
-from natswarm.discovery.invite import Invite
+from natswarm.discovery.invite import INVITE_LIFETIME_S, Invite
 from natswarm.errors import (
     AddressError,
     ConfigurationError,
     ConnectFailed,
     DecodeError,
+    InviteError,
     NatswarmError,
     PeerNotFound,
+    RequestRefused,
 )
 from natswarm.identity import Identity, PeerId
 from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.inspection import QUICK
 from natswarm.nat.measurement import Observer
+from natswarm.nat.path import PathReport
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
 from natswarm.net.connector import Connector
@@ -51,8 +55,10 @@ from natswarm.net.dialler import Dialler, PunctureEnded, PunctureStarted
 from natswarm.net.echo import EchoService
 from natswarm.net.introducer import Introducer, Neighbour
 from natswarm.net.lan import Lan, LanService
+from natswarm.net.notes import Notes
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.overlay import OverlayService
+from natswarm.net.path import PathNetwork, trace_path
 from natswarm.net.path_keeper import Lifetimes, PathSwitched
 from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
@@ -110,8 +116,13 @@ class NodeConfig:
         outage_s: How long a connection outlives its last path, at most 600: a phone that changes
             networks needs seconds, one that sleeps minutes. Streams wait meanwhile.
         cache: Where to remember peers, such as a `PeerCache`; None: nowhere.
+        notes: What else to remember from run to run, such as which invites are used up.
         lan: Find peers in our own networks by multicast, on the real network alone; None: do not.
+        paths: Where the path outward is traced from whenever our NAT is inspected, such as
+            `SystemPaths()`: openers then have the hop limit that spares the peer's NAT. None: it is
+            not traced.
         seed: Seed of the node's random behaviour; None draws one. Keys never depend on it.
+        utc: The clock on the wall: seconds since 1970.
         on_event: Called with every NodeEvent, at once; must return quickly and not raise.
     """
 
@@ -126,7 +137,9 @@ class NodeConfig:
     seed: int | None = None
     outage_s: float = 60.0
     cache: PeerStore | None = None
+    notes: Notes = field(default_factory=Notes)
     lan: Lan | None = None
+    paths: PathNetwork | None = None
     on_event: Callable[[NodeEvent], None] = lambda _event: None
 
 
@@ -297,6 +310,7 @@ class Node:
         if self._overlay is not None:
             self._nursery.start_soon(self._overlay.run)
         self._nursery.start_soon(self._roamer.run)
+        self._nursery.start_soon(self._config.notes.run)
         if self._rejoiner is not None:
             self._nursery.start_soon(self._rejoiner.run)
         if self._config.lan is not None:
@@ -314,6 +328,7 @@ class Node:
         self._is_closed = True
         self._dialler.close()
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._config.notes.save)
             if self._rejoiner is not None:
                 nursery.start_soon(self._rejoiner.aclose)
             for peer in list(self._peers.values()):
@@ -359,10 +374,31 @@ class Node:
         self._services = services
         await self._share_record_with_all()
 
-    async def invite(self) -> Invite:
-        """Return an invite to this node, as it is reachable now."""
+    async def invite(
+        self, *, lifetime_s: float = INVITE_LIFETIME_S, is_one_time: bool = False
+    ) -> Invite:
+        """Return an invite to this node, as it is reachable now.
+
+        Args:
+            lifetime_s: How long it holds.
+            is_one_time: Whether only the first node that connects by it may do so.
+
+        Raises:
+            InviteError: It would not hold for a second, or for ever.
+        """
+        if not 1 <= lifetime_s < 2**32:
+            raise InviteError(f"an invite holds for a second to a century, not {lifetime_s:g} s")
         await self.known_profile()
-        return Invite.of(self.record(), self._identity)
+        now_s, book = self._config.utc(), self._config.notes.invites
+        lan = self._config.lan
+        return Invite.of(
+            self.record(),
+            self._identity,
+            lifetime_s=lifetime_s,
+            meeting=book.add(now_s, lifetime_s, os.urandom),
+            ticket=book.add_ticket(now_s, lifetime_s, os.urandom) if is_one_time else b"",
+            swarm_key=b"" if lan is None or lan.swarm_key == OPEN_SWARM_KEY else lan.swarm_key,
+        )
 
     def record(self) -> NodeRecord:
         """Return what we say of ourselves."""
@@ -372,7 +408,7 @@ class Node:
             alternate = Endpoint(profile.main_endpoint.ip, self._alternate.port.local_endpoint.port)
         return NodeRecord(
             peer_id=self.peer_id,
-            issued_at_s=time.time(),
+            issued_at_s=self._config.utc(),
             name=self._config.name,
             profile=profile,
             alternate_endpoint=alternate,
@@ -407,22 +443,39 @@ class Node:
         return profile
 
     async def _inspect(self, tests: Iterable[NatTest]) -> NatProfile:
+        way_out: list[PathReport] = []
         async with self._inspecting:
-            findings = await self._echo.inspect(
-                await self._observers(),
-                tests=tests,
-                host_candidates=self._host_candidates(),
-                rng=self._rng,
-                ask_neighbour=self._ask_neighbour_to_echo,
-            )
+            observers = await self._observers()
+            # The outer one takes off the groups that the inner one wraps around errors.
+            async with open_private_nursery(), trio.open_nursery() as nursery:
+                nursery.start_soon(self._trace_path, observers, way_out)
+                findings = await self._echo.inspect(
+                    observers,
+                    tests=tests,
+                    host_candidates=self._host_candidates(),
+                    rng=self._rng,
+                    ask_neighbour=self._ask_neighbour_to_echo,
+                )
             if self._is_closed:
                 raise ConnectFailed("this node was closed")
         profile = findings.profile
+        for report in way_out:
+            profile = replace(
+                profile, nat_count=report.nat_count_at_least, opener_ttl=report.opener_ttl
+            )
         self._looked_at = trio.current_time()
         if self._profile is not None:  # a look at the rest does not make us forget lifetimes
             profile = with_lifetimes_of(profile, self._profile)
         self._learn_profile(profile)
         return profile
+
+    async def _trace_path(self, observers: Sequence[Observer], found: list[PathReport]) -> None:
+        """Look at the way out while observers are asked; it takes no longer than they do."""
+        far_end = next(
+            (each.endpoint for each in observers if each.endpoint.kind is AddressKind.GLOBAL), None
+        )
+        if self._config.paths is not None and far_end is not None:
+            found.append(await trace_path(self._config.paths, far_end))
 
     def adopt_profile(self, profile: NatProfile) -> None:
         """Go by a profile from now on, such as one that more was found out for; neighbours hear."""
@@ -458,13 +511,20 @@ class Node:
         Cancelled, it leaves nothing behind; a connection that was ready by then stays.
 
         Raises:
+            InviteError: The invite has expired, or was for one guest and is used up.
             PeerNotFound: No neighbour knows the peer.
             PunctureFailed: The NATs stayed closed, or cannot be opened within the limits.
             HandshakeFailed: There was a path, but not the peer at its end.
             ConnectFailed: Anything else that kept us from it.
             ConfigurationError: The system gives fewer ports than the puncture needs.
         """
+        ticket = b""
+        if isinstance(target, Invite):
+            target.check(self._config.utc())
+            ticket = b"" if self.is_connected(target.record.peer_id) else target.ticket
         peer = await self._connector.connect(target)
+        if ticket:
+            await self._hand_in(ticket, peer)
         if self._overlay is not None:
             self._overlay.keep(peer.peer_id)
         await peer.wait_introduced()
@@ -574,7 +634,20 @@ class Node:
         """Whether there is a connection to a peer."""
         return self.living_peer(peer_id) is not None
 
+    async def _hand_in(self, ticket: bytes, peer: Peer) -> None:
+        try:
+            await self._introducer.redeem(peer, ticket)
+        except BaseException as error:
+            await trio.aclose_forcefully(peer)
+            if isinstance(error, RequestRefused):
+                raise InviteError(str(error)) from error
+            raise
+
     # What the connector asks for ------------------------------------------------------------------
+
+    def meetings(self) -> list[bytes]:
+        """Return where holders of our invites may wait for us, the newest first."""
+        return self._config.notes.invites.meetings(self._config.utc())
 
     def living_peer(self, peer_id: PeerId) -> Peer | None:
         """Return the connection to a peer, if there is one."""
@@ -711,6 +784,11 @@ class Node:
         if peer is not None:
             return await self._renewer.answer(peer, record, seen_at, attempt, introducer)
         return await self._connector.start_rendezvous(record, seen_at, attempt, introducer)
+
+    async def take_ticket(self, ticket: bytes, peer_id: PeerId) -> None:
+        """Take the ticket of a one-time invite; it is used up on the disk when this returns."""
+        self._config.notes.invites.redeem(ticket, peer_id, self._config.utc())
+        await self._config.notes.save()
 
     def send_unsolicited_echo(self, transaction: bytes, observed: Endpoint) -> None:
         """Send one echo reply for somebody our neighbour vouches for."""

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Annotated
 
-import segno
 import trio
 import typer
 
@@ -22,11 +21,13 @@ from natswarm.cli.options import (
     JsonOption,
     StateOption,
     console,
+    duration_s,
     make_config,
     print_json,
     with_node,
 )
-from natswarm.cli.show import event_as_json, event_as_text
+from natswarm.cli.show import event_as_json, event_as_text, show_qr
+from natswarm.discovery.beacon import OPEN_SWARM_KEY
 from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
 from natswarm.node import Node, NodeConfig, NodeEvent
@@ -79,6 +80,12 @@ def up(
     join: JoinOption = None,
     lan: Annotated[bool, typer.Option(help="Find peers on the LAN by multicast.")] = True,
     qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code, too.")] = False,
+    expires: Annotated[
+        str, typer.Option("--expires", help="How long the invite holds: 30m, 12h, 7d.")
+    ] = "7d",
+    one_time: Annotated[
+        bool, typer.Option("--one-time", help="An invite for one guest alone.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a node until interrupted: print its invite, then what happens.
@@ -86,24 +93,29 @@ def up(
     A node that others can reach (a public address, or a NAT that lets strangers in) is all that a
     new swarm needs: give its invite to the others.
     """
+    lifetime_s = duration_s(expires)
+    # Who is invited to a private swarm hears it on the LAN, too.
+    keys = [key for text in join or () if (key := Invite.parse(text).swarm_key)]
     config = make_config(
         state,
+        swarm_key=keys[0] if keys else OPEN_SWARM_KEY,
         name=name,
         bind=bind,
         port=port,
         interface=interface,
         lan=lan,
+        traces_path=True,
         on_event=_event_printer(as_json),
     )
 
     async def body(node: Node) -> None:
-        invite = await node.invite()
+        invite = await node.invite(lifetime_s=lifetime_s, is_one_time=one_time)
         if as_json:
             print_json({"event": "up", "peer_id": str(node.peer_id), "invite": str(invite)})
         else:
             console.print(f"PeerId  {node.peer_id}\nInvite  {invite}\nPress Ctrl-C to stop.")
             if qr:
-                segno.make(str(invite), error="l").terminal(compact=True)
+                show_qr(invite)
         await trio.sleep_forever()
 
     trio.run(_joined, config, join, body)
@@ -123,7 +135,13 @@ def connect(
 ) -> None:
     """Puncture to one peer and report how it went."""
     target = Invite.parse(peer) if peer.startswith("natswarm:") else PeerId.parse(peer)
-    config = make_config(state, bind=bind, interface=interface, on_event=_event_printer(as_json))
+    config = make_config(
+        state,
+        bind=bind,
+        interface=interface,
+        traces_path=True,
+        on_event=_event_printer(as_json),
+    )
 
     async def body(node: Node) -> None:
         await node.connect(target)

@@ -13,9 +13,12 @@ import trio
 import typer
 from rich.console import Console
 
+from natswarm.errors import ConfigurationError
 from natswarm.identity import Identity
 from natswarm.net.lan import Lan
+from natswarm.net.notes import Notes
 from natswarm.net.nursery import open_private_nursery
+from natswarm.net.path import SystemPaths
 from natswarm.net.peer_cache import PeerCache
 from natswarm.net.udp import UdpNetwork
 from natswarm.node import Node, NodeConfig, NodeEvent, open_node
@@ -28,12 +31,15 @@ __all__ = [
     "JsonOption",
     "StateOption",
     "console",
+    "duration_s",
     "make_config",
     "print_json",
     "with_node",
 ]
 
 TERMINATED = 128 + signal.SIGTERM  # as shells count
+
+UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 DEFAULT_STATE = platformdirs.user_state_path("natswarm", appauthor=False)
 
@@ -67,6 +73,18 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value), flush=True)  # noqa: T201 - this is the command line's output
 
 
+def duration_s(text: str) -> float:
+    """Read `30m`, `12h` or `7d`.
+
+    Raises:
+        ConfigurationError: Not a duration.
+    """
+    number, unit = text[:-1], text[-1:]
+    if unit not in UNITS_S or not (number.isascii() and number.isdigit()) or int(number) == 0:
+        raise ConfigurationError(f"{text!r} is not a duration; write 90s, 30m, 12h or 7d")
+    return int(number) * UNITS_S[unit]
+
+
 def make_config(
     state: Path,
     *,
@@ -75,6 +93,7 @@ def make_config(
     port: int = 0,
     interface: str | None = None,
     lan: bool = False,
+    traces_path: bool = False,
     on_event: Callable[[NodeEvent], None] = lambda _event: None,
 ) -> NodeConfig:
     """Return how to open this device's node, making its identity on the first call.
@@ -89,7 +108,9 @@ def make_config(
         bind_ip=bind,
         port=port,
         cache=PeerCache(state / "peers.sqlite3"),
-        lan=Lan(interface) if lan else None,
+        notes=Notes.load(state),
+        lan=Lan(interface, swarm_key) if lan else None,
+        paths=SystemPaths(ip=bind, interface=interface) if traces_path else None,
         on_event=on_event,
     )
 

@@ -48,10 +48,6 @@ def test_a_pair_that_cannot_work_says_why():
     assert "observer" in report.reason
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="no low-TTL openers yet: the first probe that reaches the other router moves its port",
-)
 def test_devices_behind_poisonable_routers_connect():
     nat = KernelNat(NatKind.PRESERVING, is_poisonable=True)
     report = run_pair(nat, nat, seed=1)

@@ -18,7 +18,7 @@ from llmload.model_folder import load_model
 from llmload.swarm.route import parse_blocks
 from llmload.swarm.stage import StageServer
 from llmload.weights import bundled_model_path
-from natswarm import Identity, Invite, NodeConfig, open_node
+from natswarm import Identity, Invite, NodeConfig, SystemPaths, open_node
 from natswarm.cli.options import print_json
 from natswarm.cli.show import event_as_json
 
@@ -33,6 +33,7 @@ async def serve(name: str, blocks: range, invite: Invite, seed: int) -> None:
         identity=Identity(hashlib.sha256(f"lab/{seed}/{name}".encode()).digest()),
         name=name,
         seed=seed,
+        paths=SystemPaths(),
         on_event=lambda event: print_json(event_as_json(event)),
     )
     async with open_node(config) as node:
