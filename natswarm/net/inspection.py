@@ -34,6 +34,37 @@ TFTP_READ_REQUEST = b"\x00\x01natswarm\x00octet\x00"
 # gone.
 REFUSALS_MAX = 5
 
+# Systems draw ports from 28,000 or more; where one is drawn again that an earlier test had, its
+# mapping may still be there, and what is seen of it is not new. So some more are bound.
+EPHEMERAL_PORTS = 28_000
+SPARE_PORTS = 4
+
+
+class _FreshPorts:
+    """The ports of one test: none of a number that the inspection had before, as far as there are.
+
+    Attributes:
+        indices: Their indices in the inspection.
+        group: What was bound, some spare ones included.
+    """
+
+    def __init__(self, indices: range, group: PortGroup, bound: int, used: set[int]) -> None:
+        self.indices = indices
+        self.group = group
+        numbers = [group.local_endpoint(each).port for each in range(bound)]
+        in_order = sorted(range(bound), key=lambda each: numbers[each] in used)
+        self._chosen = in_order[: len(indices)]
+        self._index_of = dict(zip(self._chosen, indices, strict=True))
+        used.update(numbers[each] for each in self._chosen)
+
+    def member(self, port_index: int) -> int:
+        """Return which port of the group has an index of ours."""
+        return self._chosen[port_index - self.indices.start]
+
+    def port_index(self, member: int) -> int | None:
+        """Return the index of a port of the group; None for a spare one."""
+        return self._index_of.get(member)
+
 
 class InspectionDriver:
     """Runs one inspection.
@@ -62,7 +93,8 @@ class InspectionDriver:
         self._bind_ip = bind_ip
         self._main_port = main_port
         self._ask_neighbour = ask_neighbour
-        self._groups: list[tuple[range, PortGroup]] = []  # indices and their ports
+        self._fresh: list[_FreshPorts] = []
+        self._used_ports = {main_port.local_endpoint.port}
         self._bound_count = 1
         self._refusal_count = 0
         self._wakeup = trio.Event()
@@ -80,8 +112,8 @@ class InspectionDriver:
                     with trio.move_on_at(timer):
                         await self._wakeup.wait()
         finally:
-            for _, group in self._groups:
-                group.close()
+            for fresh in self._fresh:
+                fresh.group.close()
 
     def receive_untrusted(self, port_index: int, data: bytes, source: Endpoint) -> None:
         """Take what came in on a port.
@@ -143,21 +175,25 @@ class InspectionDriver:
         """
         machine = self._machine
         needed = machine.fresh_ports
-        for indices, group in self._groups:
-            if indices.stop <= needed.start:
-                group.close()
-        self._groups = [entry for entry in self._groups if entry[0].stop > needed.start]
+        for fresh in self._fresh:
+            if fresh.indices.stop <= needed.start:
+                fresh.group.close()
+        self._fresh = [each for each in self._fresh if each.indices.stop > needed.start]
         if machine.port_count > self._bound_count:
             indices = range(self._bound_count, machine.port_count)
-            group = self._network.bind_group(self._bind_ip, len(indices))
-            self._groups.append((indices, group))
+            bound = len(indices)
+            if self._bound_count > 1:
+                bound += SPARE_PORTS + 2 * bound * len(self._used_ports) // EPHEMERAL_PORTS
+            group = self._network.bind_group(self._bind_ip, bound)
+            fresh = _FreshPorts(indices, group, bound, self._used_ports)
+            self._fresh.append(fresh)
             self._bound_count = machine.port_count
-            nursery.start_soon(self._receive, indices.start, group)
+            nursery.start_soon(self._receive, fresh)
 
     def _group_of(self, port_index: int) -> tuple[PortGroup, int] | None:
-        for indices, group in self._groups:
-            if port_index in indices:
-                return group, port_index - indices.start
+        for fresh in self._fresh:
+            if port_index in fresh.indices:
+                return fresh.group, fresh.member(port_index)
         return None
 
     def _local_port(self, port_index: int) -> int:
@@ -209,14 +245,17 @@ class InspectionDriver:
             self._machine.withdraw(request.transaction)
             self._wakeup.set()
 
-    async def _receive(self, first_index: int, group: PortGroup) -> None:
+    async def _receive(self, fresh: _FreshPorts) -> None:
         while True:
             try:
-                batch = await group.receive_batch()
+                batch = await fresh.group.receive_batch()
             except trio.ClosedResourceError:
                 return
-            for index, arrival in batch:
+            for member, arrival in batch:
+                port_index = fresh.port_index(member)
+                if port_index is None:
+                    continue
                 try:
-                    self.receive_untrusted(first_index + index, arrival.data, arrival.source)
+                    self.receive_untrusted(port_index, arrival.data, arrival.source)
                 except DecodeError:
                     continue

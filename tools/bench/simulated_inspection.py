@@ -116,6 +116,7 @@ class SimulatedInspection:
         self._host = host
         self._me = peer_id(host.name)
         self._ports: list[SimPort] = [main]
+        self._used_ports = {main.endpoint.port}
         self._closed_count = 1
         self.machine = NatInspection(
             [each.observer for each in observers],
@@ -178,10 +179,18 @@ class SimulatedInspection:
             self.finished_at = now
 
     def _bind(self) -> None:
+        # As in `net/inspection.py`: an earlier port of the same number may still have a mapping.
+        repeated: list[SimPort] = []
         while len(self._ports) < self.machine.port_count:
             port = self._host.open_port()
+            if port.endpoint.port in self._used_ports:
+                repeated.append(port)
+                continue
+            self._used_ports.add(port.endpoint.port)
             port.on_datagram = self._receiver(len(self._ports))
             self._ports.append(port)
+        for port in repeated:
+            port.close()
         for port in self._ports[self._closed_count : self.machine.fresh_ports.start]:
             port.close()
         self._closed_count = max(self._closed_count, self.machine.fresh_ports.start)
