@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -140,6 +141,7 @@ class NodeConfig:
     notes: Notes = field(default_factory=Notes)
     lan: Lan | None = None
     paths: PathNetwork | None = None
+    utc: Callable[[], float] = time.time
     on_event: Callable[[NodeEvent], None] = lambda _event: None
 
 

@@ -13,6 +13,7 @@ import trio
 import typer
 from rich.console import Console
 
+from natswarm.discovery.beacon import OPEN_SWARM_KEY
 from natswarm.errors import ConfigurationError
 from natswarm.identity import Identity
 from natswarm.net.lan import Lan
@@ -93,6 +94,7 @@ def make_config(
     port: int = 0,
     interface: str | None = None,
     lan: bool = False,
+    swarm_key: bytes = OPEN_SWARM_KEY,
     traces_path: bool = False,
     on_event: Callable[[NodeEvent], None] = lambda _event: None,
 ) -> NodeConfig:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from typing import Any
 
+import segno
 from rich.markup import escape
 
+from natswarm.discovery.invite import Invite
 from natswarm.nat.profile import NatProfile
 from natswarm.node import (
     NodeEvent,
@@ -18,7 +22,23 @@ from natswarm.node import (
     PunctureStarted,
 )
 
-__all__ = ["event_as_json", "event_as_text", "profile_as_json"]
+__all__ = ["event_as_json", "event_as_text", "profile_as_json", "show_qr"]
+
+# Lines of half a module: a camera wants four blank modules around (ISO/IEC 18004), two do.
+QR_BORDER = 2
+
+
+def show_qr(invite: Invite) -> None:
+    """Print an invite as a QR code of half blocks, two modules a line."""
+    code = segno.make(invite.qr_text, error="l")
+    needed = code.symbol_size(border=QR_BORDER)[0]
+    if (columns := shutil.get_terminal_size().columns) < needed:
+        print(  # noqa: T201 - this is the command line's output
+            f"The QR code needs {needed} columns, this terminal has {columns}: make it wider, or "
+            "the letters smaller."
+        )
+        return
+    code.terminal(out=sys.stdout, border=QR_BORDER, compact=True)
 
 
 def event_as_text(event: NodeEvent) -> str:

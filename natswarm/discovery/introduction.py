@@ -39,6 +39,8 @@ __all__ = [
     "Introduced",
     "NodeRecord",
     "PeersFound",
+    "Redeem",
+    "Redeemed",
     "Rendezvous",
     "RendezvousAccepted",
     "ShareRecord",
@@ -205,6 +207,16 @@ class EchoTo(Message, frozen=True):
 
 class Asked(Message, frozen=True):
     """The answer to both: it was sent."""
+
+
+class Redeem(Message, frozen=True):
+    """Guest to host: I came by your one-time invite with this ticket."""
+
+    ticket: bytes
+
+
+class Redeemed(Message, frozen=True):
+    """The answer: it is yours."""
 
 
 def decode_endpoint_untrusted(text: str) -> Endpoint:

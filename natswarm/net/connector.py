@@ -4,7 +4,8 @@
     Invite of a node that has met nobody     HELLO, then probes, to its own addresses: whoever is
                                              given that invite is on its network
     Invite of any other                      both sides dial, with a name of the attempt that both
-                                             can derive: needs the other's invite on both sides
+                                             derive from the meeting that the lower PeerId's invite
+                                             names: needs the other's invite on both sides
     PeerId                                   a neighbour introduces: introduction.py
 
 Of a pair, one side's wish is carried out at a time. Who asks the other for a path, through a
@@ -17,6 +18,7 @@ Knows no sockets and no streams; the node, behind the `Home` protocol, keeps the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -83,6 +85,10 @@ class Home(Protocol):
 
     def sealed_record(self) -> bytes:
         """Our record as of now, signed."""
+        ...
+
+    def meetings(self) -> list[bytes]:
+        """Where holders of our invites may wait, the newest first."""
         ...
 
     def living_peer(self, peer_id: PeerId) -> Peer | None:
@@ -225,7 +231,19 @@ class Connector:
         except DecodeError as error:
             raise ConnectFailed(str(error)) from error
         plan = self._plan(await self._home.known_profile(), profile, peer_id)
-        return await self._dial(peer_id, plan, secret[:ATTEMPT_BYTES])
+        # Of our own invites the peer may hold one of last week's.
+        meetings = [invite.meeting]
+        if self._peer_id < peer_id:
+            meetings = self._home.meetings() or meetings
+        failure: ConnectFailed | None = None
+        for meeting in meetings:
+            name = hashlib.blake2s(meeting, key=secret, digest_size=ATTEMPT_BYTES).digest()
+            try:
+                return await self._dial(peer_id, plan, name)
+            except PunctureFailed as error:
+                failure = error
+        assert failure is not None
+        raise failure
 
     async def _dial_at(self, peer_id: PeerId, endpoints: tuple[Endpoint, ...]) -> Peer:
         attempt = self._new_attempt_id()

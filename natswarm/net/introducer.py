@@ -9,6 +9,7 @@ Each of the small protocols here is one question and one answer on a stream of i
                                                                   peer for itself: the next path)
     natswarm/ask/1         AskNeighbour -> Asked                  (to a neighbour)
     natswarm/echo/1        EchoTo -> Asked                        (from it to one of its neighbours)
+    natswarm/invite/1      Redeem -> Redeemed                     (to whom a one-time invite is of)
 
 What it is all for stands in `discovery/introduction.py`. Knows no sockets; it asks the node, behind
 the `Home` protocol, for whom it is connected to and to start a puncture.
@@ -32,6 +33,8 @@ from natswarm.discovery.introduction import (
     Introduced,
     NodeRecord,
     PeersFound,
+    Redeem,
+    Redeemed,
     Rendezvous,
     RendezvousAccepted,
     ShareRecord,
@@ -123,6 +126,14 @@ class Home(Protocol):
         """Send one echo reply from our main port."""
         ...
 
+    async def take_ticket(self, ticket: bytes, peer_id: PeerId) -> None:
+        """Take the ticket of a one-time invite.
+
+        Raises:
+            InviteError: It is used up, or none of ours.
+        """
+        ...
+
 
 class Introducer:
     """Both ends of the protocols above, for one node."""
@@ -139,6 +150,7 @@ class Introducer:
             "natswarm/rendezvous/1": self._serve(Rendezvous, self._answer_rendezvous),
             "natswarm/ask/1": self._serve(AskNeighbour, self._answer_ask),
             "natswarm/echo/1": self._serve(EchoTo, self._answer_echo),
+            "natswarm/invite/1": self._serve(Redeem, self._answer_redeem),
         }
 
     async def share_record(self, neighbour: Neighbour) -> None:
@@ -235,6 +247,15 @@ class Introducer:
         """
         request = AskNeighbour(transaction, str(observed))
         await self._ask(neighbour, "natswarm/ask/1", request, Asked, timeout_s=RELAYED_TIMEOUT_S)
+
+    async def redeem(self, neighbour: Neighbour, ticket: bytes) -> None:
+        """Hand in the ticket of a neighbour's one-time invite.
+
+        Raises:
+            RequestRefused: It is used up, or is not known there.
+            NatswarmError: No valid answer.
+        """
+        await self._ask(neighbour, "natswarm/invite/1", Redeem(ticket), Redeemed)
 
     async def _ask(
         self,
@@ -341,6 +362,10 @@ class Introducer:
             request.transaction, decode_endpoint_untrusted(request.observed)
         )
         return Asked()
+
+    async def _answer_redeem(self, request: Redeem, neighbour: Neighbour) -> Redeemed:
+        await self._home.take_ticket(request.ticket, neighbour.peer_id)
+        return Redeemed()
 
     def _learn(self, neighbour: Neighbour, sealed: bytes) -> None:
         record = decode_record_untrusted(sealed)

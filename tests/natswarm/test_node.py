@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import trio
@@ -13,6 +14,7 @@ from natswarm import (
     ConfigurationError,
     ConnectFailed,
     Invite,
+    InviteError,
     PeerConnected,
     PeerLost,
     PeerNotFound,
@@ -244,6 +246,33 @@ async def test_an_invite_without_a_profile_is_refused_in_words(open_swarm, autoj
 
 
 # Who is there -------------------------------------------------------------------------------------
+
+
+async def test_a_one_time_invite_is_for_one_guest(open_swarm, autojump_clock):
+    async with open_swarm() as swarm:
+        host, first, second = [await swarm.add(name) for name in ("host", "first", "second")]
+        invite = Invite.parse(str(await host.invite(is_one_time=True)))
+        assert await first.connect(invite)
+        with pytest.raises(InviteError, match="used up"):
+            await second.connect(invite)
+        assert second.peers() == []
+        await trio.sleep(1)
+        assert [peer.peer_id for peer in host.peers()] == [first.peer_id]
+        # The guest may come again, and others by another invite.
+        await swarm.peer("first", "host").aclose()
+        assert await first.connect(invite)
+        assert await second.connect(await host.invite())
+
+
+async def test_an_expired_invite_is_refused_before_anything_is_sent(open_swarm, autojump_clock):
+    async with open_swarm() as swarm:
+        host = await swarm.add("host")
+        late = await swarm.add("late", utc=lambda: time.time() + 8 * 86_400)
+        with pytest.raises(InviteError, match="expired"):
+            await late.connect(await host.invite())
+        assert swarm.events["late"] == []
+        with pytest.raises(InviteError, match="holds for a second"):
+            await host.invite(lifetime_s=0)
 
 
 async def test_the_invite_of_a_node_that_met_nobody_leads_to_its_own_addresses(
