@@ -56,8 +56,11 @@ FILTER_TRIAL_COUNT = 4
 # each, four ports get the same of two addresses by chance once in 16 times, after the main port.
 POOLED_PORTS = 8
 
-# Asking a third peer takes two messages over connections before its datagram leaves.
-FILTER_TRIAL_TIMEOUT_S = 1.5
+# How long an answer to a trial may take: so many of the longest round trips seen, and something for
+# busy machines. A third peer is asked by two messages over connections before its datagram leaves.
+TRIAL_ROUND_TRIPS = {False: 3.0, True: 5.0}
+TRIAL_SLACK_S = 0.3
+TRIAL_TIMEOUT_MAX_S = 1.5
 
 
 @dataclass(slots=True)
@@ -125,6 +128,7 @@ class BehaviourTest:
         }
         self._pending: dict[bytes, tuple[_Exchange | _Trial, float]] = {}  # and when it was sent
         self._looked_closer = False
+        self._round_trip_s = 0.0  # the longest
         self.ignored_count = 0
 
     def requests_to_send(self, now: float) -> list[Request]:
@@ -138,7 +142,7 @@ class BehaviourTest:
                     self._note(trial, was_answered=False)
                 elif self._packets_left > 0:
                     trial.was_sent = True
-                    trial.due_at = now + FILTER_TRIAL_TIMEOUT_S
+                    trial.due_at = now + self._patience_s(trial)
                     requests.append(self._ask_trial(trial, now))
         for exchange in self._exchanges:
             if exchange.due_at is not None and exchange.due_at <= now:
@@ -156,6 +160,7 @@ class BehaviourTest:
         if isinstance(asked, _Exchange) and _answers(asked, reply):
             self._forget(asked)
             asked.due_at = None
+            self._round_trip_s = max(self._round_trip_s, now - sent_at)
             self._findings.observations.append(
                 Observation(
                     port_index=reply.port_index,
@@ -191,6 +196,10 @@ class BehaviourTest:
         """Say of each field of the quick part that is not known why not."""
         findings = self._findings
         findings.unknown.update(_reasons(findings))
+
+    def _patience_s(self, trial: _Trial) -> float:
+        patience_s = TRIAL_ROUND_TRIPS[trial.by_stranger] * self._round_trip_s + TRIAL_SLACK_S
+        return min(patience_s, TRIAL_TIMEOUT_MAX_S)
 
     def _ask_echo(self, exchange: _Exchange, now: float) -> SendEcho:
         return SendEcho(
