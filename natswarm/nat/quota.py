@@ -78,12 +78,15 @@ RATE_GRANTS = 40
 RATE_GRANTS_MIN = 3
 # Where a quota cuts the count short, or late answers of the rush may look like a rate.
 RATE_GRANTS_MIN_RUSH = 15
+# A slow rate that loss has blurred more than this is counted once more, for longer.
+RUSH_ERROR_MAX = 0.1
 COUNT_EVERY_S = 0.25
 RATE_DURATION_S = 12.0
 LOSS_MIN = 0.01
 STANDSTILL_S = 3.0
-# Ports still ask, and nothing is granted for so many times the usual gap: a quota beside the rate.
-STALL_GAPS, STALL_MIN_S = 10.0, 0.5
+# Ports still ask for so many times the usual gap, and so much less than usual is granted: a quota
+# beside the rate.
+STALL_GAPS, STALL_MIN_S, STALL_SHARE = 10.0, 0.5, 0.25
 
 # Mappings of cellular networks live for 10 s at least, of most for 30 s (Richter et al.).
 ALIVE_FOR_S = 10.0
@@ -160,7 +163,8 @@ class QuotaTest(Rush):
         rate = self._count(self._grants, OPEN_WAITS_S[0], RATE_GRANTS_MIN_RUSH)
         if rate is not None and not self._is_stalled(rate):
             self._note(rate)
-            return
+            if rate.interval.high <= (1 + RUSH_ERROR_MAX) * rate.per_s:
+                return
         productive = yield from self._cycles()
         if not self._refused and not self._was_refused():
             self._rate_per_s = math.inf
@@ -195,9 +199,17 @@ class QuotaTest(Rush):
         return productive
 
     def _is_stalled(self, rate: BucketRate) -> bool:
-        """Whether ports went on asking after the last that was granted."""
-        asked_until = max(time for asked in self._questions for time in asked.sent_times)
-        return asked_until - rate.ended_at > max(STALL_GAPS / rate.per_s, STALL_MIN_S)
+        """Whether ports went on asking after the count, and were granted next to nothing."""
+        asked = [
+            time - rate.ended_at
+            for question in self._questions
+            for time in question.sent_times
+            if time > rate.ended_at
+        ]
+        if not asked or max(asked) < max(STALL_GAPS / rate.per_s, STALL_MIN_S):
+            return False
+        granted = sum(each.granted_at > rate.ended_at for each in self._grants)
+        return granted < STALL_SHARE * min(len(asked), rate.per_s * max(asked))
 
     def _boundary_is_sharp(self) -> bool:
         """Whether all was granted up to the first refusal, and next to nothing after it."""
@@ -391,8 +403,10 @@ class QuotaTest(Rush):
         # Before the first refusal a mapping was made by the first try, though its answer was lost;
         # later the bucket was empty, and says nothing more.
         boundary = boundary_of(self._first_tries)
-        opened = sorted(each.first_sent_at for each in self._grants)
-        times = opened[: len(self._first_tries) if boundary is None else boundary]
+        if boundary is None:  # a fast rate, which grants most of all tries
+            times = [each.granted_at for each in self._grants]
+        else:
+            times = sorted(each.first_sent_at for each in self._grants)[:boundary]
         made: dict[tuple[int, Endpoint], float] = {}
         for each in self.findings.observations:
             if each.sent_at < self._started_at:

@@ -22,13 +22,16 @@ __all__ = ["BucketRate", "count_rate", "smallest_burst", "while_empty"]
 
 # (grants in a row, tries for each): an empty bucket, of a slow rate and of fast ones. Loss alone
 # takes one try for each, and a quarter more at worst; by which the last is stretched.
-EMPTY_RUNS = ((3, 6.0), (15, 2.2), (40, 1.35))
-# Those that emptied it and whose answers were lost come with the next tries.
-SETTLES_AFTER_S = 0.6
+EMPTY_RUNS = ((3, 6.0), (15, 2.2), (25, 1.5), (40, 1.35))
+# At the end fewer ask, and what is left of the last run may be too few: then look at so many alone.
+LAST_RUN = 5
+# Of those that emptied it and whose answers were lost, some come with later tries. To wait for all
+# leaves too little of a fast rate; those that are still to come make the interval wider.
+SETTLES_AFTER_S = 0.2
 # Grants of an empty bucket come evenly; loss makes a gap twice as long, or three times. After a
 # longer one something else has ended them, and what comes then had been granted before.
 GAP_RATIO = 10.0
-DURATION_MIN_S = 0.8
+DURATION_MIN_S = 0.4
 # By how much the way out varies; a try may also come as late after a token as the one before.
 JITTER_S = 0.02
 NORMAL_90 = 1.645
@@ -61,19 +64,25 @@ def while_empty(grants: Sequence[float], tries: Sequence[float], loss: float) ->
     """
     in_order = sorted(grants)
 
+    fewest_tries = EMPTY_RUNS[-1][1] / (1 - loss)
+
+    def has_tries(end: int, run: int, tries_per_grant: float) -> bool:
+        if end < run:
+            return False
+        tried = bisect_right(tries, in_order[end]) - bisect_right(tries, in_order[end - run])
+        return tried >= run * max(tries_per_grant, fewest_tries)
+
     def was_empty(end: int) -> bool:
-        for run, tries_per_grant in EMPTY_RUNS:
-            if end >= run:
-                tried = bisect_right(tries, in_order[end])
-                tried -= bisect_right(tries, in_order[end - run])
-                if tried >= run * max(tries_per_grant, EMPTY_RUNS[-1][1] / (1 - loss)):
-                    return True
-        return False
+        return any(has_tries(end, run, each) for run, each in EMPTY_RUNS)
 
     first = next((end for end in range(len(in_order)) if was_empty(end)), None)
     if first is None:
         return []
-    last = next(end for end in reversed(range(len(in_order))) if was_empty(end))
+    last = next(
+        end
+        for end in reversed(range(first, len(in_order)))
+        if end == first or (was_empty(end) and has_tries(end, LAST_RUN, fewest_tries))
+    )
     begin = in_order[first] + SETTLES_AFTER_S
     steady = [each for each in in_order[: last + 1] if each >= begin]
     gaps = [after - before for before, after in pairwise(steady)]
@@ -110,7 +119,10 @@ def count_rate(
     tried = bisect_right(tries, counted[-1]) - bisect_right(tries, counted[0])
     waited_s = duration_s / max(tried - count, 1)  # a token, for the next try
     late = rate * retry_s * loss / 2  # at both ends of the count
-    error = min(rate * (waited_s + JITTER_S) + NORMAL_90 * math.sqrt(2 * late), count / 2)
+    # Of the rush before, some answers come with the next tries, and seem to be granted then.
+    early = tried / duration_s * max(retry_s - SETTLES_AFTER_S, 0.0) * loss / 2
+    error = math.hypot(0.7 * rate * (waited_s + JITTER_S), NORMAL_90 * math.sqrt(2 * late + early))
+    error = min(error + early, count / 2)
     interval = Interval((count - error) / duration_s, (count + error) / duration_s)
     return BucketRate(rate, interval, counted[-1])
 

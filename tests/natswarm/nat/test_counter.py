@@ -116,8 +116,8 @@ def test_intervals_of_rates_hold_the_truth_nine_times_in_ten() -> None:
             for _ in range(35)
         ]
         wasted = [
-            gap._replace(step_count=gap.step_count + sum(rng.randrange(2) for _ in range(gap.own_count)))
-            for gap in gaps
+            Gap(steps + sum(rng.randrange(2) for _ in range(own)), seconds, own)
+            for steps, seconds, own in gaps
         ]
         for keeps_parity, seen in ((False, gaps), (True, wasted)):
             low, high = rate_interval(seen, keeps_parity=keeps_parity)

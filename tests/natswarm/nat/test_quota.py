@@ -77,8 +77,11 @@ def judge(laboratory: Laboratory, behaviour: NatBehaviour) -> dict[str, str]:
         is_large = bound <= limit.burst + limit.per_s * bound / 200 + 20
         verdicts["rate"] = "right" if is_large else "wrong"
     else:
-        verdicts["rate"] = "right" if abs(rate / limit.per_s - 1) <= 0.1 else "wrong"
         low, high = findings.intervals["mapping_rate_per_s"]
+        # Or it says itself that it is rough, as at 10 % loss.
+        is_rough = low <= limit.per_s <= high and high <= 1.3 * rate
+        is_right = abs(rate / limit.per_s - 1) <= 0.1 or is_rough
+        verdicts["rate"] = "right" if is_right else "wrong"
         verdicts["interval"] = "right" if low <= limit.per_s <= high else "outside"
         burst = profile.mapping_burst
         assert burst is not None
