@@ -4,6 +4,7 @@ A socket that several tasks receive from loses the order and the batch; so one t
 what datagrams are for is told by their first byte in the spirit of RFC 9443:
 
     bit 0x40 set   QUIC (RFC 9000 section 17: the fixed bit), to whoever attached its source
+    d and a digit  KRPC of mainline nodes, where nobody attached its source: "d" has bit 0x40, too
     4..15          natswarm's own, wire.py
     else           nobody's: counted and dropped
 
@@ -36,6 +37,7 @@ class PumpStatistics:
 
     quic_count: int = 0
     natswarm_count: int = 0
+    krpc_count: int = 0
     stray_quic_count: int = 0
     """Looked like QUIC, but from an endpoint that nobody attached; dropped."""
     unknown_count: int = 0
@@ -56,6 +58,8 @@ class PortPump:
         self._on_datagram = on_datagram
         self._receivers: dict[Endpoint, Callable[[list[bytes]], None]] = {}
         self._statistics = PumpStatistics()
+        self.on_krpc: Callable[[bytes, Endpoint], None] | None = None
+        """Gets what looks like KRPC; None: nobody speaks it here."""
 
     @property
     def port(self) -> DatagramPort:
@@ -119,7 +123,15 @@ class PortPump:
                 # Looked up late: a natswarm datagram of the same batch may have made the path.
                 receiver = self._receivers.get(source)
                 if receiver is None:
-                    statistics.stray_quic_count += len(datagrams)
+                    self._sort_strays(datagrams, source)
                 else:
                     statistics.quic_count += len(datagrams)
                     receiver(datagrams)
+
+    def _sort_strays(self, datagrams: list[bytes], source: Endpoint) -> None:
+        for data in datagrams:
+            if self.on_krpc is not None and data[:1] == b"d" and data[1:2].isdigit():
+                self._statistics.krpc_count += 1
+                self.on_krpc(data, source)
+            else:
+                self._statistics.stray_quic_count += 1
