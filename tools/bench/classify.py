@@ -18,9 +18,10 @@ What goes wrong, and why it must:
   in a few per cent; some 300 ports of the quota test tell them apart;
 * the size of a block that is counted inside: unknown until the counter comes to its end;
 * a Beta law over 9,000 ports has nine tenths of them within half of that, as two blocks of 2048 or
-  4096 have; one over more is told from an even one by hundreds of ports only (`nat/shape.py`);
-* ADM for APDM where both ports of both observers see the same endpoint by chance: a NAT that keeps
-  ports and draws one of k addresses for each mapping does it once in k^2 times.
+  4096 have; one over more is told from an even one by hundreds of ports only (`nat/shape.py`), as
+  the test of the quota draws them;
+* a rate of new mappings near the 200 a second that are tried, or with a burst of most of the 300:
+  none is met, or what is granted before the bucket is empty leaves too few to count.
 """
 
 from __future__ import annotations
