@@ -31,6 +31,8 @@ from natswarm.discovery.beacon import OPEN_SWARM_KEY
 from natswarm.discovery.introduction import (
     NodeRecord,
     complaint_about,
+    decode_record_untrusted,
+    profile_as_seen,
     record_as_seen,
 )
 from natswarm.discovery.invite import INVITE_LIFETIME_S, Invite
@@ -95,6 +97,9 @@ logger = logging.getLogger("natswarm.node")
 
 # Leaving takes no longer than this; a peer that missed our goodbye notices the silence.
 GOODBYE_S = 1.0
+
+# By the clock: five appointments.
+MEET_AGAIN_S = 600.0
 
 # Peers a node keeps; reference section 4: a phone keeps about 30, a laptop has room for more.
 PEERS_MAX = 256
@@ -489,6 +494,8 @@ class Node:
         self._profile = profile
         for peer in self.peers():
             peer.paths.lifetimes = lifetimes_of(profile).or_else(peer.paths.lifetimes)
+        if self._rejoiner is not None and profile.is_translated is not None:
+            self._rejoiner.note_own_record(self.peer_id, self.sealed_record())
         self._emit(ProfileLearned(profile))
 
     def forget_profile(self) -> None:
@@ -619,6 +626,56 @@ class Node:
         peer = await self._connector.connect_at(peer_id, endpoints)
         await peer.wait_introduced()
         return peer
+
+    async def meet_again(self, peer_id: PeerId, *, patience_s: float = MEET_AGAIN_S) -> Peer:
+        """Return the connection to a peer that we met before, made by the clock if there is none.
+
+        Nobody stands in between: both sides ask for it within the patience of the other, wait for
+        the next slot of two minutes UTC, and puncture by what the peer cache knows of both NATs.
+
+        Args:
+            peer_id: Whom; both nodes have a cache, and were connected while they had one.
+            patience_s: How long to come to appointments.
+
+        Raises:
+            PeerNotFound: The cache does not know the peer, or our own NAT.
+            PunctureFailed: These NATs can't be opened by what was known of them, or nobody came.
+            ConnectFailed: Anything else that kept us from it.
+        """
+        if (peer := self.living_peer(peer_id)) is None:
+            theirs = await self._remembered_profile(peer_id)
+            mine = await self.known_profile()
+            if mine.is_translated is None:  # nobody is there to tell
+                mine = await self._remembered_profile(self.peer_id)
+            peer = await self._connector.meet_again(
+                peer_id,
+                mine,
+                theirs,
+                network=self._config.network,
+                bind_ip=self._config.bind_ip,
+                utc=self._config.utc,
+                patience_s=patience_s,
+            )
+        await peer.wait_introduced()
+        return peer
+
+    async def _remembered_profile(self, peer_id: PeerId) -> NatProfile:
+        cached = None
+        if self._rejoiner is not None:
+            cached = await self._rejoiner.remembered(peer_id)
+        if cached is None or cached.sealed_record is None:
+            whose = "our own NAT" if peer_id == self.peer_id else peer_id.short
+            raise PeerNotFound(
+                f"the peer cache knows nothing of {whose}; to meet by the clock, two nodes must "
+                "have been connected before, each with its cache"
+            )
+        try:
+            profile = decode_record_untrusted(cached.sealed_record).profile
+        except DecodeError as error:
+            raise PeerNotFound(f"what the peer cache holds is of no use: {error}") from error
+        # Where we saw it ourselves counts for more than what it says.
+        seen_at = [s.endpoint for s in cached.sightings if s.endpoint.kind is AddressKind.GLOBAL]
+        return profile_as_seen(profile, seen_at[0]) if seen_at else profile
 
     async def rejoin(self) -> None:
         """Connect to peers of the cache; return when one is there, or none of them is.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import trio
 import typer
 
+from natswarm.address import Endpoint
 from natswarm.cli.field_test import field_test_app
 from natswarm.cli.inspect import inspect
 from natswarm.cli.lab import lab_app
@@ -30,6 +32,7 @@ from natswarm.cli.show import event_as_json, event_as_text, show_qr
 from natswarm.discovery.beacon import OPEN_SWARM_KEY
 from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
+from natswarm.net.mainline import read_mainline_nodes
 from natswarm.node import Node, NodeConfig, NodeEvent
 
 __all__ = ["app"]
@@ -79,6 +82,14 @@ def up(
     port: PortOption = 0,
     join: JoinOption = None,
     lan: Annotated[bool, typer.Option(help="Find peers on the LAN by multicast.")] = True,
+    dht_node: Annotated[
+        list[str] | None,
+        typer.Option("--dht-node", help="A BitTorrent node to start from, ADDRESS:PORT."),
+    ] = None,
+    dht_file: Annotated[
+        Path | None,
+        typer.Option("--dht-file", help="dht.dat or session file of a BitTorrent client."),
+    ] = None,
     qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code, too.")] = False,
     expires: Annotated[
         str, typer.Option("--expires", help="How long the invite holds: 30m, 12h, 7d.")
@@ -104,6 +115,10 @@ def up(
         port=port,
         interface=interface,
         lan=lan,
+        mainline_nodes=[
+            *map(Endpoint.parse, dht_node or ()),
+            *(read_mainline_nodes(dht_file) if dht_file is not None else ()),
+        ],
         traces_path=True,
         on_event=_event_printer(as_json),
     )
@@ -131,6 +146,13 @@ def connect(
     state: StateOption = DEFAULT_STATE,
     bind: BindOption = "0.0.0.0",
     interface: InterfaceOption = None,
+    by_clock: Annotated[
+        bool,
+        typer.Option(
+            "--by-clock",
+            help="Meet a peer from before with nobody in between; it must do the same now.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Puncture to one peer and report how it went."""
@@ -144,7 +166,10 @@ def connect(
     )
 
     async def body(node: Node) -> None:
-        await node.connect(target)
+        if isinstance(target, PeerId) and by_clock:
+            await node.meet_again(target)
+        else:
+            await node.connect(target)
 
     trio.run(_joined, config, join, body)
 

@@ -7,6 +7,7 @@
                                              derive from the meeting that the lower PeerId's invite
                                              names: needs the other's invite on both sides
     PeerId                                   a neighbour introduces: introduction.py
+    PeerId of a peer that we met before      both sides wait for the same second: rendezvous.py
 
 Of a pair, one side's wish is carried out at a time. Who asks the other for a path, through a
 neighbour or with a HELLO, and has the lower PeerId, declines the other's wish meanwhile; the other
@@ -31,6 +32,7 @@ import trio
 from natswarm.address import Endpoint
 from natswarm.discovery.introduction import NodeRecord, profile_as_seen
 from natswarm.discovery.invite import Invite
+from natswarm.discovery.rendezvous import SLOT_S, MeetingClock
 from natswarm.errors import (
     AlreadyConnecting,
     ConnectFailed,
@@ -45,10 +47,12 @@ from natswarm.identity import Identity, PeerId
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
 from natswarm.net.budget import Budget
+from natswarm.net.clocked import ClockedMeeting
 from natswarm.net.dialler import Dial, Dialler, Origin
 from natswarm.net.introducer import Introducer
 from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
+from natswarm.net.port import Network
 from natswarm.puncture.plan import Limits, Plan, plan_direct, plan_puncture
 from natswarm.wire import ATTEMPT_BYTES, Hello, decode_hello_untrusted
 
@@ -68,6 +72,9 @@ ROUND_TRIP_MAX_S = 0.3
 # A peer that declines because it is connecting to us itself starts its side within a few seconds:
 # its introduction, and perhaps a look at its NAT. (Once it has, we wait for the end of it.)
 THEIR_SIDE_TIMEOUT_S = 15.0
+
+# Of a slot of the clock, what an attempt may take.
+CLOCKED_SHARE = 0.8
 
 # Punctures by others' wish at once. An introduced one may be a burst of 1,000 probes a second from
 # 256 sockets; one for a stranger only answers. Knocks cost an Ed25519 verification, 0.1 ms.
@@ -199,6 +206,44 @@ class Connector:
             ConnectFailed: It does not answer there, or there is no room.
         """
         return await self._connect(peer_id, partial(self._dial_at, peer_id, endpoints))
+
+    async def meet_again(
+        self,
+        peer_id: PeerId,
+        mine: NatProfile,
+        theirs: NatProfile,
+        *,
+        network: Network,
+        bind_ip: str,
+        utc: Callable[[], float],
+        patience_s: float,
+    ) -> Peer:
+        """Return the connection to a peer, made by the clock if need be; see `Node.meet_again`."""
+        try:
+            secret = self._identity.shared_secret(peer_id, purpose=b"clock")
+        except DecodeError as error:
+            raise ConnectFailed(str(error)) from error
+        limits = replace(
+            self._limits, duration_s=min(self._limits.duration_s, CLOCKED_SHARE * SLOT_S)
+        )
+        meeting = ClockedMeeting(
+            peer_id=peer_id,
+            clock=MeetingClock(secret, is_first=self._peer_id < peer_id),
+            mine=mine,
+            theirs=theirs,
+            utc=utc,
+            patience_s=patience_s,
+        )
+        keep = partial(
+            meeting.keep,
+            self._dialler,
+            network,
+            bind_ip,
+            plan=partial(plan_puncture, my_id=self._peer_id, their_id=peer_id, limits=limits),
+            run=self._run,
+            living=partial(self._home.living_peer, peer_id),
+        )
+        return await self._connect(peer_id, keep, asks_peer=False)
 
     async def _connect(
         self, peer_id: PeerId, how: Callable[[], Awaitable[Peer]], *, asks_peer: bool = True

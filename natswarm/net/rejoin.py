@@ -102,6 +102,16 @@ class Rejoiner:
         """What is remembered, in no order."""
         return list(self._cached.values())
 
+    async def remembered(self, peer_id: PeerId) -> CachedPeer | None:
+        """Return what is remembered of a peer, or of ourselves: `note_own_record`."""
+        await self._loaded.wait()
+        return self._cached.get(peer_id)
+
+    def note_own_record(self, peer_id: PeerId, sealed_record: bytes) -> None:
+        """Remember what we last said of ourselves: what peers that we met know of our NAT."""
+        if self._loaded.is_set():
+            self._put(CachedPeer(peer_id, sealed_record, is_open=False))
+
     async def run(self) -> None:
         """Remember, and rejoin when alone, until cancelled."""
         await self._load()
