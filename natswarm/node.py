@@ -58,6 +58,7 @@ from natswarm.net.dialler import Dialler, PunctureEnded, PunctureStarted
 from natswarm.net.echo import EchoService
 from natswarm.net.introducer import Introducer, Neighbour
 from natswarm.net.lan import Lan, LanService
+from natswarm.net.mainline import MainlineConfig, MainlineService
 from natswarm.net.notes import Notes
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.overlay import OverlayService
@@ -123,6 +124,7 @@ class NodeConfig:
             networks needs seconds, one that sleeps minutes. Streams wait meanwhile.
         cache: Where to remember peers, such as a `PeerCache`; None: nowhere.
         notes: What else to remember from run to run, such as which invites are used up.
+        mainline: How to take part in BitTorrent's DHT; None: not at all.
         lan: Find peers in our own networks by multicast, on the real network alone; None: do not.
         paths: Where the path outward is traced from whenever our NAT is inspected, such as
             `SystemPaths()`: openers then have the hop limit that spares the peer's NAT. None: it is
@@ -144,6 +146,7 @@ class NodeConfig:
     outage_s: float = 60.0
     cache: PeerStore | None = None
     notes: Notes = field(default_factory=Notes)
+    mainline: MainlineConfig | None = None
     lan: Lan | None = None
     paths: PathNetwork | None = None
     utc: Callable[[], float] = time.time
@@ -238,6 +241,7 @@ class Node:
 
     Attributes:
         rejected_count: Datagrams that were not authentic; they only cost time.
+        mainline: Our node in BitTorrent's DHT; None: it was not asked for.
     """
 
     def __init__(
@@ -299,6 +303,17 @@ class Node:
         self._echo = EchoService(
             self._identity, config.network, config.bind_ip, self._main.port, self._alternate.port
         )
+        self.mainline: MainlineService | None = None
+        if config.mainline is not None:
+            self.mainline = MainlineService(
+                self,
+                port=self._main.port,
+                identity=config.identity,
+                config=config.mainline,
+                rng=self._rng,
+                clock_s=config.utc,
+            )
+            self._main.on_krpc = self.mainline.receive_untrusted
         self._handlers: dict[str, StreamHandler] = dict(self._introducer.handlers())
         if self._overlay is not None:
             self._handlers.update(self._overlay.handlers())
@@ -320,6 +335,8 @@ class Node:
         self._nursery.start_soon(self._config.notes.run)
         if self._rejoiner is not None:
             self._nursery.start_soon(self._rejoiner.run)
+        if self.mainline is not None:
+            self._nursery.start_soon(self.mainline.run)
         if self._config.lan is not None:
             lan = LanService(
                 self,
@@ -688,6 +705,11 @@ class Node:
     def local_addresses(self) -> list[str]:
         """Return the addresses we can be reached at by our network."""
         return [endpoint.ip for endpoint in self._host_candidates()]
+
+    @property
+    def accepts_strangers(self) -> bool:
+        """Whether a stranger's datagram reaches our main port, as far as is known."""
+        return self._profile is not None and self._profile.accepts_strangers
 
     def is_connected(self, peer_id: PeerId) -> bool:
         """Whether there is a connection to a peer."""

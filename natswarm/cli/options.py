@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +13,12 @@ import trio
 import typer
 from rich.console import Console
 
+from natswarm.address import Endpoint
 from natswarm.discovery.beacon import OPEN_SWARM_KEY
 from natswarm.errors import ConfigurationError
 from natswarm.identity import Identity
 from natswarm.net.lan import Lan
+from natswarm.net.mainline import MainlineConfig
 from natswarm.net.notes import Notes
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.path import SystemPaths
@@ -94,6 +96,7 @@ def make_config(
     port: int = 0,
     interface: str | None = None,
     lan: bool = False,
+    mainline_nodes: Sequence[Endpoint] = (),
     swarm_key: bytes = OPEN_SWARM_KEY,
     traces_path: bool = False,
     on_event: Callable[[NodeEvent], None] = lambda _event: None,
@@ -111,6 +114,9 @@ def make_config(
         port=port,
         cache=PeerCache(state / "peers.sqlite3"),
         notes=Notes.load(state),
+        mainline=MainlineConfig(tuple(mainline_nodes), swarm_key, publishes=True)
+        if mainline_nodes
+        else None,
         lan=Lan(interface, swarm_key) if lan else None,
         paths=SystemPaths(ip=bind, interface=interface) if traces_path else None,
         on_event=on_event,

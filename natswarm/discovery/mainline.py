@@ -341,7 +341,8 @@ class Mainline:
 
     def _is_usable(self, contact: Contact) -> bool:
         endpoint = contact.endpoint
-        return endpoint.port > 0 and endpoint.kind is not AddressKind.UNUSABLE
+        is_ours = contact.id == self.own_id
+        return not is_ours and endpoint.port > 0 and endpoint.kind is not AddressKind.UNUSABLE
 
     def _note_vote(self, voter: Endpoint, observed: Endpoint, now: float) -> None:
         if (":" in observed.ip) != self._is_ipv6:

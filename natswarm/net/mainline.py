@@ -51,6 +51,7 @@ QUERIES_PER_ADDRESS_PER_S = 4.0
 QUERY_MARK = b"1:y1:q"  # in every query, and what has it by chance may count as one
 
 LOOKUP_TIMEOUT_S = 60.0
+PUBLISH_S = 30 * 60.0  # nodes keep items for two hours (BEP 44)
 NONCE_BYTES = 12
 
 
@@ -61,11 +62,14 @@ class MainlineConfig:
     Attributes:
         nodes: Where to start; of the address family of the main port, others are left out.
         swarm_key: 32 bytes; meeting records are readable by those alone who know it.
+        publishes: Whether to put our meeting record there, anew each half hour: whoever knows our
+            PeerId, and the swarm's key, then finds out where we are.
         answers: Whether to answer other nodes; None: if strangers can reach us.
     """
 
     nodes: tuple[Endpoint, ...]
     swarm_key: bytes = field(default=OPEN_SWARM_KEY, repr=False)
+    publishes: bool = False
     answers: bool | None = None
 
 
@@ -75,6 +79,10 @@ class Home(Protocol):
     @property
     def accepts_strangers(self) -> bool:
         """Whether a stranger's datagram reaches our main port."""
+        ...
+
+    def sealed_record(self) -> bytes:
+        """Our own record as of now, signed."""
         ...
 
 
@@ -126,6 +134,13 @@ class MainlineService:
             await self._wait(self._machine.bootstrap(self._config.nodes, trio.current_time()))
             logger.info("%d mainline nodes answered", len(self.contacts()))
             self._bootstrapped.set()
+            while self._config.publishes:
+                try:
+                    count = await self.publish(self._home.sealed_record())
+                    logger.info("%d mainline nodes keep our record", count)
+                except (ConnectFailed, ConfigurationError) as error:
+                    logger.warning("our record is not in the mainline: %s", error)
+                await trio.sleep(PUBLISH_S)
 
     def receive_untrusted(self, data: bytes, source: Endpoint) -> None:
         """Take a datagram that looks like KRPC."""
