@@ -172,3 +172,18 @@ def test_a_flood_on_the_group_does_not_stop_the_search(house: House):
     assert kim.error_text() == ""
     with pytest.raises(LabError, match="did not print"):
         kim.wait_line(lambda line: json.loads(line)["event"] == "lost", timeout_s=0.1)
+
+
+def test_a_node_comes_back_by_its_cache_alone(house: House):
+    house.add("kim", "house")
+    house.add("lou", "house")
+    kim = house.up("kim", "--no-lan")
+    invite = next(
+        event["invite"] for line in kim.lines if (event := json.loads(line))["event"] == "up"
+    )
+    lou = house.up("lou", "--no-lan", "--join", invite)
+    wait_connected(lou, kim)
+    lou.interrupt()
+    with contextlib.suppress(LabError):  # the status of Ctrl-C is 130
+        lou.wait(timeout_s=20)
+    wait_connected(house.up("lou", "--no-lan"), kim)
