@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 import trio
@@ -318,11 +319,8 @@ async def test_the_wrong_peer_at_the_right_address_stays_silent(open_swarm, auto
     async with open_swarm() as swarm:
         right = await swarm.add("right")
         other = await swarm.add("other", "linux-home")
-        record = right.record()
         await right.inspect()
-        forged = type(record)(
-            swarm.identity("nobody").peer_id, 0.0, "nobody", right.record().profile
-        )
+        forged = replace(right.record(), peer_id=swarm.identity("nobody").peer_id)
         with pytest.raises(PunctureFailed, match="nothing from the peer"):
             await other.connect(Invite.of(forged, swarm.identity("nobody")))
         assert right.peers() == []

@@ -89,14 +89,14 @@ async def test_time_runs_out(open_swarm, autojump_clock, surround):
             node,
             invites=invites,
             tests=QUICK,
-            time_limit_s=1.0,
+            time_limit_s=0.7,
             surroundings=surround(swarm.hosts["me"]),
         )
-        assert trio.current_time() - began_at < 1.1
-    assert report.path.reason == "not finished within 1 s"
-    assert outcome_of(report, NatTest.BEHAVIOUR).reason == "not finished within 1 s"
+        assert trio.current_time() - began_at < 0.8
+    assert report.path.reason == "not finished within 0.7 s"
+    assert outcome_of(report, NatTest.BEHAVIOUR).reason == "not finished within 0.7 s"
     assert report.profile.mapping is not None
-    assert report.finding("filtering").reason == "not finished within 1 s"
+    assert report.finding("filtering").reason == "not finished within 0.7 s"
     assert json_is_plain(report.as_json())
 
 
@@ -112,8 +112,8 @@ async def test_a_peer_that_cannot_be_reached(open_swarm, autojump_clock, surroun
     assert any(each.startswith("obs0 could not be asked: no conn") for each in report.warnings)
     # Its neighbour told us of it, so it was asked all the same.
     assert [each.echo_count > 0 for each in report.observers] == [True, False]
-    # One address does not tell EIM from ADM, and there was no time left to wait for the other.
-    assert report.finding("mapping").reason == "not finished within 2.9 s"
+    reason = report.finding("mapping").reason
+    assert reason == "it takes observers at two addresses to tell EIM from ADM"
 
 
 async def test_the_interface_vanishes(open_swarm, autojump_clock, surround):
