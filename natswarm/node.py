@@ -283,6 +283,7 @@ class Node:
             introducer=self._introducer,
             nursery=nursery,
             limits=config.limits,
+            recipes=config.notes.recipes,
             rng=self._rng,
             routes=self._overlay,
         )
@@ -844,9 +845,9 @@ class Node:
 
     # What the introducer asks for -----------------------------------------------------------------
 
-    def sealed_record(self) -> bytes:
-        """Return our signed record as of now."""
-        return self.record().seal(self._identity)
+    def sealed_record(self, order: tuple[str, ...] = ()) -> bytes:
+        """Return our signed record as of now, with the order in which we try strategies."""
+        return replace(self.record(), order=order).seal(self._identity)
 
     def neighbours(self) -> list[Neighbour]:
         """Return whom we are connected to."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import trio
 import typer
 
+from natswarm.address import Endpoint
 from natswarm.cli.field_test import field_test_app
 from natswarm.cli.inspect import inspect
 from natswarm.cli.lab import lab_app
@@ -26,10 +28,12 @@ from natswarm.cli.options import (
     print_json,
     with_node,
 )
+from natswarm.cli.recipes import recipes_app
 from natswarm.cli.show import event_as_json, event_as_text, show_qr
 from natswarm.discovery.beacon import OPEN_SWARM_KEY
 from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
+from natswarm.net.mainline import read_mainline_nodes
 from natswarm.node import Node, NodeConfig, NodeEvent
 
 __all__ = ["app"]
@@ -42,6 +46,7 @@ app = typer.Typer(
 )
 app.add_typer(lab_app)
 app.add_typer(field_test_app)
+app.add_typer(recipes_app)
 
 NameOption = Annotated[str, typer.Option("--name", help="What other peers see, 64 characters.")]
 PortOption = Annotated[
@@ -79,6 +84,14 @@ def up(
     port: PortOption = 0,
     join: JoinOption = None,
     lan: Annotated[bool, typer.Option(help="Find peers on the LAN by multicast.")] = True,
+    dht_node: Annotated[
+        list[str] | None,
+        typer.Option("--dht-node", help="A BitTorrent node to start from, ADDRESS:PORT."),
+    ] = None,
+    dht_file: Annotated[
+        Path | None,
+        typer.Option("--dht-file", help="dht.dat or session file of a BitTorrent client."),
+    ] = None,
     qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code, too.")] = False,
     expires: Annotated[
         str, typer.Option("--expires", help="How long the invite holds: 30m, 12h, 7d.")
@@ -104,6 +117,10 @@ def up(
         port=port,
         interface=interface,
         lan=lan,
+        mainline_nodes=[
+            *map(Endpoint.parse, dht_node or ()),
+            *(read_mainline_nodes(dht_file) if dht_file is not None else ()),
+        ],
         traces_path=True,
         on_event=_event_printer(as_json),
     )

@@ -58,9 +58,10 @@ RECORD_BYTES_MAX = 4096
 NAME_CHARACTERS_MAX = 64
 SERVICES_MAX = 16
 SERVICE_CHARACTERS_MAX = 128
+STRATEGIES_MAX = 16
 
 
-class _RecordBody(Message, frozen=True, tag="NodeRecord"):
+class _RecordBody(Message, frozen=True, tag="NodeRecord", omit_defaults=True):
     """What is inside the envelope."""
 
     issued_at_s: float
@@ -68,6 +69,7 @@ class _RecordBody(Message, frozen=True, tag="NodeRecord"):
     profile: bytes
     alternate_endpoint: str | None
     services: tuple[str, ...]
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ class NodeRecord:
         alternate_endpoint: Where its second port is reachable, if it is: it can then help others
             to find out how their NATs filter.
         services: Names of what it serves, such as `llmload/stage/...`.
+        order: In the answer to an introduction, of strategies with similar expected times those
+            that it tries first, by what it has learned of the two networks; empty: the planner's.
     """
 
     peer_id: PeerId
@@ -90,6 +94,7 @@ class NodeRecord:
     profile: NatProfile
     alternate_endpoint: Endpoint | None = None
     services: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
 
     def seal(self, identity: Identity) -> bytes:
         """Return the signed form; `identity` is the one the record describes."""
@@ -101,6 +106,7 @@ class NodeRecord:
             if self.alternate_endpoint is None
             else str(self.alternate_endpoint),
             services=self.services,
+            order=self.order,
         )
         return identity.seal(RECORD_CONTEXT, encode_message(body))
 
@@ -128,6 +134,7 @@ def decode_record_untrusted(data: bytes) -> NodeRecord:
         if body.alternate_endpoint is None
         else decode_endpoint_untrusted(body.alternate_endpoint),
         services=body.services,
+        order=body.order[:STRATEGIES_MAX],
     )
 
 

@@ -53,7 +53,15 @@ from natswarm.net.introducer import Introducer
 from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
 from natswarm.net.port import Network
-from natswarm.puncture.plan import Limits, Plan, plan_direct, plan_puncture
+from natswarm.puncture.plan import (
+    Limits,
+    Plan,
+    Strategy,
+    plan_alternatives,
+    plan_direct,
+    plan_puncture,
+)
+from natswarm.puncture.recipes import Recipes, pair_label
 from natswarm.wire import ATTEMPT_BYTES, Hello, decode_hello_untrusted
 
 __all__ = ["Connector", "Home"]
@@ -90,8 +98,8 @@ class Home(Protocol):
         """Whom we are connected to, oldest first."""
         ...
 
-    def sealed_record(self) -> bytes:
-        """Our record as of now, signed."""
+    def sealed_record(self, order: tuple[str, ...] = ()) -> bytes:
+        """Our record as of now, signed, with the order in which we try strategies."""
         ...
 
     def meetings(self) -> list[bytes]:
@@ -160,7 +168,8 @@ class Connector:
         introducer: Asks neighbours.
         nursery: Where dials by others' wish run.
         limits: Bounds of a puncture.
-        rng: Draws the names of attempts.
+        recipes: What was learned of networks.
+        rng: Draws the names of attempts, and what of similar strategies to try first.
         routes: Introduces us to peers that none of our neighbours knows; None: nobody does.
     """
 
@@ -173,6 +182,7 @@ class Connector:
         introducer: Introducer,
         nursery: trio.Nursery,
         limits: Limits,
+        recipes: Recipes,
         rng: random.Random,
         routes: Routes | None = None,
     ) -> None:
@@ -185,6 +195,7 @@ class Connector:
         self._introducer = introducer
         self._nursery = nursery
         self._limits = limits
+        self._recipes = recipes
         self._rng = rng
         self._wishes: dict[PeerId, _Wish] = {}
         self._hello_budget = Budget(per_s=HELLOS_PER_S)
@@ -301,13 +312,13 @@ class Connector:
         failure: ConnectFailed | None = None
         for _ in range(TRIES):
             try:
-                plan, attempt = await self._introduction(target, introducers)
+                plan, attempt, pair = await self._introduction(target, introducers)
             except AlreadyConnecting as error:
                 failure = error
                 await self._wait_their_side(target)
             else:
                 try:
-                    return await self._dial(target, plan, attempt)
+                    return await self._dial(target, plan, attempt, pair=pair)
                 except (PunctureFailed, HandshakeFailed) as error:
                     failure = error
             if (peer := self._home.living_peer(target)) is not None:
@@ -315,8 +326,12 @@ class Connector:
         assert failure is not None
         raise failure
 
-    async def _introduction(self, target: PeerId, introducers: list[PeerId]) -> tuple[Plan, bytes]:
+    async def _introduction(
+        self, target: PeerId, introducers: list[PeerId]
+    ) -> tuple[Plan, bytes, str]:
         """Have somebody introduce us; the peer's side has started when this returns.
+
+        Returns the plan, the name of the attempt, and that of the pair of networks.
 
         The swarm's routing is asked first, since it finds whoever is linked to the peer; for a link
         nobody else is asked.
@@ -377,8 +392,9 @@ class Connector:
                     target,
                     is_gentle=len(introducers) == 2,
                     round_trip_s=min(trio.current_time() - asked_at, ROUND_TRIP_MAX_S),
+                    order=record.order,
                 )
-                return plan, attempt
+                return plan, attempt, pair_label(profile, theirs)
         raise failure
 
     async def _wait_their_side(self, peer_id: PeerId) -> None:
@@ -392,11 +408,11 @@ class Connector:
             await dial.wait_over()
 
     async def _dial(
-        self, peer_id: PeerId, plan: Plan, attempt: bytes, *, hello: bytes = b""
+        self, peer_id: PeerId, plan: Plan, attempt: bytes, *, hello: bytes = b"", pair: str = ""
     ) -> Peer:
         """Carry out our own wish, unless the peer comes by another way meanwhile."""
         try:
-            return await self._run(self._dialler.prepare(peer_id, plan, attempt, hello=hello))
+            return await self._run(self._dialler.prepare(peer_id, plan, attempt, hello=hello), pair)
         except ConnectFailed:
             if (peer := self._home.living_peer(peer_id)) is not None:
                 return peer
@@ -430,7 +446,11 @@ class Connector:
         profile = await self._home.known_profile()
         if self._has_right_of_way(peer_id):
             raise AlreadyConnecting(f"{self._peer_id.short} is connecting to you already")
-        plan = self._plan(profile, profile_as_seen(record.profile, seen_at), peer_id)
+        theirs = profile_as_seen(record.profile, seen_at)
+        pair = pair_label(profile, theirs)
+        # We know both NATs, the peer does not yet: so the order is ours to say.
+        order = self._order(pair, profile, theirs, peer_id)
+        plan = self._plan(profile, theirs, peer_id, order=order)
         # One for each pair of a peer and an introducer, so that a liar can disturb only itself.
         for dial in self._dialler.under_way(peer_id=peer_id):
             if dial.introducer == introducer:
@@ -441,8 +461,8 @@ class Connector:
         dial = self._dialler.prepare(
             peer_id, plan, attempt, origin=Origin.INTRODUCED, introducer=introducer
         )
-        self._nursery.start_soon(self._run_for_peer, dial)
-        return self._home.sealed_record()
+        self._nursery.start_soon(self._run_for_peer, dial, pair)
+        return self._home.sealed_record(order)
 
     def receive_hello_untrusted(self, data: bytes) -> None:
         """Make ready for a stranger's probes; nothing is sent before an authentic one came.
@@ -471,16 +491,26 @@ class Connector:
         wish = self._wishes.get(peer_id)
         return wish is not None and wish.asks_peer and self._peer_id < peer_id
 
-    async def _run_for_peer(self, dial: Dial) -> None:
+    async def _run_for_peer(self, dial: Dial, pair: str = "") -> None:
         try:
-            await self._run(dial)
+            await self._run(dial, pair)
         except NatswarmError as error:
             logger.info("the path %s asked for did not come about: %s", dial.peer_id.short, error)
 
     # Both -----------------------------------------------------------------------------------------
 
-    async def _run(self, dial: Dial) -> Peer:
-        peer = self._home.adopt(*await dial.run())
+    async def _run(self, dial: Dial, pair: str = "") -> Peer:
+        """Carry out a dial; learn how it went between a pair of networks, if one is named."""
+        tried = [step.strategy for step in dial.plan.steps]
+        try:
+            paths, report = await dial.run()
+        except PunctureFailed:
+            if pair:
+                self._recipes.note(pair, tried, None)
+            raise
+        if pair:
+            self._recipes.note(pair, tried, Strategy(report.strategy))
+        peer = self._home.adopt(paths, report)
         for other in self._dialler.under_way(peer_id=dial.peer_id):
             other.cancel("another path to the peer was faster")
         return peer
@@ -493,7 +523,9 @@ class Connector:
         *,
         is_gentle: bool = False,
         round_trip_s: float | None = None,
+        order: tuple[str, ...] = (),
     ) -> Plan:
+        known = {strategy.value: strategy for strategy in Strategy}
         plan = partial(
             plan_puncture,
             ours,
@@ -501,11 +533,24 @@ class Connector:
             my_id=self._peer_id,
             their_id=peer_id,
             round_trip_s=round_trip_s,
+            order=[known[name] for name in order if name in known],
         )
         if is_gentle:
             with contextlib.suppress(PunctureFailed):  # too slow for this pair
                 return plan(limits=self._limits.gentler())
         return plan(limits=self._limits)
+
+    def _order(
+        self, pair: str, ours: NatProfile, theirs: NatProfile, peer_id: PeerId
+    ) -> tuple[str, ...]:
+        """Return which strategies to try first, by what was learned; empty where there is one."""
+        ways = plan_alternatives(
+            ours, theirs, my_id=self._peer_id, their_id=peer_id, limits=self._limits
+        )
+        timed = [(way.strategy, way.plan.expected_s) for way in ways if way.plan is not None]
+        if len(timed) < 2:
+            return ()
+        return tuple(each.value for each in self._recipes.order(pair, timed, self._rng))
 
     def _new_attempt_id(self) -> bytes:
         return self._rng.randbytes(ATTEMPT_BYTES)

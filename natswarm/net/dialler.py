@@ -315,6 +315,11 @@ class Dial:
         )
 
     @property
+    def plan(self) -> Plan:
+        """How."""
+        return self._plan
+
+    @property
     def goes_on(self) -> bool:
         """Whether it has neither ended, well or not, nor been given up."""
         return not (self._over.is_set() or self._scope.cancel_called)

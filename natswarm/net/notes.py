@@ -1,6 +1,7 @@
 """Small things that a node remembers from run to run, each in a JSON file of the state folder.
 
     invites.json    which invites are out, which are used up     discovery/invite_book.py
+    recipes.json    which strategy opened which networks         puncture/recipes.py
 
 A file is written beside and moved into place, some seconds after a change and at the end, so a
 crash loses seconds and leaves no half a file. One that is damaged becomes `NAME.damaged`, with a
@@ -21,6 +22,7 @@ import trio
 
 from natswarm.discovery.invite_book import InviteBook
 from natswarm.errors import DecodeError
+from natswarm.puncture.recipes import Recipes
 
 __all__ = ["Notes"]
 
@@ -50,16 +52,22 @@ class Notes:
     Attributes:
         folder: Where; None: in memory alone.
         invites: Of ours that are out.
+        recipes: What was learned of networks.
     """
 
     folder: Path | None = None
     invites: InviteBook = field(default_factory=InviteBook)
+    recipes: Recipes = field(default_factory=Recipes)
     _has_complained: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> Notes:
         """Read what is in a folder; what is not there is empty."""
-        return cls(folder, invites=_read(folder / "invites.json", InviteBook))
+        return cls(
+            folder,
+            invites=_read(folder / "invites.json", InviteBook),
+            recipes=_read(folder / "recipes.json", Recipes),
+        )
 
     async def run(self) -> None:
         """Save what changes, until cancelled."""
@@ -69,7 +77,11 @@ class Notes:
 
     async def save(self) -> None:
         """Save what has changed; a disk that does not take it is only complained about."""
-        for name, book in (("invites.json", self.invites),):
+        books: tuple[tuple[str, _Book], ...] = (
+            ("invites.json", self.invites),
+            ("recipes.json", self.recipes),
+        )
+        for name, book in books:
             if self.folder is None or not book.is_changed:
                 continue
             book.is_changed = False

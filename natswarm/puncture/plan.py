@@ -83,6 +83,9 @@ __all__ = [
 ROUND_TRIP_ASSUMED_S = 0.2
 # A check is retried when its answer is overdue.
 RETRY_ROUND_TRIPS = 1.5
+# Ways whose expected times differ by less than this may as well go in another order. The profiles
+# are estimates; what was learned of the networks may say more.
+SIMILAR_FACTOR = 3.0
 
 # A plan that only checks a few endpoints costs nearly nothing, so it is patient; less so where
 # another follows, for a gateway that does not forward what it promised.
@@ -148,6 +151,7 @@ def plan_puncture(
     their_id: PeerId,
     limits: Limits | None = None,
     round_trip_s: float | None = None,
+    order: Sequence[Strategy] = (),
 ) -> Plan:
     """Plan our side of a puncture; the peer plans the other side from the same profiles.
 
@@ -158,6 +162,7 @@ def plan_puncture(
         their_id: Who the peer is.
         limits: Our own bounds. Two sides with different limits still fit together.
         round_trip_s: To the peer and back, as far as the introduction showed it; None: not known.
+        order: Which to try first of those that take about as long; both sides must say the same.
 
     Raises:
         PunctureFailed: These NATs cannot be expected to open within the limits; says why, and what
@@ -168,7 +173,7 @@ def plan_puncture(
     duration_s = 0.0
     limits = limits or Limits()
     planner = _Planner(mine, theirs, limits, round_trip_s, is_first=my_id < their_id)
-    for choice in planner.choices():
+    for choice in planner.choices(order):
         if not _is_wanted(choice.strategy, limits):
             continue
         try:
@@ -258,8 +263,8 @@ class _Planner:
         self.is_first = is_first
         self.candidates = _candidates(mine, theirs)
 
-    def choices(self) -> list[_Choice]:
-        """Return the ways to try, in order."""
+    def choices(self, order: Sequence[Strategy] = ()) -> list[_Choice]:
+        """Return the ways to try: by expected time, of those with similar ones by `order`."""
         mine, theirs = self.mine, self.theirs
         found = []
         if self.candidates:
@@ -273,7 +278,15 @@ class _Planner:
         known = _known_choice(first, second)
         if known is not None:
             return [*found, known]
-        return found + sorted(_drawn_choices(first, second), key=self._nominal_s)
+        timed = sorted(
+            ((self._nominal_s(choice), choice) for choice in _drawn_choices(first, second)),
+            key=lambda each: each[0],
+        )
+        similar = [choice for time_s, choice in timed if time_s <= SIMILAR_FACTOR * timed[0][0]]
+        rank = {strategy: index for index, strategy in enumerate(order)}
+        rest = [choice for _, choice in timed[len(similar) :]]
+        similar.sort(key=lambda choice: rank.get(choice.strategy, len(rank)))
+        return found + similar + rest
 
     def _nominal_s(self, choice: _Choice) -> float:
         """Return what both sides take for the expected time of a choice."""
