@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from natswarm import (
     VirtualNetwork,
 )
 from natswarm import cli as command_line
-from natswarm.cli.show import event_as_text
+from natswarm.cli.show import event_as_text, show_qr
 from natswarm.nat.profile import NatProfile
+from natswarm.net.notes import Notes
+from natswarm.puncture.strategy import Strategy
 
 # `natswarm.cli.app` is the module's name and, inside the package, that of the app in it.
 app_module = importlib.import_module("natswarm.cli.app")
-COMMANDS = ["id", "up", "inspect", "connect"]
+COMMANDS = ["id", "up", "inspect", "connect", "recipes"]
 MAIN = [sys.executable, "-c", "from natswarm.cli import main; main()"]
 
 
@@ -58,6 +61,35 @@ def test_the_identity_stays(run):
     status, first, _ = run("id", "--state", "{state}")
     assert status == 0
     assert run("id", "--state", "{state}") == (0, first, "")
+
+
+def test_recipes(run, tmp_path):
+    assert "Nothing was learned yet" in run("recipes", "show", "--state", "{state}")[1]
+    notes = Notes(tmp_path / "state")
+    notes.recipes.note("here x there", [Strategy.TFTP_HELPER], None)
+    trio.run(notes.save)
+    status, out, err = run("recipes", "show", "--state", "{state}")
+    assert (status, err) == (0, "")
+    assert "tftp-helper" in out
+    exported = json.loads(run("recipes", "export", "--state", "{state}")[1])
+    assert exported["pairs"]["here x there"]["tftp-helper"] == {"opened": 0.0, "failed": 1.0}
+    assert run("recipes", "clear", "--state", "{state}")[0] == 0
+    assert json.loads(run("recipes", "export", "--state", "{state}")[1]) == {"pairs": {}}
+
+
+def test_the_qr_code_fits_or_says_so(monkeypatch, capsys):
+    invite = Invite.of(
+        NodeRecord(Identity(b"m" * 32).peer_id, 0.0, "hub", NatProfile()), Identity(b"m" * 32)
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    show_qr(invite)
+    code = capsys.readouterr().out.splitlines()
+    widths = {len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in code}
+    assert len(widths) == 1
+    assert max(widths) <= 80
+    monkeypatch.setenv("COLUMNS", "20")
+    show_qr(invite)
+    assert "columns, this terminal has 20" in capsys.readouterr().out
 
 
 def test_inspect_alone(run):
@@ -103,6 +135,9 @@ def test_a_peer_that_cannot_be_asked_is_a_warning(run):
         (["inspect", "--only", "path", "--export", "/nonexistent/file"], "cannot write"),
         (["up", "--name", "x" * 65], "at most 64"),
         (["up", "--name", "bell\a"], "printable"),
+        (["up", "--expires", "7w"], "'7w' is not a duration; write 90s, 30m, 12h or 7d"),
+        (["up", "--expires", "0d"], "is not a duration"),
+        (["connect", "a" * 52, "--by-clock"], "the peer cache knows nothing of aaaaaaaa"),
         (["inspect", "--bind", "localhost"], "names are not looked up"),
         (["inspect", "--bind", "203.0.113.77"], "no interface of this machine"),
     ],
