@@ -868,7 +868,7 @@ class Node:
         return await self._connector.start_rendezvous(record, seen_at, attempt, introducer)
 
     async def take_ticket(self, ticket: bytes, peer_id: PeerId) -> None:
-        """Take the ticket of a one-time invite; it is used up on the disk when this returns."""
+        """Take the ticket of a one-time invite, and write down that it is used up."""
         self._config.notes.invites.redeem(ticket, peer_id, self._config.utc())
         await self._config.notes.save()
 

@@ -168,8 +168,9 @@ def connect(
     )
 
     async def body(node: Node) -> None:
-        if isinstance(target, PeerId) and by_clock:
-            await node.meet_again(target)
+        if by_clock:
+            peer_id = target if isinstance(target, PeerId) else target.record.peer_id
+            await node.meet_again(peer_id)
         else:
             await node.connect(target)
 
