@@ -29,7 +29,7 @@ def answer_of_the_whole_model() -> str:
     return model.tokenizer.decode(list(islice(tokens, TOKEN_COUNT)))
 
 
-@pytest.mark.parametrize(("a", "b"), PAIRS, ids=lambda nat: nat.kind.value)
+@pytest.mark.parametrize(("a", "b"), PAIRS[1:], ids=lambda nat: nat.kind.value)
 def test_devices_behind_nats_write_a_text_together(a: KernelNat, b: KernelNat):
     report = run_pair(a, b, seed=1)
     print(report)
