@@ -138,9 +138,10 @@ from tests.natswarm.net.test_peer_cache import PeerCache, cached
 
 async def main():
     cache = PeerCache(Path({path!r}))
-    for number in range({start}, 10_000):
+    for number in range({start}, {start} + 150):  # three runs stay within PEERS_MAX
         await cache.save([cached(number), cached(0)], ())
         print(number, flush=True)
+    await trio.sleep_forever()
 
 trio.run(main)
 """
