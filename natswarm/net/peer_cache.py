@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,7 @@ CREATE TABLE sightings (
 """
 # Another process of ours writes for milliseconds.
 BUSY_TIMEOUT_S = 2.0
+BUSY_TRIES = 40
 
 T = TypeVar("T")
 
@@ -140,7 +142,7 @@ class PeerCache:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    connection.execute("PRAGMA journal_mode = WAL")
+    _enter_wal(connection)
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
     with _transaction(connection):
@@ -152,6 +154,19 @@ def _prepare(connection: sqlite3.Connection) -> None:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         elif application_id != APPLICATION_ID:
             raise sqlite3.DatabaseError("it is not a peer cache of this version")
+
+
+def _enter_wal(connection: sqlite3.Connection) -> None:
+    """Turn on write-ahead logging, which two who open a new file at once refuse each other.
+
+    SQLite does not wait with its busy timeout here, as both may hold a lock the other needs.
+    """
+    for _ in range(BUSY_TRIES):
+        with contextlib.suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        time.sleep(BUSY_TIMEOUT_S / BUSY_TRIES)  # in a thread of its own
+    connection.execute("PRAGMA journal_mode = WAL")
 
 
 @contextlib.contextmanager
