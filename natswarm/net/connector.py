@@ -260,7 +260,10 @@ class Connector:
         self, peer_id: PeerId, how: Callable[[], Awaitable[Peer]], *, asks_peer: bool = True
     ) -> Peer:
         if peer_id == self._peer_id:
-            raise ConnectFailed("that is this node itself")
+            raise ConnectFailed(
+                "that is this node itself; a second node on one machine needs an identity of its "
+                "own (--state FOLDER)"
+            )
         # The peer may be at it already: one path is enough. Waited for once, not for ever.
         for dial in self._dialler.under_way(peer_id=peer_id, by_others=True):
             await dial.wait_over()
