@@ -119,7 +119,6 @@ class AskingTest:
 
     Attributes:
         packet_count: Packets asked to be sent so far.
-        ignored_count: Replies that were not expected.
         was_hindered: Whether something could not be sent, which ended the test.
     """
 
@@ -130,7 +129,6 @@ class AskingTest:
         self.now = now
         self.spacing_s = SPACING_S
         self.packet_count = 0
-        self.ignored_count = 0
         self.was_hindered = False
         self._next_slot = now
         self._outbox: list[Request] = []
@@ -159,11 +157,10 @@ class AskingTest:
         return requests
 
     def receive_reply(self, reply: Reply, now: float) -> None:
-        """Take a reply; one that is not expected is ignored and counted."""
+        """Take a reply; one that is not expected is ignored."""
         self.now = now
         question = self._asked.get(reply.transaction)
         if question is None or not question.is_expected(reply):
-            self.ignored_count += 1
             return
         if reply.token != NO_TOKEN:
             self._tokens[reply.sender, reply.observed.ip] = reply.token

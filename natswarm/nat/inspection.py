@@ -24,7 +24,6 @@ from natswarm.nat.hairpinning import HairpinningTest
 from natswarm.nat.lifetime import LifetimeTest
 from natswarm.nat.measurement import Observer, Reply, Request
 from natswarm.nat.poison import PoisonTest
-from natswarm.nat.profile import NatProfile
 from natswarm.nat.quick import BehaviourTest
 from natswarm.nat.quota import QuotaTest
 from natswarm.nat.tftp_helper import TftpHelperTest
@@ -103,7 +102,6 @@ class NatInspection:
 
     Attributes:
         findings: What was found so far.
-        ignored_count: Replies from nobody we ask.
     """
 
     def __init__(
@@ -121,9 +119,8 @@ class NatInspection:
             observers=tuple(ranked[:OBSERVERS_MAX]),
             profile=classify([], local_endpoints=local_endpoints),
         )
-        self.ignored_count = 0
         wanted = {NatTest.BEHAVIOUR, *tests}
-        self._tests_left = [test for test in NatTest if test in wanted and test in TESTS]
+        self._tests_left = [test for test in NatTest if test in wanted]
         self._rng = rng
         self._ports = range(1, 1)
         self._now = now
@@ -162,7 +159,6 @@ class NatInspection:
         """Take an echo reply whose signature was checked; unexpected ones are ignored."""
         self._now = now
         if self._run is None:
-            self.ignored_count += 1
             return
         if reply.token != NO_TOKEN and any(
             observer.peer_id == reply.sender and observer.endpoint.ip == reply.source.ip
@@ -187,10 +183,6 @@ class NatInspection:
             return None
         timer = self._run.next_timer()
         return self._now if timer is None else timer
-
-    def result(self) -> NatProfile | None:
-        """Return the profile once nothing is under way any more; None before."""
-        return None if self._run is not None else self.findings.profile
 
     def _start(self, test: NatTest) -> TestRun:
         offer = TESTS[test]

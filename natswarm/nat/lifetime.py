@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from natswarm.address import Endpoint
 from natswarm.identity import PeerId
@@ -371,7 +371,7 @@ class LifetimeTest(AskingTest):
 
     def conclude(self) -> None:
         """Write what was found into the findings."""
-        found: dict[str, float | bool | None] = {}
+        found: dict[str, Any] = {}  # fields of a profile -> their values
         unknown: dict[str, str] = {}
         intervals: dict[str, Interval] = {}
         age, age_interval = self._age()
@@ -408,7 +408,7 @@ class LifetimeTest(AskingTest):
         if self._reason is not None or self.was_hindered:
             unknown = dict.fromkeys(unknown, self._reason or self.unfinished)
         findings = self.findings
-        findings.profile = replace(findings.profile, **found)  # type: ignore[arg-type]
+        findings.profile = replace(findings.profile, **found)
         for name in found:
             findings.unknown.pop(name, None)
             findings.intervals.pop(name, None)

@@ -148,7 +148,7 @@ class Measurement(Protocol):
         ...
 
     def receive_reply(self, reply: Reply, now: float) -> None:
-        """Take a reply; one that is not expected is ignored and counted."""
+        """Take a reply; one that is not expected is ignored."""
         ...
 
     def withdraw(self, transaction: bytes) -> None:

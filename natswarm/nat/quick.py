@@ -93,9 +93,6 @@ class BehaviourTest:
         ports: `port_count` fresh ones.
         rng: Draws transactions.
         now: Seconds.
-
-    Attributes:
-        ignored_count: Replies that nobody asked for, or that came from elsewhere.
     """
 
     duration_s = 3.0
@@ -129,7 +126,6 @@ class BehaviourTest:
         self._pending: dict[bytes, tuple[_Exchange | _Trial, float]] = {}  # and when it was sent
         self._looked_closer = False
         self._round_trip_s = 0.0  # the longest
-        self.ignored_count = 0
 
     def requests_to_send(self, now: float) -> list[Request]:
         """Return what is due, in the order to send it."""
@@ -155,7 +151,7 @@ class BehaviourTest:
         return requests
 
     def receive_reply(self, reply: Reply, now: float) -> None:
-        """Take a reply; one that is not expected is ignored and counted."""
+        """Take a reply; one that is not expected is ignored."""
         asked, sent_at = self._pending.get(reply.transaction, (None, 0.0))
         if isinstance(asked, _Exchange) and _answers(asked, reply):
             self._forget(asked)
@@ -178,8 +174,6 @@ class BehaviourTest:
             self._forget(asked)
             asked.due_at = None
             self._note(asked, was_answered=True)
-        else:
-            self.ignored_count += 1
 
     def withdraw(self, transaction: bytes) -> None:
         """Forget a request that could not be sent: its silence proves nothing."""

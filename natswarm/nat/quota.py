@@ -112,7 +112,7 @@ class QuotaTest(Rush):
         ports = QuotaTest.port_count(findings)
         if ports == 0:
             return 0
-        pace = pace_of(findings)
+        pace = pace_of(findings.observers)
         opening_s = ports / pace + sum(OPEN_WAITS_S)
         counting_s = 2 * CYCLES * CYCLE_S + WORKER_RETRY_S * RATE_TRIES + 2 * STANDSTILL_S
         return math.ceil(

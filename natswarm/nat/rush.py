@@ -12,6 +12,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 
 from natswarm.address import Endpoint
 from natswarm.nat.asking import Answer, AskingTest, Question, Script
@@ -73,14 +74,14 @@ class Rush(AskingTest):
         if not self._answered:
             return False
         self._targets = [target for target in self._targets if target[0] in self._answered]
-        self.spacing_s = 1 / min(ECHOES_PER_S, ECHOES_PER_OBSERVER_S * len(self._answered))
+        self.spacing_s = 1 / pace_of(self._answered)
         self.start(self._control(self._answered))
         return True
 
     def _control(self, observers: Sequence[Observer]) -> Script[None]:
         """Ask from the main port all the while: what it loses is not the fault of mappings."""
-        for index in range(1_000_000):
-            self.start(self._control_once(observers[index % len(observers)]))
+        for observer in cycle(observers):
+            self.start(self._control_once(observer))
             yield self.now + CONTROL_EVERY_S
 
     def _control_once(self, observer: Observer) -> Script[None]:
@@ -169,6 +170,6 @@ class Rush(AskingTest):
         return self._control_lost / max(self._control_count, 1)
 
 
-def pace_of(findings: Findings) -> float:
-    """Return how many echoes are asked for in a second."""
-    return min(ECHOES_PER_S, ECHOES_PER_OBSERVER_S * len(findings.observers))
+def pace_of(observers: Sequence[Observer]) -> float:
+    """Return how many echoes `observers` are asked for in a second, together."""
+    return min(ECHOES_PER_S, ECHOES_PER_OBSERVER_S * len(observers))

@@ -68,7 +68,7 @@ def test_without_observers_it_is_over_at_once_and_says_why() -> None:
     machine = inspection(())
     assert machine.requests_to_send(100.0) == []
     assert machine.next_timer() is None
-    assert machine.result() == NatProfile.unknown([LOCAL])
+    assert machine.findings.profile == NatProfile.unknown([LOCAL])
     assert set(machine.findings.unknown) == {
         "mapping",
         "filtering",
@@ -83,7 +83,7 @@ def test_without_observers_it_is_over_at_once_and_says_why() -> None:
 def test_requests_leave_spaced_and_come_again_until_given_up() -> None:
     machine = inspection()
     sent = [(time, echo(each)) for time, each in run_silent(machine)]
-    assert machine.result() == NatProfile.unknown([LOCAL])
+    assert machine.findings.profile == NatProfile.unknown([LOCAL])
     assert "none of the peers" in machine.findings.unknown["filtering"]
     # Neighbours first: they alone can ask a third peer.
     first = [(each.port_index, each.destination) for _, each in sent[:5]]
@@ -211,8 +211,7 @@ def test_giving_up_keeps_what_was_found_and_says_why_the_rest_is_unknown() -> No
     for request in requests[:3]:
         machine.receive_reply(reply_to(request, 9), 100.2)
     machine.give_up("the interface is gone")
-    profile = machine.result()
-    assert profile is not None
+    profile = machine.findings.profile
     assert profile.mapping is Mapping.EIM
     assert profile.main_endpoint == Endpoint(WAN, 9)
     assert machine.findings.unknown["filtering"] == "the interface is gone"
