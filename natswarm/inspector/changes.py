@@ -5,13 +5,11 @@ Estimates differ a little each time, and so do counts of what was seen; that is 
 
 from __future__ import annotations
 
+from natswarm.inspector.evidence import COUNTS
 from natswarm.inspector.report import Evidence, Finding, InspectionReport
 from natswarm.nat.allocation import PortAllocation
 
 __all__ = ["changes"]
-
-# How much was looked at, not what is there.
-_COUNTS = ("mappings_seen", "remotes_seen")
 
 
 def changes(before: InspectionReport, after: InspectionReport) -> tuple[str, ...]:
@@ -49,7 +47,7 @@ def _path(report: InspectionReport) -> object:
 
 
 def _is_news(old: Finding, new: Finding) -> bool:
-    if old.name in _COUNTS:
+    if old.name in COUNTS:
         return False
     if (old.evidence is Evidence.UNKNOWN) != (new.evidence is Evidence.UNKNOWN):
         return True

@@ -10,7 +10,6 @@ Pure: reads parts, asks nobody.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +28,10 @@ from natswarm.inspector.report import (
 from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.path import PathReport
 from natswarm.nat.profile import NatProfile
+from natswarm.nat.votes import prefix_of
 from natswarm.net.interfaces import Interface, InterfaceKind, InterfaceReport
 
-__all__ = ["Evidences", "is_known", "reason_of", "same_prefix"]
+__all__ = ["Evidences", "is_known", "reason_of"]
 
 # Whose property is what: the order is that of the report.
 TESTS_OF_FIELDS: dict[str, Test] = {
@@ -58,11 +58,8 @@ TESTS_OF_FIELDS: dict[str, Test] = {
     "inbound_refreshes": NatTest.LIFETIMES,
 }
 
-# Of what was looked at: none means that nobody looked.
-_COUNTS = ("mappings_seen", "remotes_seen")
-
-# An observer this near may stand behind the same NAT or filter as we do.
-NEAR_PREFIX_LENGTH = 24
+# How much was looked at, not what is there: none means that nobody looked.
+COUNTS = ("mappings_seen", "remotes_seen")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,18 +257,20 @@ class Evidences:
                 f"peers that see you at {' and '.join(elsewhere)} are on your own network, or on "
                 "this machine: what they say shows nothing of your NAT and does not count"
             )
+        # An observer this near may stand behind the same NAT or filter as we do.
+        own_prefixes = {prefix_of(ip) for ip in profile.public_ips}
         near = sorted(
             {
                 each.destination.ip
                 for each in self.findings.observations
-                if any(same_prefix(each.destination.ip, ip) for ip in profile.public_ips)
+                if prefix_of(each.destination.ip) in own_prefixes
             }
         )
         if near and profile.is_translated:
             found.append(
-                f"your public address {profile.public_ips[0]} is in the same /{NEAR_PREFIX_LENGTH} "
-                f"as the observer {near[0]}: between neighbours of one network NATs and filters "
-                "may do otherwise than towards the internet"
+                f"your public address is in the same /24 as the observer {near[0]}: between "
+                "neighbours of one network NATs and filters may do otherwise than towards the "
+                "internet"
             )
         if profile.observer_count == 1 and profile.is_translated:
             found.append(
@@ -301,7 +300,7 @@ class Evidences:
 def is_known(profile: NatProfile, name: str) -> bool:
     """Return whether a profile says anything of a property."""
     value = getattr(profile, name)
-    return value not in (None, ()) and not (value == 0 and name in _COUNTS)
+    return value not in (None, ()) and not (value == 0 and name in COUNTS)
 
 
 def reason_of(test: NatTest, findings: Findings) -> str:
@@ -312,11 +311,3 @@ def reason_of(test: NatTest, findings: Findings) -> str:
         if its_test is test and name in findings.unknown
     ]
     return reasons[0] if reasons else "it could not be carried out"
-
-
-def same_prefix(one: str, other: str) -> bool:
-    """Return whether two IPv4 addresses are in the same /24."""
-    if ":" in one or ":" in other:
-        return False
-    network = ipaddress.ip_network(f"{one}/{NEAR_PREFIX_LENGTH}", strict=False)
-    return ipaddress.ip_address(other) in network

@@ -15,7 +15,7 @@ from natswarm.inspector.schema import report_as_json
 from natswarm.nat.findings import Interval, NatTest
 from natswarm.nat.path import PathReport
 from natswarm.nat.profile import NatProfile
-from natswarm.net.gateway import Gateway, MappingProtocol
+from natswarm.net.gateway import Gateway, ServiceReport
 from natswarm.net.interfaces import Interface, InterfaceReport
 
 __all__ = [
@@ -66,23 +66,15 @@ class Part(Generic[ResultT_co]):
 
 
 @dataclass(frozen=True, slots=True)
-class ServiceFindings:
-    """One protocol of the gateway.
+class ServiceFindings(ServiceReport):
+    """One protocol of the gateway, and the lease it gave.
 
     Attributes:
-        protocol: Which.
-        is_available: Whether the gateway answered in it.
-        detail: What it said, or why we think that it does not speak it.
-        external_ip: What it calls its external address; None where it did not say.
         lease_s: The lease it gave, seconds; infinity: without end. None: none was given or asked
             for.
         lease_problem: Why it gave none; empty where it did or was not asked.
     """
 
-    protocol: MappingProtocol
-    is_available: bool
-    detail: str
-    external_ip: str | None = None
     lease_s: float | None = None
     lease_problem: str = ""
 

@@ -9,7 +9,7 @@ import pytest
 from natswarm.address import Endpoint
 from natswarm.identity import PeerId
 from natswarm.inspector import Evidence, GatewayFindings, LocalTest, Outcome, Part, State
-from natswarm.inspector.evidence import Evidences, same_prefix
+from natswarm.inspector.evidence import Evidences
 from natswarm.inspector.report import ServiceFindings
 from natswarm.nat.behaviour import Filtering, Mapping
 from natswarm.nat.classify import Observation
@@ -217,15 +217,3 @@ def test_warnings_of_observers(observations, text):
     findings = Findings(observers=(), profile=BEHIND_NAT, observations=observations)
     found = warnings(findings=findings)
     assert [text is not None and text in each for each in found] == [True] * (text is not None)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "is_same"),
-    [
-        ("203.0.113.1", "203.0.113.254", True),
-        ("203.0.113.1", "203.0.114.1", False),
-        ("2001:db8::1", "2001:db8::2", False),
-    ],
-)
-def test_same_prefix(one, other, is_same):
-    assert same_prefix(one, other) is is_same
