@@ -129,6 +129,7 @@ def test_a_peer_that_cannot_be_asked_is_a_warning(run):
         (["inspect", "--only", "weather"], "there is no test 'weather'; there are gateway, lease"),
         (["inspect", "--skip", "weather"], "there is no test 'weather'"),
         (["inspect", "--quick", "--lifetimes"], "choose one"),
+        (["inspect", "--quick", "--only", "lifetimes"], "choose one"),
         (["inspect", "--only", "path", "--skip", "path"], "every test is left out"),
         (["inspect", "--watch", "--export", "x"], "choose one"),
         (["inspect", "--show", "/nonexistent/file"], "cannot read /nonexistent/file"),
