@@ -83,6 +83,9 @@ MEETINGS_MAX = 16
 FIRST_WORD_TIMEOUT_S = 10.0
 GOODBYE_S = 2.0
 
+# Neighbours, former ones included, whose sighting of us we keep: twice what a node may link to.
+WITNESSES_MAX = 256
+
 # Former neighbours that take strangers: dialled where they were when routing finds them no more,
 # which is how two halves of a swarm that was cut in two find each other again.
 REMEMBERED_MAX = 64
@@ -384,8 +387,9 @@ class OverlayService:
                 trio.BrokenResourceError,
                 trio.ClosedResourceError,
                 trio.EndOfChannel,
+                trio.TooSlowError,
             ):
-                pass  # the peer is gone or broke the rules: the link ends
+                pass  # the peer is gone, never spoke or broke the rules: the link ends
             finally:
                 self._link_over(link)
         if peer.peer_id in self._made_for_link:
@@ -542,7 +546,7 @@ class OverlayService:
             raise DecodeError("a neighbour passed on somebody else's sighting")
         self._sightings[neighbour] = sighting, message.sighting
         self._sightings.move_to_end(neighbour)
-        if len(self._sightings) > QUEUE_MAX:
+        if len(self._sightings) > WITNESSES_MAX:
             self._sightings.popitem(last=False)
 
     def _own_sightings(self) -> tuple[bytes, ...]:

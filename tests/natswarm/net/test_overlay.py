@@ -132,6 +132,24 @@ async def test_a_neighbour_that_lies_ends_its_link_and_no_more(open_swarm, autoj
         await swarm.check_talk("liar", "n0")
 
 
+async def test_a_peer_that_takes_our_link_and_says_nothing_costs_the_link_alone(
+    open_swarm, autojump_clock
+):
+    async with open_swarm(seed=7) as swarm:
+        names = sorted(("n0", "mute"), key=lambda name: swarm.identity(name).peer_id)
+        honest = await swarm.add(names[0], links_max=16)  # the lower PeerId opens the stream
+        mute = await swarm.add(names[1])
+
+        async def say_nothing(stream, peer):
+            await trio.sleep_forever()
+
+        mute.serve(ROUTE_PROTOCOL, say_nothing)
+        await mute.connect(await honest.invite())
+        await trio.sleep(30)
+        assert not honest.overlay._links
+        await swarm.check_talk(*names)
+
+
 async def test_nobody_meets_at_an_address_without_a_witness(open_swarm, autojump_clock):
     async with open_swarm(seed=6) as swarm:
         nodes = await join(swarm, 4)
