@@ -244,8 +244,10 @@ class Router:
         if passage is None or passage.has_arrived:
             return
         if isinstance(message, Answered):
-            # From anybody we asked: who was slow may be first in the end.
-            if link.node_id in passage.tried and len(message.answer) <= BODY_BYTES_MAX:
+            # From anybody asked for this path: who was slow may be first in the end. Who was asked for
+            # another path of the lookup only guessed the label, and would answer for all of them.
+            asked = passage.tried[passage.tried_before :]
+            if link.node_id in asked and len(message.answer) <= BODY_BYTES_MAX:
                 link.answered_count += 1
                 del self._passages[passage.label]
                 self._deliver(passage, message.answer)

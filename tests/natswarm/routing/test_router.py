@@ -251,6 +251,9 @@ def test_our_own_paths_begin_at_different_neighbours_and_end_as_events():
         now=0.0,
     )
     assert receivers(hop.sent()) == [NEAR[0], NEAR[1]]
+    # Labels can be guessed: who carries one path must not answer for the others.
+    hop.say(Answered(second, b"of another path"), NEAR[0])
+    assert not hop.router.events
     hop.say(Answered(first, b"answer"), NEAR[0])
     assert hop.router.events.popleft() == PathAnswered(first, b"answer")
     for _ in range(20):
