@@ -125,7 +125,8 @@ def run(
         full_addresses=full_addresses,
         show=record_printer(as_json=as_json),
     ) as session:
-        one.full_addresses = other.full_addresses = session.begin.full_addresses
+        one.keep_to(session.begin)
+        other.keep_to(session.begin)
         bench = LocalBench(session.begin.plan, one, other, session.append)
         trio.run(carry_out, session, bench, as_json)
 
@@ -167,6 +168,7 @@ def host(
         full_addresses=full_addresses,
         show=record_printer(as_json=as_json),
     ) as session:
+        side.keep_to(session.begin)
         identity = _identity(state, session)
         link = FieldTestLink(
             session=session.begin.session,
@@ -207,6 +209,7 @@ def join_test(
         show=record_printer(as_json=as_json),
         session=test.session,
     ) as session:
+        side.keep_to(session.begin)
         identity = _identity(state, session)
         _test_with_other(session, side, identity, test.host_id, as_json=as_json)
 
@@ -224,7 +227,6 @@ def _test_with_other(
     as_json: bool,
 ) -> None:
     begin = session.begin
-    side.full_addresses = begin.full_addresses
     bench = RemoteBench(begin.session, begin.plan, side, identity, other, session.append)
     trio.run(carry_out, session, bench, as_json)
 

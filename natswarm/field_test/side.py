@@ -22,7 +22,7 @@ from natswarm.errors import NatswarmError
 from natswarm.field_test.carrier import CarrierLabel
 from natswarm.field_test.link import LinkCounters
 from natswarm.field_test.privacy import shorten_text
-from natswarm.field_test.records import PORTS_MAX, NatSeen, PunctureSeen, Side, SideSeen
+from natswarm.field_test.records import PORTS_MAX, Begin, NatSeen, PunctureSeen, Side, SideSeen
 from natswarm.field_test.stall import Notice, Sample, StallWatch
 from natswarm.field_test.traffic import CountingNetwork
 from natswarm.identity import Identity, PeerId
@@ -119,6 +119,17 @@ class SideConfig:
             interface=self.words(self.interface),
             interface_kind=self.interface_kind,
         )
+
+    def keep_to(self, begin: Begin) -> None:
+        """Take over what a field test began with, so that a resumed one goes on with the same.
+
+        A report tells carriers apart by their labels: one that the user does not give again stays.
+        """
+        self.full_addresses = begin.full_addresses
+        for side in begin.sides:
+            if side.name == self.name and self.carrier.source != "user":
+                self.carrier = CarrierLabel(side.carrier, side.carrier_source)
+                self.status.carrier = self.label
 
     @property
     def label(self) -> str:

@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natswarm.errors import ConfigurationError, DecodeError
+from natswarm.field_test.carrier import CarrierLabel
 from natswarm.field_test.journal import JOURNAL_NAME, Journal, read_journal
 from natswarm.field_test.plan import FieldTestPlan
 from natswarm.field_test.records import AttemptRecord, Begin, Result, Start
 from natswarm.field_test.session import open_session
+from natswarm.field_test.side import SideConfig
+from natswarm.net.udp import UdpNetwork
 
 BEGIN = Begin(
     at="2026-01-01T00:00:00.000Z",
@@ -151,3 +154,29 @@ def test_a_resumed_test_keeps_to_what_was_agreed(tmp_path: Path):
         assert session.begin.plan.repeats == 7
         assert session.begin.session == name
     assert [type(record).__name__ for record in shown] == ["Begin", "Resume"]
+
+
+def test_a_side_of_a_resumed_test_keeps_its_label(tmp_path: Path):
+    def side(text: str, source: str) -> SideConfig:
+        return SideConfig("left", CarrierLabel(text, source), UdpNetwork, interface="usb0")
+
+    def open_one(one: SideConfig, *, resume: bool) -> None:
+        with open_session(
+            tmp_path,
+            resume=resume,
+            mode="run",
+            plan=None,
+            sides=[one.record()],
+            helper_count=2,
+            full_addresses=not resume,
+            show=lambda record: None,
+        ) as session:
+            one.keep_to(session.begin)
+
+    open_one(side("NL KPN", "user"), resume=False)
+    unnamed, renamed = side("usb0", "interface"), side("NL Simyo", "user")
+    open_one(unnamed, resume=True)
+    open_one(renamed, resume=True)
+    assert (unnamed.label, unnamed.status.carrier) == ("NL KPN", "NL KPN")
+    assert renamed.label == "NL Simyo"
+    assert unnamed.full_addresses
