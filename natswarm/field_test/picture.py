@@ -10,7 +10,7 @@ import struct
 import unicodedata
 import zlib
 
-from natswarm.field_test.tally import Tally
+from natswarm.field_test.tally import Tally, median
 
 __all__ = ["matrix_png"]
 
@@ -101,8 +101,8 @@ def matrix_png(tally: Tally) -> bytes:
                 colour = _blend(share)
                 low, high = cell.interval
                 lines = [f"{len(cell.ok)}/{cell.count} = {share:.0%}", f"{low:.0%} to {high:.0%}"]
-                if times := sorted(cell.hole_s):
-                    lines.append(f"{times[len(times) // 2]:.2f} s")
+                if (hole_s := median(cell.hole_s)) is not None:
+                    lines.append(f"{hole_s:.2f} s")
             canvas.fill(x, y, CELL_WIDTH - 4, cell_height - 4, colour)
             for number, text in enumerate(lines):
                 canvas.write(x + 8, y + 6 + number * LINE, text)
