@@ -244,7 +244,7 @@ class Router:
         if passage is None or passage.has_arrived:
             return
         if isinstance(message, Answered):
-            # From anybody asked for this path: who was slow may be first in the end. Who was asked for
+            # From anybody asked for this path: who was slow may be first in the end. Who carries
             # another path of the lookup only guessed the label, and would answer for all of them.
             asked = passage.tried[passage.tried_before :]
             if link.node_id in asked and len(message.answer) <= BODY_BYTES_MAX:
