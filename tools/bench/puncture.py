@@ -50,7 +50,7 @@ ROUND_TRIP_ERROR = 0.2
 FIT_ECHOES = 30  # as many as an inspection makes
 
 COUNT = 1000
-QUICK_COUNT = 20
+QUICK_COUNT = 15
 OURS = "natswarm"
 # Up to half a million datagrams a puncture: ten seconds of computing each.
 FLOOD, FLOOD_SHARE = "kotlin-bc", 0.05
@@ -486,7 +486,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Probes and seconds of punctures; rivals, too.")
     parser.add_argument("--seed", type=int, default=1, help="the first seed (default 1)")
     parser.add_argument("--count", type=int, default=None, help="seeds a class (default 1,000)")
-    parser.add_argument("--quick", action="store_true", help="20 seeds a class: under 40 s")
+    parser.add_argument("--quick", action="store_true", help="15 seeds a class: under 40 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--only", default="", help="classes whose name holds this text")
     parser.add_argument("--bad", action="store_true", help="300 ms, 10 %% loss, 2 s start skew")
