@@ -6,7 +6,7 @@ We ask from our main port, and from fresh ports, each of which talks to one obse
                            equal, different   one for each address           ADM
                            different          one for each endpoint          APDM
     from a fresh port that has sent to P1:p alone
-        P3, unknown to it, gets an answer in  anybody does                   EIF
+        P3, unknown to it, gets answers in    anybody does                   EIF
         P1 gets an answer in from q           the address does               ADF
         neither, several times over           only P1:p does                 APDF
     the external ports of all of them         the law of allocation          `fit.py`
@@ -264,8 +264,7 @@ class BehaviourTest:
                 self._exchanges.append(_Exchange(port, *self._rng.choice(others), due_at))
 
     def _note(self, trial: _Trial, *, was_answered: bool) -> None:
-        # An answer that comes after its time is noted as well: one that got in outweighs all
-        # silence.
+        # An answer that comes after its time is noted as well, beside the silence.
         self._findings.filter_trials.append(FilterTrial(trial.by_stranger, was_answered))
 
 

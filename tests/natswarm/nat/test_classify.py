@@ -85,8 +85,12 @@ def trials(alternate: str, third: str = "") -> list[FilterTrial]:
         (trials("----"), Filtering.APDF),
         (trials("-+--", "----"), Filtering.ADF),
         (trials("+"), Filtering.ADF),
-        (trials("----", "--+-"), Filtering.EIF),
+        (trials("----", "--++"), Filtering.EIF),
         (trials("+", "+"), Filtering.EIF),
+        # One alone came through a session that an earlier run has left in the NAT.
+        (trials("----", "--+-"), Filtering.APDF),
+        (trials("++++", "--+-"), Filtering.ADF),
+        (trials("", "--+-"), None),
     ],
 )
 def test_filtering(tried: list[FilterTrial], filtering: Filtering | None) -> None:
