@@ -47,8 +47,12 @@ from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
 from natswarm.nat.findings import NatTest
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
+from natswarm.net.lan import Lan
+from natswarm.net.mainline import MainlineConfig
 from natswarm.net.message_stream import MessageStream
+from natswarm.net.notes import Notes
 from natswarm.net.path import SystemPaths
+from natswarm.net.peer_cache import PeerCache
 from natswarm.net.port import Network
 from natswarm.net.stream import Stream
 from natswarm.net.udp import UdpNetwork
@@ -93,8 +97,10 @@ __all__ = [
     "Internet",
     "Invite",
     "InviteError",
+    "Lan",
     "Limits",
     "LocalTest",
+    "MainlineConfig",
     "Mapping",
     "Message",
     "MessageStream",
@@ -106,8 +112,10 @@ __all__ = [
     "NodeConfig",
     "NodeEvent",
     "NodeRecord",
+    "Notes",
     "PathChanged",
     "Peer",
+    "PeerCache",
     "PeerConnected",
     "PeerId",
     "PeerLost",

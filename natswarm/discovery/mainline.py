@@ -318,8 +318,9 @@ class Mainline:
             lookup.stored_count += 1
         else:
             token = response.values.get(b"token")
-            is_token = isinstance(token, bytes) and len(token) <= TOKEN_BYTES_MAX
-            lookup.note_answer(contact, source, token if is_token else b"")  # type: ignore[arg-type]
+            if not isinstance(token, bytes) or len(token) > TOKEN_BYTES_MAX:
+                token = b""
+            lookup.note_answer(contact, source, token)
             lookup.offer(each for each in found if self._is_usable(each))
             self._take_findings(lookup, response.values)
         self._advance(question.handle)

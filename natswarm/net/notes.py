@@ -16,7 +16,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import trio
 
@@ -39,6 +39,15 @@ class _Book(Protocol):
 
     def encode(self) -> bytes:
         """Return the stored form."""
+        ...
+
+    @classmethod
+    def decode_untrusted(cls, data: bytes) -> Self:
+        """Read the stored form.
+
+        Raises:
+            DecodeError: Damaged, or of another version.
+        """
         ...
 
 
@@ -110,7 +119,7 @@ def _read(path: Path, kind: type[BookT]) -> BookT:
         logger.warning("cannot read %s: %s; going on without", path, error.strerror)
         return kind()
     try:
-        book: BookT = kind.decode_untrusted(data)  # type: ignore[attr-defined]
+        book = kind.decode_untrusted(data)
     except DecodeError as error:
         damaged = path.with_name(path.name + ".damaged")
         with contextlib.suppress(OSError):

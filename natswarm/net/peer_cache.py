@@ -211,10 +211,11 @@ def _load(connection: sqlite3.Connection) -> list[CachedPeer]:
 
 def _sightings_of(row: Sequence[object]) -> Sightings | None:
     network, endpoint, *numbers = row
-    if not all(isinstance(number, float) for number in numbers):
+    figures = [number for number in numbers if isinstance(number, float)]
+    if len(figures) < len(numbers):
         return None
     with contextlib.suppress(NatswarmError):
-        return Sightings(str(network), Endpoint.parse(str(endpoint)), *numbers)  # type: ignore[arg-type]
+        return Sightings(str(network), Endpoint.parse(str(endpoint)), *figures)
     return None
 
 
