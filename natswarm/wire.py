@@ -35,6 +35,8 @@ __all__ = [
     "ATTEMPT_BYTES",
     "ECHO_TOKEN_BYTES",
     "NO_TOKEN",
+    "TFTP_PORT",
+    "TFTP_READ_REQUEST",
     "TRANSACTION_BYTES",
     "DatagramType",
     "EchoReply",
@@ -57,6 +59,12 @@ ECHO_TOKEN_BYTES = 20
 MAC_BYTES = 16
 
 NO_TOKEN = bytes(ECHO_TOKEN_BYTES)
+
+# RFC 1350 section 5: a read request (opcode 1, name, mode) for a file that nobody has. A NAT with a
+# TFTP helper acts on it wherever it goes.
+TFTP_PORT = 69
+TFTP_READ_REQUEST = b"\x00\x01natswarm\x00octet\x00"
+
 _NO_ENDPOINT = bytes(ENDPOINT_BYTES)
 
 ECHO_LAYOUT = struct.Struct(f">BBB{TRANSACTION_BYTES}s32s{ENDPOINT_BYTES}s{ECHO_TOKEN_BYTES}s")

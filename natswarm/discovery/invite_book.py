@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -124,7 +123,7 @@ class InviteBook:
             DecodeError: Damaged, or of another version.
         """
         try:
-            form: Any = msgspec.json.decode(data, type=_Form)
+            form = msgspec.json.decode(data, type=_Form)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise DecodeError(f"not a book of invites: {error}") from error
         book = cls()

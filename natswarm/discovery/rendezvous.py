@@ -32,6 +32,7 @@ from natswarm.address import Endpoint
 from natswarm.nat.allocation import PortAllocation
 from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.profile import NatProfile
+from natswarm.wire import ATTEMPT_BYTES
 
 __all__ = ["EPOCH_S", "SLOT_S", "Appointment", "MeetingClock", "profiles_at"]
 
@@ -42,7 +43,6 @@ PHASE_S = 8.0
 # Of so many starts of slots one may be missed for seeking.
 LATE_SHARE = 3
 
-ATTEMPT_BYTES = 8
 # Above what systems give out by themselves on most hosts, below what some reserve at the top.
 PORT_LOW, PORT_COUNT = 20_000, 12_000
 

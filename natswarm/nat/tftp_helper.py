@@ -30,10 +30,9 @@ from natswarm.nat.asking import RETRY_AFTER_S, Answer, AskingTest, Question, Scr
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Pooling
 from natswarm.nat.findings import Findings
 from natswarm.nat.measurement import Observer, Reply, SendEcho, SendTftp
+from natswarm.wire import TFTP_PORT
 
 __all__ = ["Birthday", "TftpHelperTest", "birthday"]
-
-TFTP_PORT = 69
 
 # Two requests, then one delivery: at 10 % loss each way a try fails once in five times, and six
 # fail once in 15,000. A try takes a port of its own, since a refused packet may poison it.
@@ -190,6 +189,7 @@ class TftpHelperTest(AskingTest):
 
     def _request(self, port: int, observer: Observer) -> Script[None]:
         for _ in range(REQUESTS_PER_PORT):
+            # No observer listens there; a helper acts on the request on its way.
             self.send(SendTftp(port, Endpoint(observer.endpoint.ip, TFTP_PORT)))
             yield self.now + self.spacing_s
 

@@ -20,15 +20,16 @@ from natswarm.nat.measurement import (
 )
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.port import DatagramPort, Network, PortGroup
-from natswarm.wire import EchoReply, EchoRequest, decode_echo_reply_untrusted
+from natswarm.wire import (
+    TFTP_READ_REQUEST,
+    EchoReply,
+    EchoRequest,
+    decode_echo_reply_untrusted,
+)
 
 __all__ = ["AskNeighbour", "InspectionDriver"]
 
 AskNeighbour = Callable[[PeerId, bytes, Endpoint], Awaitable[None]]
-
-# RFC 1350 section 5: a read request for a file that nobody has. A helper of a NAT acts on it
-# wherever it goes; observers are asked at no other port than 69, where nobody need listen.
-TFTP_READ_REQUEST = b"\x00\x01natswarm\x00octet\x00"
 
 # A full buffer refuses one datagram or two; this many in a row, 15 ms apart, are a network that is
 # gone.

@@ -55,6 +55,7 @@ from natswarm.puncture.strategy import (
     Plan,
     Strategy,
 )
+from natswarm.wire import TFTP_PORT
 
 __all__ = [
     "ANSWER_ROUND_TRIPS",
@@ -84,7 +85,6 @@ SEQUENTIAL_RUN_MAX = 16
 SEQUENTIAL_RUN_MIN = 4
 # From the last echo to the openers: the end of an inspection, and an introduction.
 SEQUENTIAL_AGE_S = 2.0
-TFTP_PORT = 69
 # Of a law that is not flat: even within each.
 SLICES = 64
 

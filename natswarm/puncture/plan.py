@@ -51,7 +51,6 @@ from natswarm.nat.profile import NatProfile
 from natswarm.puncture.birthday import (
     ANSWER_ROUND_TRIPS,
     CONFIDENCE,
-    TFTP_PORT,
     plan_opener,
     plan_prober,
 )
@@ -66,6 +65,7 @@ from natswarm.puncture.bounds import (
 from natswarm.puncture.scan import plan_sequential
 from natswarm.puncture.strategy import CHECK_RETRY_S, Burst, Limits, Openers, Plan, Strategy
 from natswarm.puncture.two_sided import plan_two_sided
+from natswarm.wire import TFTP_PORT
 
 __all__ = [
     "Alternative",

@@ -38,7 +38,13 @@ from natswarm.errors import DecodeError
 from natswarm.identity import ProbeKeys
 from natswarm.puncture.schedule import BurstRun, OpenerRun
 from natswarm.puncture.strategy import Plan
-from natswarm.wire import Probe, ProbeKind, decode_probe_untrusted, encode_probe
+from natswarm.wire import (
+    TFTP_READ_REQUEST,
+    Probe,
+    ProbeKind,
+    decode_probe_untrusted,
+    encode_probe,
+)
 
 __all__ = [
     "PathFound",
@@ -67,9 +73,6 @@ NOMINATE_PATIENCE_S = 5.0
 # retry. After our own path is valid it waits for the controlling side to choose.
 MATCH_PAUSE_S = 0.7
 NOMINATION_WAIT_S = 2.5
-
-# What a NAT with a TFTP helper takes for a request (RFC 1350): opcode 1, file name, mode.
-TFTP_READ_REQUEST = b"\x00\x01natswarm\x00octet\x00"
 
 # Sequence numbers of the peer that we remember, with their source, against replays. Few probes get
 # in before a path is found; whoever has this many through needs no more of them answered.

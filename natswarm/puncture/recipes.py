@@ -25,7 +25,6 @@ import ipaddress
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -61,11 +60,6 @@ class _Form(msgspec.Struct, forbid_unknown_fields=True):
     pairs: dict[str, dict[Strategy, Score]]
 
 
-@dataclass(slots=True)
-class _Pair:
-    scores: dict[Strategy, Score]
-
-
 class Recipes:
     """What one node has learned.
 
@@ -74,12 +68,12 @@ class Recipes:
     """
 
     def __init__(self) -> None:
-        self._pairs: OrderedDict[str, _Pair] = OrderedDict()  # the latest last
+        self._pairs: OrderedDict[str, dict[Strategy, Score]] = OrderedDict()  # the latest last
         self.is_changed = False
 
     def scores(self) -> dict[str, dict[Strategy, Score]]:
         """Return what is known, the latest pair last."""
-        return {label: dict(pair.scores) for label, pair in self._pairs.items()}
+        return {label: dict(scores) for label, scores in self._pairs.items()}
 
     def note(self, pair: str, tried: Sequence[Strategy], opened_by: Strategy | None) -> None:
         """Note one puncture.
@@ -89,10 +83,10 @@ class Recipes:
             tried: What was tried, in order; what comes after `opened_by` was not.
             opened_by: Which one found the path; None: none did.
         """
-        known = self._pairs.pop(pair, None) or _Pair({})
+        known = self._pairs.pop(pair, {})
         scores = {
             strategy: Score(score.opened * FADE, score.failed * FADE)
-            for strategy, score in known.scores.items()
+            for strategy, score in known.items()
         }
         for strategy in dict.fromkeys(tried):
             before = scores.get(strategy, Score())
@@ -100,7 +94,7 @@ class Recipes:
                 scores[strategy] = Score(before.opened + 1, before.failed)
                 break
             scores[strategy] = Score(before.opened, before.failed + 1)
-        self._pairs[pair] = _Pair(scores)
+        self._pairs[pair] = scores
         if len(self._pairs) > PAIRS_MAX:
             self._pairs.popitem(last=False)
         self.is_changed = True
@@ -116,14 +110,14 @@ class Recipes:
             rng: Draws the chances.
         """
         known = self._pairs.get(pair)
-        cost = {}
-        for strategy, seconds in expected_s:
-            score = Score() if known is None else known.scores.get(strategy, Score())
-            chance = rng.betavariate(PRIOR_OPENED + score.opened, PRIOR_FAILED + score.failed)
-            cost[strategy] = seconds / max(chance, 1e-6)
         # Where nothing is known there is nothing to explore: the planner's order stands.
         if known is None:
             return tuple(strategy for strategy, _ in expected_s)
+        cost = {}
+        for strategy, seconds in expected_s:
+            score = known.get(strategy, Score())
+            chance = rng.betavariate(PRIOR_OPENED + score.opened, PRIOR_FAILED + score.failed)
+            cost[strategy] = seconds / max(chance, 1e-6)
         return tuple(sorted(cost, key=cost.__getitem__))
 
     def clear(self) -> None:
@@ -151,7 +145,7 @@ class Recipes:
             numbers = [n for score in scores.values() for n in (score.opened, score.failed)]
             if len(label) > LABEL_CHARACTERS_MAX or not all(0 <= n < 1e6 for n in numbers):
                 raise DecodeError("not recipes: a score or a name is out of bounds")
-            recipes._pairs[label] = _Pair(scores)
+            recipes._pairs[label] = scores
         return recipes
 
 

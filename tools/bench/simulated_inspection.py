@@ -24,14 +24,13 @@ from natswarm.nat.measurement import (
 )
 from natswarm.nat.profile import NatProfile
 from natswarm.sim.topology import Host, Internet, SimPort
-from natswarm.wire import ECHO_TOKEN_BYTES, NO_TOKEN, TRANSACTION_BYTES
+from natswarm.wire import ECHO_TOKEN_BYTES, NO_TOKEN, TFTP_READ_REQUEST, TRANSACTION_BYTES
 
 __all__ = ["SimulatedInspection", "SimulatedObserver", "peer_id"]
 
 _ECHO = struct.Struct(f">B{TRANSACTION_BYTES}s32s{ENDPOINT_BYTES}s{ECHO_TOKEN_BYTES}s")
 _REQUEST, _REQUEST_ALTERNATE, _REPLY = 200, 201, 202
 _BACK = bytes(ENDPOINT_BYTES)
-_TFTP_READ_REQUEST = b"\x00\x01natswarm\x00octet\x00"
 
 # An observer and a third peer talk over a connection of their own: there and back, once.
 THIRD_PEER_DELAY_S = 0.1
@@ -217,7 +216,7 @@ class SimulatedInspection:
             reply = self._reply(self._me, request.transaction, request.destination)
             self._ports[request.port_index].send(reply, request.destination)
         else:
-            self._ports[request.port_index].send(_TFTP_READ_REQUEST, request.destination)
+            self._ports[request.port_index].send(TFTP_READ_REQUEST, request.destination)
 
     def _reply(self, sender: PeerId, transaction: bytes, observed: Endpoint) -> bytes:
         return _ECHO.pack(_REPLY, transaction, sender.key, observed.to_bytes(), NO_TOKEN)
