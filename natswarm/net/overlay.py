@@ -358,7 +358,7 @@ class OverlayService:
         try:
             await self._run_link(peer, await peer.open_stream(ROUTE_PROTOCOL), is_ours=True)
         except (NatswarmError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            logger.info("no link to %s: %s", peer.peer_id.short, error)
+            self._note_failed(peer.peer_id, error)
 
     async def _serve(self, stream: Stream, peer: Neighbour) -> None:
         existing = self._links.get(peer.peer_id)
@@ -438,7 +438,10 @@ class OverlayService:
             self._remembered.move_to_end(peer_id)
             if len(self._remembered) > REMEMBERED_MAX:
                 self._remembered.popitem(last=False)
-        self._overlay.link_down(peer_id, self.now())
+        if link.is_up:
+            self._overlay.link_down(peer_id, self.now())
+        else:
+            self._overlay.link_failed(peer_id, self.now())
         self._carry_out()
 
     def _queue(self, link: _Link, message: LinkMessage | Sighted) -> None:
@@ -493,10 +496,13 @@ class OverlayService:
             else:
                 self._nursery.start_soon(self._open_link, peer)
         except NatswarmError as error:
-            logger.info("no link to %s: %s", peer_id.short, error)
             self._made_for_link.discard(peer_id)
-            self._overlay.link_failed(peer_id, self.now())
-            self._carry_out()
+            self._note_failed(peer_id, error)
+
+    def _note_failed(self, peer_id: PeerId, error: Exception) -> None:
+        logger.info("no link to %s: %s", peer_id.short, error)
+        self._overlay.link_failed(peer_id, self.now())
+        self._carry_out()
 
     # Meetings -------------------------------------------------------------------------------------
 

@@ -144,9 +144,12 @@ async def test_a_peer_that_takes_our_link_and_says_nothing_costs_the_link_alone(
             await trio.sleep_forever()
 
         mute.serve(ROUTE_PROTOCOL, say_nothing)
+        routing = honest.overlay._overlay
+        routing.table.add_candidate(mute.peer_id.key)
         await mute.connect(await honest.invite())
         await trio.sleep(30)
         assert not honest.overlay._links
+        assert not routing.table.wanted(honest.overlay.now()), "it is not tried again at once"
         await swarm.check_talk(*names)
 
 
