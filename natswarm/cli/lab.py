@@ -5,7 +5,6 @@ No logic of its own: `natswarm/lab` does it, here it is asked for and shown.
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from natswarm.cli.options import JsonOption, console, print_json
 from natswarm.errors import ConfigurationError
 from natswarm.lab.capability import check_capable
 from natswarm.lab.capture import capture_core, capture_device
@@ -33,13 +33,10 @@ lab_app = typer.Typer(
     no_args_is_help=True,
 )
 
-console = Console(soft_wrap=True, highlight=False)
-
 LabOption = Annotated[
     str | None,
     typer.Option("--name", help="Which lab; not needed while only one runs.", show_default=False),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DeviceArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="A device of the lab.", show_default=False)
 ]
@@ -147,7 +144,7 @@ def verify(name: LabOption = None, as_json: JsonOption = False) -> None:
         table.add_row(check.device, check.what, check.expected, check.seen, verdict)
     is_ok = all(check.is_ok for check in checks)
     if as_json:
-        _print_json({"ok": is_ok, "checks": [msgspec.to_builtins(check) for check in checks]})
+        print_json({"ok": is_ok, "checks": [msgspec.to_builtins(check) for check in checks]})
     else:
         Console().print(table)
     raise typer.Exit(0 if is_ok else 1)
@@ -191,7 +188,7 @@ def status(name: LabOption = None, as_json: JsonOption = False) -> None:
     labs = [registry.find(name)] if name is not None else registry.labs()
     answers = [ask(lab, "status") for lab in labs]
     if as_json:
-        _print_json({"labs": answers})
+        print_json({"labs": answers})
         return
     if not answers:
         typer.echo("No lab runs.")
@@ -230,8 +227,7 @@ def _output(out: str) -> AbstractContextManager[IO[bytes]]:
 
 def _show_made(state: LabState, as_json: bool) -> None:
     if as_json:
-        _print_json({"event": "up", **msgspec.to_builtins(state)})
-        sys.stdout.flush()
+        print_json({"event": "up", **msgspec.to_builtins(state)})
         return
     table = Table("device", "own address", "seen from outside", "behind", title=f"lab {state.name}")
     for device in state.devices:
@@ -286,7 +282,3 @@ def _words(counter: str) -> str:
     """Return the name of a counter as people say it."""
     word = counter.removesuffix("_count").removeprefix("dropped_").replace("_", " ")
     return {"ttl": "out of hops", "error": "ICMP errors"}.get(word, word)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value), flush=True)  # noqa: T201 - this is the command line's output

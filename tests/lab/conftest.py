@@ -48,10 +48,22 @@ def lab(_capable_machine: None) -> Iterator[Lab]:
         yield lab
 
 
-@pytest.fixture(scope="module")
-def open_lab() -> Iterator[OpenLab]:
-    """Make labs as `natswarm lab up` does; they are gone after the module."""
+@pytest.fixture(scope="session")
+def capable_machine() -> None:
+    """What fixtures of a wider scope than one test ask for."""
     require_capable_machine()
+
+
+@pytest.fixture(scope="module")
+def shared_lab(capable_machine: None) -> Iterator[Lab]:
+    """One lab for the tests of a module that do not disturb each other."""
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def open_lab(capable_machine: None) -> Iterator[OpenLab]:
+    """Make labs as `natswarm lab up` does; they are gone after the module."""
     with contextlib.ExitStack() as stack:
 
         def open_one(*devices: str, **settings: object) -> LabState:

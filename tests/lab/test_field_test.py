@@ -38,12 +38,12 @@ pytestmark = pytest.mark.lab
 
 PLAN = """
 repeats = 2
-pause_s = 1.0
+pause_s = 0.1
 
 [measure]
 ping_count = 10
 ping_interval_s = 0.05
-bulk_s = 1.0
+bulk_s = 0.3
 bulk_bytes = 300_000
 """
 
@@ -133,9 +133,12 @@ async def open_bed(left: str, right: str, state: Path) -> AsyncIterator[Bed]:
         async with run_world(internet.world), open_private_nursery() as nursery:
             for port in bed.ports.values():
                 nursery.start_soon(port.run)
+            nodes = []
             for name, namespace in helpers.items():
                 options = ["--json", "--name", name, "--bind", bed.ips[name]]
-                node = namespace.spawn([*NATSWARM, "up", *options, "--state", str(state / name)])
+                options += ["--state", str(state / name)]
+                nodes.append(namespace.spawn([*NATSWARM, "up", *options]))
+            for node in nodes:
                 line = await in_thread(
                     partial(node.wait_line, lambda line: '"up"' in line, timeout_s=START_TIMEOUT_S)
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,19 @@ NATS = {
 }
 
 
-def start_observer(lab: Lab, name: str, state: Path) -> str:
-    host = lab.add_public(name)
-    options = ["--json", "--bind", host.ip, "--state", str(state / name)]
-    node = host.namespace.spawn([*NATSWARM, "up", *options])
-    line = node.wait_line(lambda line: json.loads(line)["event"] == "up", timeout_s=60)
-    return json.loads(line)["invite"]
-
-
-@pytest.fixture
-def joins(lab: Lab, tmp_path: Path) -> list[str]:
-    invites = [start_observer(lab, name, tmp_path) for name in ("first", "second")]
-    return [option for invite in invites for option in ("--join", invite)]
+@pytest.fixture(scope="module")
+def joins(shared_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name two observers; all tests ask the same."""
+    state, nodes = tmp_path_factory.mktemp("observers"), []
+    for name in ("first", "second"):
+        host = shared_lab.add_public(name)
+        options = ["--json", "--bind", host.ip, "--state", str(state / name)]
+        nodes.append(host.namespace.spawn([*NATSWARM, "up", *options]))
+    lines = [
+        node.wait_line(lambda line: json.loads(line)["event"] == "up", timeout_s=60)
+        for node in nodes
+    ]
+    return [option for line in lines for option in ("--join", json.loads(line)["invite"])]
 
 
 def inspect(client: Host, state: Path, *options: str) -> dict[str, Any]:
@@ -41,9 +43,9 @@ def inspect(client: Host, state: Path, *options: str) -> dict[str, Any]:
     return json.loads(client.namespace.run(command, timeout_s=60))
 
 
-def test_each_nat_is_found_out(lab: Lab, tmp_path: Path, joins: list[str]):
+def test_each_nat_is_found_out(shared_lab: Lab, tmp_path: Path, joins: list[str]):
     for name, (nat, mapping, allocation) in NATS.items():
-        client = lab.add_client(name, nat)
+        client = shared_lab.add_client(name, nat)
         report = inspect(client, tmp_path / name, "--quick", *joins)
         found = {field: finding["value"] for field, finding in report["nat"].items()}
         assert (found["mapping"], found["filtering"]) == (mapping, "APDF")
@@ -56,13 +58,24 @@ def test_each_nat_is_found_out(lab: Lab, tmp_path: Path, joins: list[str]):
         assert report["tests"]["behaviour"]["packets"] <= 60
 
 
-def test_what_the_kernel_does_besides(lab: Lab, tmp_path: Path, joins: list[str]):
+def test_what_the_kernel_does_besides(shared_lab: Lab, tmp_path: Path, joins: list[str]):
     """Poison and the TFTP helper, which the kernel can do as well as not."""
     skipped = [each for name in ("gateway", "lease", "quota") for each in ("--skip", name)]
-    for is_there in (False, True):
-        nat = KernelNat(NatKind.PRESERVING, is_poisonable=is_there, has_tftp_helper=is_there)
-        client = lab.add_client(f"besides-{is_there}".lower(), nat)
-        report = inspect(client, tmp_path / str(is_there), *skipped, *joins)
+    clients = [
+        shared_lab.add_client(
+            f"besides-{is_there}".lower(),
+            KernelNat(NatKind.PRESERVING, is_poisonable=is_there, has_tftp_helper=is_there),
+        )
+        for is_there in (False, True)
+    ]
+
+    def look(client: Host) -> dict[str, Any]:
+        return inspect(client, tmp_path / client.namespace.name, *skipped, *joins)
+
+    # Both at once: most of an inspection is waiting.
+    with ThreadPoolExecutor(len(clients)) as pool:
+        reports = list(pool.map(look, clients))
+    for is_there, report in zip((False, True), reports, strict=True):
         found = {field: finding["value"] for field, finding in report["nat"].items()}
         assert found["poison"] == ("takes port" if is_there else "none"), report["nat"]["poison"]
         assert found["tftp_helper"] is is_there, report["nat"]["tftp_helper"]
@@ -71,8 +84,8 @@ def test_what_the_kernel_does_besides(lab: Lab, tmp_path: Path, joins: list[str]
         assert report["nat"]["max_mappings"]["reason"] == "it was left out"
 
 
-def test_one_interface_of_several(lab: Lab, tmp_path: Path, joins: list[str]):
-    client = lab.add_client("phone", KernelNat(NatKind.PRESERVING))
+def test_one_interface_of_several(shared_lab: Lab, tmp_path: Path, joins: list[str]):
+    client = shared_lab.add_client("phone", KernelNat(NatKind.PRESERVING))
     # A second SIM that leads nowhere, and that the system prefers.
     client.namespace.ip(
         "link add name wwan0 type veth peer name nowhere",
@@ -96,9 +109,9 @@ def test_one_interface_of_several(lab: Lab, tmp_path: Path, joins: list[str]):
         inspect(client, tmp_path, "--quick", "--interface", "wwan1", *joins)
 
 
-def test_an_interface_that_vanishes_meanwhile(lab: Lab, tmp_path: Path, joins: list[str]):
-    client = lab.add_client("phone", KernelNat(NatKind.RANDOM))
-    options = ["--json", "--state", str(tmp_path / "client"), "--skip", "lease", *joins]
+def test_an_interface_that_vanishes_meanwhile(shared_lab: Lab, tmp_path: Path, joins: list[str]):
+    client = shared_lab.add_client("unplugged", KernelNat(NatKind.RANDOM))
+    options = ["--json", "--state", str(tmp_path / "client"), "--quick", *joins]
     command = client.namespace.spawn([*NATSWARM, "inspect", "--watch", "--every", "1", *options])
     first = json.loads(command.wait_line(lambda _line: True, timeout_s=60))
     assert first["nat"]["mapping"]["value"] == "APDM"

@@ -67,11 +67,16 @@ class House:
         )
         return interface
 
-    def up(self, name: str, *options: str) -> LabProcess:
+    def start(self, name: str, *options: str) -> LabProcess:
         folder = str(self._state / name)
-        node = self.people[name].spawn([*NATSWARM, "up", "--json", "--state", folder, *options])
-        node.wait_line(lambda line: json.loads(line)["event"] == "up", timeout_s=60)
-        return node
+        return self.people[name].spawn([*NATSWARM, "up", "--json", "--state", folder, *options])
+
+    def up(self, *names: str, options: tuple[str, ...] = ()) -> list[LabProcess]:
+        """Start nodes, all at once, and wait until they run."""
+        nodes = [self.start(name, *options) for name in names]
+        for node in nodes:
+            wait_up(node)
+        return nodes
 
     def remove(self) -> None:
         for person in self.people.values():
@@ -88,10 +93,13 @@ def house(_capable_machine: None, tmp_path: Path) -> Iterator[House]:
         house.remove()
 
 
+def wait_up(node: LabProcess) -> dict[str, str]:
+    line = node.wait_line(lambda line: json.loads(line)["event"] == "up", timeout_s=60)
+    return json.loads(line)
+
+
 def peer_id(node: LabProcess) -> str:
-    return next(
-        event["peer_id"] for line in node.lines if (event := json.loads(line))["event"] == "up"
-    )
+    return wait_up(node)["peer_id"]
 
 
 def wait_connected(node: LabProcess, other: LabProcess) -> str:
@@ -112,7 +120,7 @@ def connected(node: LabProcess) -> set[str]:
 def test_neighbours_of_every_lan_are_found_and_nobody_behind_them(house: House):
     for name, *bridges in (("kim", "house"), ("mia", "house", "attic"), ("ned", "attic")):
         house.add(name, *bridges)
-    kim, mia, ned = (house.up(name) for name in ("kim", "mia", "ned"))
+    kim, mia, ned = house.up("kim", "mia", "ned")
     assert wait_connected(mia, kim).startswith("192.168.0.1:")
     assert wait_connected(mia, ned).startswith("192.168.1.2:")
     assert connected(kim) == connected(ned) == {peer_id(mia)}
@@ -124,7 +132,7 @@ def test_link_local_ipv6_is_enough(house: House):
         person = house.add(name, *bridges)
         for bridge in bridges:
             person.ip(f"address flush dev eth-{bridge} scope global")
-    kim, mia, ned = (house.up(name, "--bind", "::") for name in ("kim", "mia", "ned"))
+    kim, mia, ned = house.up("kim", "mia", "ned", options=("--bind", "::"))
     for node, other, bridge in ((mia, kim, "house"), (mia, ned, "attic"), (ned, mia, "attic")):
         at = wait_connected(node, other)
         assert at.startswith("[fe80::")
@@ -135,12 +143,12 @@ def test_link_local_ipv6_is_enough(house: House):
 def test_a_lan_that_comes_later_and_one_that_goes(house: House):
     house.add("kim", "house")
     house.add("mia", "attic")
-    kim, mia = house.up("kim"), house.up("mia")
+    kim, mia = house.up("kim", "mia")
     house.plug("mia", "house")
     wait_connected(kim, mia)
     house.people["mia"].ip("link delete dev eth-attic")
     house.add("lou", "house")
-    lou = house.up("lou")
+    [lou] = house.up("lou")
     wait_connected(mia, lou)
     assert mia.error_text() == kim.error_text() == ""
 
@@ -149,8 +157,9 @@ def test_who_does_not_want_to_be_found_is_not(house: House):
     house.add("kim", "house")
     house.add("lou", "house")
     house.add("mia", "house")
-    kim = house.up("kim", "--no-lan")
-    lou, mia = house.up("lou"), house.up("mia")
+    kim = house.start("kim", "--no-lan")
+    lou, mia = house.up("lou", "mia")
+    wait_up(kim)
     wait_connected(lou, mia)
     assert connected(kim) == set()
 
@@ -158,7 +167,7 @@ def test_who_does_not_want_to_be_found_is_not(house: House):
 def test_a_flood_on_the_group_does_not_stop_the_search(house: House):
     house.add("kim", "house")
     eve = house.add("eve", "house")
-    kim = house.up("kim")
+    [kim] = house.up("kim")
     with contextlib.ExitStack() as stack:
         with eve.entered():
             sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
@@ -168,7 +177,7 @@ def test_a_flood_on_the_group_does_not_stop_the_search(house: House):
         for index in range(5000):
             sock.sendto(b"nsw\x01" + index.to_bytes(200, "big"), (GROUP_IPV4, GROUP_PORT))
         house.add("lou", "house")
-        wait_connected(kim, house.up("lou"))
+        wait_connected(kim, house.start("lou"))
     assert kim.error_text() == ""
     with pytest.raises(LabError, match="did not print"):
         kim.wait_line(lambda line: json.loads(line)["event"] == "lost", timeout_s=0.1)
@@ -177,13 +186,10 @@ def test_a_flood_on_the_group_does_not_stop_the_search(house: House):
 def test_a_node_comes_back_by_its_cache_alone(house: House):
     house.add("kim", "house")
     house.add("lou", "house")
-    kim = house.up("kim", "--no-lan")
-    invite = next(
-        event["invite"] for line in kim.lines if (event := json.loads(line))["event"] == "up"
-    )
-    lou = house.up("lou", "--no-lan", "--join", invite)
+    kim = house.start("kim", "--no-lan")
+    lou = house.start("lou", "--no-lan", "--join", wait_up(kim)["invite"])
     wait_connected(lou, kim)
     lou.interrupt()
     with contextlib.suppress(LabError):  # the status of Ctrl-C is 130
         lou.wait(timeout_s=20)
-    wait_connected(house.up("lou", "--no-lan"), kim)
+    wait_connected(house.start("lou", "--no-lan"), kim)
