@@ -34,6 +34,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from natswarm.nat.behaviour import Pooling
 from natswarm.nat.findings import Findings, NatTest
@@ -376,14 +377,19 @@ def print_report(cases: list[Case]) -> None:
     seconds = sorted(case.quick_s for case in cases)
     print(f"{'quick part, seconds':24} {seconds[len(seconds) // 2]:6.2f} {seconds[-1]:6.2f}")
     print("\ntargets")
-    for name, is_met, text in verdicts(cases):
-        print(f"{'met   ' if is_met else 'MISSED'} {name}: {text}")
+    for name, verdict in verdicts(cases).items():
+        word = "met   " if verdict["ok"] else "MISSED"
+        print(f"{word} {name}, {verdict['target']}: {verdict['is']}")
 
 
-def verdicts(cases: list[Case]) -> list[tuple[str, bool, str]]:
-    """Return (target, whether it is met, how far it is)."""
+def verdicts(cases: list[Case]) -> dict[str, dict[str, Any]]:
+    """Return each target: its value, the bound, whether it holds, and the value in words."""
     table = scores(cases)
-    result = []
+    result: dict[str, dict[str, Any]] = {}
+
+    def judge(name: str, value: float, target: str, is_met: bool, words: str) -> None:
+        result[name] = {"value": value, "target": target, "ok": is_met, "is": words}
+
     was_quick = all(case.packets.keys() == {NatTest.BEHAVIOUR.value} for case in cases)
     for name, target in TARGETS.items():
         score = table.get(name)
@@ -395,16 +401,15 @@ def verdicts(cases: list[Case]) -> list[tuple[str, bool, str]]:
         if total:
             share = score.right / total
             text = _text(share, score.right, total)
-            result.append((f"{name} right >= {target:.1%}", share >= target, text))
+            judge(f"{name} right", share, f">= {target:.1%}", share >= target, text)
     most = max(case.packets.get(NatTest.BEHAVIOUR.value, 0) for case in cases)
-    result.append(
-        (f"quick part <= {QUICK_PACKETS_MAX} packets", most <= QUICK_PACKETS_MAX, str(most))
-    )
+    is_met = most <= QUICK_PACKETS_MAX
+    judge("packets of the quick part", most, f"<= {QUICK_PACKETS_MAX}", is_met, str(most))
     held, total = calibration(cases).get("all", (0, 0))
     if total:
         share = held / total
         is_met = CALIBRATION[0] <= share <= CALIBRATION[1]
-        result.append(("90 % intervals right in 88..92 %", is_met, _text(share, held, total)))
+        judge("90 % intervals right", share, "88..92 %", is_met, _text(share, held, total))
     return result
 
 
@@ -437,10 +442,7 @@ def main() -> None:
             "count": count,
             "scores": {name: asdict(score) for name, score in scores(cases).items()},
             "calibration": calibration(cases),
-            "targets": [
-                {"target": name, "met": is_met, "is": text}
-                for name, is_met, text in verdicts(cases)
-            ],
+            "targets": verdicts(cases),
         }
         print(json.dumps(report, indent=2))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from simulated_test import Laboratory
+from laboratory import Laboratory
 
 from natswarm.nat.asking import RETRY_AFTER_S, Answer, AskingTest, Script
 from natswarm.nat.behaviour import Filtering, Mapping

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from simulated_test import Laboratory
+from laboratory import Laboratory
 
 from natswarm.nat.behaviour import Filtering, Mapping
 from natswarm.nat.lifetime import LifetimeTest, plan_lifetimes

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from simulated_test import Laboratory
+from laboratory import Laboratory
 
 from natswarm.address import Endpoint
 from natswarm.nat.allocation import PortAllocation

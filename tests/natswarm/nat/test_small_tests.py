@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from simulated_test import Laboratory
+from laboratory import Laboratory
 
 from natswarm.nat.asking import AskingTest
 from natswarm.nat.behaviour import Filtering, Mapping, Poison
