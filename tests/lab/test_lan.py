@@ -123,6 +123,8 @@ def test_neighbours_of_every_lan_are_found_and_nobody_behind_them(house: House):
     kim, mia, ned = house.up("kim", "mia", "ned")
     assert wait_connected(mia, kim).startswith("192.168.0.1:")
     assert wait_connected(mia, ned).startswith("192.168.1.2:")
+    for node in (kim, ned):
+        wait_connected(node, mia)
     assert connected(kim) == connected(ned) == {peer_id(mia)}
 
 
@@ -133,7 +135,8 @@ def test_link_local_ipv6_is_enough(house: House):
         for bridge in bridges:
             person.ip(f"address flush dev eth-{bridge} scope global")
     kim, mia, ned = house.up("kim", "mia", "ned", options=("--bind", "::"))
-    for node, other, bridge in ((mia, kim, "house"), (mia, ned, "attic"), (ned, mia, "attic")):
+    pairs = ((mia, kim, "house"), (kim, mia, "house"), (mia, ned, "attic"), (ned, mia, "attic"))
+    for node, other, bridge in pairs:
         at = wait_connected(node, other)
         assert at.startswith("[fe80::")
         assert f"%eth-{bridge}]:" in at
