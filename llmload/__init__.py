@@ -14,6 +14,11 @@ asks them), `learn` (training here, and rounds of averaged gradients with a peer
 
 from __future__ import annotations
 
+import os
+
+# From 1.32 on ONNX Runtime reports to its maker unless told not to before it is loaded.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 from llmload.config import GPT2Config
 from llmload.engine.generate import generate_tokens
 from llmload.engine.kv_cache import CachePool, KVCache
