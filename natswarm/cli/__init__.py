@@ -22,7 +22,10 @@ PLUGIN_GROUP = "natswarm.commands"
 
 def main() -> None:
     """Run the command line; exits with 0, 1 (it failed) or 2 (it was called wrongly)."""
+    wanted = next((each for each in sys.argv[1:] if not each.startswith("-")), None)
     for entry in entry_points(group=PLUGIN_GROUP):
+        if wanted not in (None, entry.name):  # what a plug-in imports may take a second
+            continue
         try:
             command = entry.load()
         except ImportError as error:

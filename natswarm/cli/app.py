@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -18,9 +19,12 @@ from natswarm.cli.lab import lab_app
 from natswarm.cli.options import (
     DEFAULT_STATE,
     BindOption,
+    ExpiresOption,
     InterfaceOption,
     JoinOption,
     JsonOption,
+    OneTimeOption,
+    QrOption,
     StateOption,
     console,
     duration_s,
@@ -29,10 +33,13 @@ from natswarm.cli.options import (
     with_node,
 )
 from natswarm.cli.recipes import recipes_app
-from natswarm.cli.show import event_as_json, event_as_text, show_qr
+from natswarm.cli.running import Answers, find, invite, join, peers, status
+from natswarm.cli.show import event_as_json, event_as_text, show_qr, status_as_json
+from natswarm.cli.status_view import show_live
 from natswarm.discovery.beacon import OPEN_SWARM_KEY
 from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
+from natswarm.net.control import open_control
 from natswarm.net.mainline import read_mainline_nodes
 from natswarm.node import Node, NodeConfig, NodeEvent
 
@@ -92,23 +99,25 @@ def up(
         Path | None,
         typer.Option("--dht-file", help="dht.dat or session file of a BitTorrent client."),
     ] = None,
-    qr: Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code, too.")] = False,
-    expires: Annotated[
-        str, typer.Option("--expires", help="How long the invite holds: 30m, 12h, 7d.")
-    ] = "7d",
-    one_time: Annotated[
-        bool, typer.Option("--one-time", help="An invite for one guest alone.")
-    ] = False,
+    qr: QrOption = False,
+    expires: ExpiresOption = "7d",
+    one_time: OneTimeOption = False,
+    live: Annotated[
+        bool, typer.Option(help="On a terminal, keep the peers in view below what happens.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Run a node until interrupted: print its invite, then what happens.
+
+    Meanwhile `natswarm status`, `peers`, `invite`, `join` and `find` ask this node.
 
     A node that others can reach (a public address, or a NAT that lets strangers in) is all that a
     new swarm needs: give its invite to the others.
     """
     lifetime_s = duration_s(expires)
+    invites = [Invite.parse(text) for text in join or ()]
     # Who is invited to a private swarm hears it on the LAN, too.
-    keys = [key for text in join or () if (key := Invite.parse(text).swarm_key)]
+    keys = [key for each in invites if (key := each.swarm_key)]
     config = make_config(
         state,
         swarm_key=keys[0] if keys else OPEN_SWARM_KEY,
@@ -126,19 +135,25 @@ def up(
     )
 
     async def body(node: Node) -> None:
-        invite = await node.invite(lifetime_s=lifetime_s, is_one_time=one_time)
-        if as_json:
-            print_json({"event": "up", "peer_id": str(node.peer_id), "invite": str(invite)})
-        else:
-            console.print(f"PeerId  {node.peer_id}\nInvite  {invite}\nPress Ctrl-C to stop.")
-            if qr:
-                show_qr(invite)
-        await trio.sleep_forever()
+        async with open_control(state, Answers(node).answer):
+            await _meet(node, invites)
+            invite = await node.invite(lifetime_s=lifetime_s, is_one_time=one_time)
+            if as_json:
+                print_json({"event": "up", "peer_id": str(node.peer_id), "invite": str(invite)})
+            else:
+                console.print(f"PeerId  {node.peer_id}\nInvite  {invite}\nPress Ctrl-C to stop.")
+                if qr:
+                    show_qr(invite)
+            if live and console.is_terminal and not as_json:
+                await show_live(console, partial(status_as_json, node))
+            await trio.sleep_forever()
 
-    trio.run(_joined, config, join, body)
+    trio.run(with_node, config, body)
 
 
 app.command()(inspect)
+for command in (status, peers, invite, join, find):
+    app.command()(command)
 
 
 @app.command()
@@ -196,12 +211,17 @@ async def _joined(
     invites = [Invite.parse(text) for text in join or ()]
 
     async def meet(node: Node) -> None:
-        for invite in invites:
-            await node.connect(invite)
-        if not invites:
-            await node.rejoin()
-        if node.peers():
-            await node.inspect()
+        await _meet(node, invites)
         await body(node)
 
     await with_node(config, meet)
+
+
+async def _meet(node: Node, invites: Sequence[Invite]) -> None:
+    """Meet who was named, or whom the cache remembers; then have them say what they see."""
+    for each in invites:
+        await node.connect(each)
+    if not invites:
+        await node.rejoin()
+    if node.peers():
+        await node.inspect()

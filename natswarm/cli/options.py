@@ -29,9 +29,12 @@ from natswarm.node import Node, NodeConfig, NodeEvent, open_node
 __all__ = [
     "DEFAULT_STATE",
     "BindOption",
+    "ExpiresOption",
     "InterfaceOption",
     "JoinOption",
     "JsonOption",
+    "OneTimeOption",
+    "QrOption",
     "StateOption",
     "console",
     "duration_s",
@@ -65,6 +68,11 @@ JoinOption = Annotated[
     list[str] | None,
     typer.Option("--join", help="Invite of a peer that takes strangers; may be given twice."),
 ]
+ExpiresOption = Annotated[
+    str, typer.Option("--expires", help="How long the invite holds: 30m, 12h, 7d.")
+]
+OneTimeOption = Annotated[bool, typer.Option("--one-time", help="An invite for one guest alone.")]
+QrOption = Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code, too.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 # An invite must survive copy and paste: never wrapped, never styled.

@@ -28,6 +28,7 @@ class Peer(trio.abc.AsyncResource):
         puncture: How the first path was made.
         record: What the peer says of itself, once it has; it does so right after connecting.
         sealed_record: The same, signed by it, to show to others.
+        connected_at: When the connection was ready, by Trio's clock.
     """
 
     def __init__(self, paths: PathSet, puncture: PunctureReport | None) -> None:
@@ -37,6 +38,7 @@ class Peer(trio.abc.AsyncResource):
         self.puncture = puncture
         self.record: NodeRecord | None = None
         self.sealed_record: bytes | None = None
+        self.connected_at = trio.current_time()
         # Set once it has told its record, or failed to.
         self.introduced = trio.Event()
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from rich.console import Console
 
 from natswarm import (
     Identity,
@@ -21,17 +23,21 @@ from natswarm import (
     NodeConfig,
     NodeRecord,
     PeerNotFound,
+    RequestRefused,
     VirtualNetwork,
 )
 from natswarm import cli as command_line
+from natswarm.cli import running
 from natswarm.cli.show import event_as_text, show_qr
+from natswarm.cli.status_view import status_view
 from natswarm.nat.profile import NatProfile
 from natswarm.net.notes import Notes
 from natswarm.puncture.strategy import Strategy
 
 # `natswarm.cli.app` is the module's name and, inside the package, that of the app in it.
 app_module = importlib.import_module("natswarm.cli.app")
-COMMANDS = ["id", "up", "inspect", "connect", "recipes"]
+ASKING = ["status", "peers", "invite", "join", "find"]
+COMMANDS = ["id", "up", "inspect", "connect", "recipes", *ASKING]
 MAIN = [sys.executable, "-c", "from natswarm.cli import main; main()"]
 
 
@@ -139,6 +145,10 @@ def test_a_peer_that_cannot_be_asked_is_a_warning(run):
         (["up", "--expires", "7w"], "'7w' is not a duration; write 90s, 30m, 12h or 7d"),
         (["up", "--expires", "0d"], "is not a duration"),
         (["connect", "a" * 52, "--by-clock"], "the peer cache knows nothing of aaaaaaaa"),
+        (["status"], "no node runs with the state folder"),
+        (["invite", "--expires", "1"], "is not a duration"),
+        (["join", "natswarm:abc"], "the invite is damaged"),
+        (["find", "abc"], "is not a PeerId"),
         (["inspect", "--bind", "localhost"], "names are not looked up"),
         (["inspect", "--bind", "203.0.113.77"], "no interface of this machine"),
     ],
@@ -191,6 +201,22 @@ def test_a_plugin_that_cannot_be_loaded_is_left_out(run, monkeypatch, capsys):
     assert not caught.value.code
     assert "inspect" in out
     assert err == "natswarm demo is not there: no module named [onnx]\n"
+
+
+def test_a_plugin_is_loaded_by_those_alone_who_want_it(run, monkeypatch, capsys):
+    def load():
+        raise AssertionError("it takes a second")
+
+    monkeypatch.setattr(
+        command_line, "entry_points", lambda group: [types.SimpleNamespace(name="demo", load=load)]
+    )
+    monkeypatch.setattr(sys, "argv", ["natswarm", "recipes", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    assert not caught.value.code
+    monkeypatch.setattr(sys, "argv", ["natswarm", "demo"])
+    with pytest.raises(AssertionError, match="it takes a second"):
+        command_line.main()
 
 
 def test_a_profile_is_handed_over(run, tmp_path):
@@ -281,6 +307,75 @@ def test_up_prints_its_invite_and_ends_when_told(tmp_path, stop, status):
     assert [line["event"] for line in lines] == ["profile", "up"]
     assert str(Invite.parse(lines[1]["invite"]).record.peer_id) == lines[1]["peer_id"]
     assert (process.returncode, err) == (status, "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals")
+def test_other_commands_ask_the_running_node(run, tmp_path):
+    """On a terminal, where the peers stay in view."""
+    import pty
+
+    folder = tmp_path / "state"
+    environment = {
+        **os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm",
+        "COLUMNS": "200",
+    }  # fmt: skip
+    options = ["--bind", "127.0.0.1", "--no-lan", "--name", "hub"]
+    ours, theirs = pty.openpty()
+    shown = b""
+    with subprocess.Popen(
+        [*MAIN, "up", *options, "--state", str(folder)], stdout=theirs, env=environment
+    ) as process:
+        while b"nobody is connected" not in shown:
+            shown += os.read(ours, 65_536)
+        assert stat.S_IMODE((folder / "control.sock").stat().st_mode) == 0o600
+        status, out, err = run("status", "--state", "{state}", "--json")
+        found = json.loads(out)
+        assert (status, err, found["name"], found["peers"]) == (0, "", "hub", [])
+        assert "nobody is connected" in run("status", "--state", "{state}")[1]
+        assert "Nobody is connected" in run("peers", "--state", "{state}")[1]
+        out = run("invite", "--state", "{state}", "--expires", "1h", "--one-time")[1]
+        assert Invite.parse(out).ticket
+        status, _, err = run("join", out.strip(), "--state", "{state}")
+        assert (status, err[:27]) == (1, "Error: that is this node it")
+        status, _, err = run("find", "a" * 52, "--state", "{state}")
+        assert (status, err[:32]) == (1, "Error: none of our 0 neighbours ")
+        status, _, err = run("up", *options, "--state", "{state}")
+        assert status == 1
+        assert "a node runs already with the state folder" in err
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == 130
+    assert not (folder / "control.sock").exists()
+
+
+async def test_what_is_said_of_a_running_node(open_swarm, autojump_clock, capsys):
+    async with open_swarm() as swarm:
+        await swarm.add_observers()
+        a = await swarm.add_inspected("[bold]a", "linux-home")
+        answers = running.Answers(a)
+        found = json.loads(json.dumps(await answers.answer({"do": "status"})))
+        assert len(found["peers"]) == 2
+        assert found["nat"]["mapping"] == "EIM"
+        joined = found["peers"][0]
+        assert (joined["reachable"], joined["nat"]) == (True, "no NAT, firewall not known")
+        assert joined["rtt_ms"] > 0
+        assert joined["sent_bytes"] > 0
+        made = await answers.answer({"do": "invite", "lifetime_s": 60.0, "one_time": False})
+        assert Invite.parse(made["invite"]).record.peer_id == a.peer_id
+        other = await swarm.nodes["obs0"].invite()
+        again = await answers.answer({"do": "join", "invite": str(other)})
+        assert again["peer_id"] == joined["peer_id"]
+        assert (await answers.answer({"do": "find", "peer": again["peer_id"]})) == again
+        for question in ({}, {"do": "fly"}, {"do": "find", "peer": 7}):
+            with pytest.raises(RequestRefused, match="does not know"):
+                await answers.answer(question)
+        screen = Console(width=120)
+        screen.print(status_view(found, peers_max=1))
+        assert "[bold]a" in (shown := capsys.readouterr().out)
+        assert "... and 1 more" in shown
+        assert "obs0" in shown
 
 
 def config_on(swarm, name: str, kind: str, *, as_json: bool) -> NodeConfig:

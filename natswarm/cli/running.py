@@ -1,0 +1,124 @@
+"""Commands that ask a running `natswarm up`, and what it answers them.
+
+natswarm status, peers, invite, join, find ── net/control.py ── Answers ── Node
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import trio
+import typer
+
+from natswarm.cli.options import (
+    DEFAULT_STATE,
+    ExpiresOption,
+    JsonOption,
+    OneTimeOption,
+    QrOption,
+    StateOption,
+    console,
+    duration_s,
+    print_json,
+)
+from natswarm.cli.show import peer_as_json, show_qr, status_as_json
+from natswarm.cli.status_view import peer_line, peers_table, status_view
+from natswarm.discovery.invite import Invite
+from natswarm.errors import RequestRefused
+from natswarm.identity import PeerId
+from natswarm.net.control import ask_running_node
+from natswarm.node import Node
+
+__all__ = ["Answers", "find", "invite", "join", "peers", "status"]
+
+
+class Answers:
+    """What a running node answers the other commands.
+
+    Args:
+        node: The node.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Do what is asked, and say how it went.
+
+        Raises:
+            NatswarmError: It could not be done, or is not known here.
+        """
+        match question:
+            case {"do": "status"}:
+                return status_as_json(self._node)
+            case {"do": "invite", "lifetime_s": float(lifetime_s), "one_time": bool(is_one_time)}:
+                made = await self._node.invite(lifetime_s=lifetime_s, is_one_time=is_one_time)
+                return {"invite": str(made), "expires_at_s": made.expires_at_s}
+            case {"do": "join", "invite": str(text)}:
+                return peer_as_json(await self._node.connect(Invite.parse(text)))
+            case {"do": "find", "peer": str(text)}:
+                return peer_as_json(await self._node.connect(PeerId.parse(text)))
+        raise RequestRefused("the running node does not know this: is it of another version?")
+
+
+def status(state: StateOption = DEFAULT_STATE, as_json: JsonOption = False) -> None:
+    """Say how the running node is: its NAT, its peers, its part in routing and discovery."""
+    found = trio.run(ask_running_node, state, {"do": "status"})
+    if as_json:
+        print_json(found)
+    else:
+        console.print(status_view(found))
+
+
+def peers(state: StateOption = DEFAULT_STATE, as_json: JsonOption = False) -> None:
+    """List whom the running node is connected to."""
+    found = trio.run(ask_running_node, state, {"do": "status"})["peers"]
+    if as_json:
+        print_json({"peers": found})
+    else:
+        console.print(peers_table(found) if found else "Nobody is connected.")
+
+
+def invite(
+    state: StateOption = DEFAULT_STATE,
+    expires: ExpiresOption = "7d",
+    one_time: OneTimeOption = False,
+    qr: QrOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a new invite to the running node."""
+    question = {"do": "invite", "lifetime_s": duration_s(expires), "one_time": one_time}
+    made = trio.run(ask_running_node, state, question)
+    if as_json:
+        print_json(made)
+        return
+    console.print(made["invite"])
+    if qr:
+        show_qr(Invite.parse(made["invite"]))
+
+
+def join(
+    link: Annotated[str, typer.Argument(metavar="INVITE", help="Invite of a peer.")],
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Connect the running node to the peer of an invite."""
+    Invite.parse(link)  # what is wrong with it can be said without a node
+    _show_peer(trio.run(ask_running_node, state, {"do": "join", "invite": link}), as_json)
+
+
+def find(
+    peer: Annotated[str, typer.Argument(metavar="PEERID", help="Whom to find.")],
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Find a peer by its PeerId, wherever it is, and connect the running node to it."""
+    peer_id = PeerId.parse(peer)
+    _show_peer(trio.run(ask_running_node, state, {"do": "find", "peer": str(peer_id)}), as_json)
+
+
+def _show_peer(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+    else:
+        console.print(peer_line(found))
