@@ -311,9 +311,7 @@ class OverlayService:
             NatswarmError: No valid answer.
         """
         meet = Meet(attempt, self._home.sealed_record(), self._own_sightings(), is_for_link)
-        name = self._overlay.ask(
-            target, encode_message(meet), self.now(), path_count=1 if is_for_link else None
-        )
+        name = self._overlay.ask(target, encode_message(meet), self.now(), is_for_link=is_for_link)
         for given in await self._wait(name):
             assert isinstance(given.answer, Told)
             reply = decode_message_untrusted(given.answer.body, Met, NotMet)

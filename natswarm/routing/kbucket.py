@@ -98,6 +98,10 @@ class Candidate:
     def __post_init__(self) -> None:
         self.number = as_int(self.node_id)
 
+    def hasten(self) -> None:
+        """Something speaks for its being there: let it wait as after a first failure, at most."""
+        self.retry_at = min(self.retry_at, self.failed_at + RETRY_S)
+
 
 class KBucket:
     """Links and candidates of one distance; links are unbounded here, the table bounds them."""
@@ -127,10 +131,16 @@ class KBucket:
             if candidate.retry_at <= now:
                 yield candidate
 
-    def add_link(self, link: Link) -> None:
-        """A link is up; it is a candidate no more."""
-        self._candidates.pop(link.node_id, None)
+    def add_link(self, link: Link) -> bool:
+        """A link is up; it is a candidate no more. Return whether earlier tries were in vain."""
+        known = self._candidates.pop(link.node_id, None)
         self._links[link.node_id] = link
+        return known is not None and known.failure_count > 0
+
+    def hasten(self) -> None:
+        """Something speaks for the candidates' being there; see `Candidate.hasten`."""
+        for candidate in self._candidates.values():
+            candidate.hasten()
 
     def remove_link(self, node_id: bytes) -> None:
         """A link is gone; its peer may come back, so it becomes a candidate."""
@@ -146,7 +156,7 @@ class KBucket:
         if node_id in self._links:
             return None
         if (known := self._candidates.get(node_id)) is not None:
-            known.retry_at = min(known.retry_at, known.failed_at + RETRY_S)
+            known.hasten()
             return None
         if len(self._candidates) >= K:
             worst = max(self._candidates.values(), key=lambda each: each.failure_count)

@@ -158,6 +158,8 @@ class Keeper:
             self._next_show = now + SHOW_S * self._rng.uniform(0.75, 1.25)
         batches: dict[bytes, list[bytes]] = {}
         for stored in self._store.alive(now):
+            if stored.settled_at == self._table.change_count and not is_show:
+                continue
             key = as_int(stored.record.key)
             replicas = self._table.replicas(key, K - 1)
             own = self._table.own_number ^ key
@@ -166,11 +168,16 @@ class Keeper:
             # Where somebody nearer has it, that one sees to the rest; but its version may be old.
             if is_show and not is_nearest:
                 stored.sent_to.discard(replicas[0].node_id)
+            stored.settled_at = self._table.change_count
             for link in replicas if is_nearest else replicas[:1]:
+                if link.node_id in stored.sent_to:
+                    continue
                 batch = batches.setdefault(link.node_id, [])
-                if link.node_id not in stored.sent_to and len(batch) < HANDOVER_RECORDS_MAX:
+                if len(batch) < HANDOVER_RECORDS_MAX:
                     stored.sent_to.add(link.node_id)
                     batch.append(stored.sealed)
+                else:
+                    stored.settled_at = -1
         for node_id, batch in batches.items():
             for start in range(0, len(batch), RECORDS_PER_REPLICATE):
                 yield node_id, Replicate(tuple(batch[start : start + RECORDS_PER_REPLICATE]))

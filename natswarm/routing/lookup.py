@@ -59,6 +59,8 @@ class LookupPlan:
         stagger_s: If above 0, another one starts each time this passes.
         enough: So many good answers end it.
         is_spread: Whether paths but the first go to random points near the target.
+        stray_steps: Steps at random that a path takes before, if it is the last of several that
+            start at once, or starts after these; they cost as much as the rest of it.
         patience_s: For each path.
         steps: Of a walk.
     """
@@ -69,6 +71,7 @@ class LookupPlan:
     stagger_s: float = 0.0
     enough: int = ALPHA
     is_spread: bool = False
+    stray_steps: int = 0
     patience_s: float = 7.0
     steps: int = 32
 
@@ -142,6 +145,10 @@ class Lookup:
         self.started_count += 1
         self._open_count += 1
         return True
+
+    def stray_steps(self) -> int:
+        """Return how many steps at random the path that was taken last is to begin with."""
+        return self.plan.stray_steps if self.started_count >= max(2, self.plan.at_once) else 0
 
     def receive_untrusted(
         self,

@@ -34,6 +34,7 @@ from natswarm.routing.lookup import (
 )
 from natswarm.routing.protocol import (
     PATIENCE_MAX_S,
+    STRAY_STEPS_MAX,
     Answer,
     Ask,
     Closest,
@@ -177,20 +178,25 @@ class Overlay:
             Mode.CLOSEST, min(2, self._alpha), at_once=1, stagger_s=STAGGER_S, enough=1
         )
         if target == self.table.own_id:
-            plan = LookupPlan(Mode.CLOSEST, self._alpha, self._alpha, enough=self._alpha)
+            plan = LookupPlan(
+                Mode.CLOSEST,
+                self._alpha,
+                self._alpha,
+                enough=self._alpha,
+                stray_steps=STRAY_STEPS_MAX,
+                patience_s=PATIENCE_MAX_S,
+            )
         return self._look(plan, FindClosest(self._new_name(), target), Closest, now)
 
-    def ask(
-        self, peer_id: PeerId, body: bytes, now: float, *, path_count: int | None = None
-    ) -> bytes:
+    def ask(self, peer_id: PeerId, body: bytes, now: float, *, is_for_link: bool = False) -> bytes:
         """Ask a peer something; ends in one Told answer or none.
 
         Args:
             peer_id: Whom.
             body: What; at most some 4,900 bytes.
             now: The time.
-            path_count: Paths to try at most; `alpha` by default. One will do where it hardly
-                matters whether this very peer is reached.
+            is_for_link: Whether it hardly matters that this very peer is reached: two paths, not
+                `alpha`, are tried.
 
         Raises:
             ValueError: That is ourselves.
@@ -199,10 +205,11 @@ class Overlay:
             raise ValueError("a node does not ask itself")
         plan = LookupPlan(
             Mode.EXACT,
-            path_count or self._alpha,
+            min(2, self._alpha) if is_for_link else self._alpha,
             at_once=1,
             stagger_s=STAGGER_S,
             enough=1,
+            stray_steps=STRAY_STEPS_MAX,
             patience_s=PATIENCE_MAX_S,
         )
         return self._look(plan, Ask(self._new_name(), peer_id.key, body), Told, now)
@@ -397,6 +404,7 @@ class Overlay:
                 patience_s=plan.patience_s,
                 steps=plan.steps,
                 tried=tuple(lookup.first_hops) if plan.mode is not Mode.WALK else (),
+                stray_steps=lookup.stray_steps(),
                 must_leave=lookup.started_count > 1,
                 now=now,
             )

@@ -34,6 +34,7 @@ __all__ = [
     "DETOURS_MAX",
     "HOPS_MAX",
     "PATIENCE_MAX_S",
+    "STRAY_STEPS_MAX",
     "Accepted",
     "Answer",
     "Answered",
@@ -76,6 +77,9 @@ BODY_BYTES_MAX = 6 * 1024
 HOPS_MAX = 32
 # Steps away from the target where nobody nearer is left.
 DETOURS_MAX = 2
+# Steps at random before a path heads for its target. With some 20 links each, three lead to any of
+# thousands of nodes.
+STRAY_STEPS_MAX = 3
 # The longest anybody works on a request; an introduction may wait for a look at a NAT, 5 s.
 PATIENCE_MAX_S = 15.0
 
@@ -116,6 +120,7 @@ class Forward(Message, frozen=True):
         detours_left: Steps that may lead away from the target.
         patience_ms: An answer that comes later is of no use.
         degree: Of a walk: how many links the sender has.
+        stray_steps: Steps to take at random before it heads for the target.
     """
 
     label: int
@@ -127,6 +132,7 @@ class Forward(Message, frozen=True):
     detours_left: int
     patience_ms: int
     degree: int = 0
+    stray_steps: int = 0
 
 
 class Accepted(Message, frozen=True):
@@ -309,6 +315,7 @@ def check_forward_untrusted(forward: Forward) -> None:
         or not 0 <= forward.detours_left <= DETOURS_MAX
         or not 0 <= forward.patience_ms <= PATIENCE_MAX_S * 1000
         or not 0 <= forward.degree < 1 << 16
+        or not 0 <= forward.stray_steps <= STRAY_STEPS_MAX
     ):
         raise DecodeError("a request to carry is over the bounds")
 

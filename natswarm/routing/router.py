@@ -13,7 +13,10 @@ it; those before it go on waiting.
 Three ways to go (`Mode`). CLOSEST goes strictly nearer to the target and ends where nobody nearer
 is left. A node carries one path of a lookup only, so several paths of one lookup are disjoint by
 themselves, and end at different nodes around the target. EXACT is the same, but ends at its target
-or fails; it may step back where the nearest node has no link to the target. WALK goes on at random
+or fails; it may step back where the nearest node has no link to the target. Both may first take
+some steps at random (`stray_steps`): all paths that go straight come through the same neighbourhood
+in the end, and of a swarm that was cut in two and is whole again, the wrong one may be the only one
+that our neighbours know. WALK goes on at random
 for so many steps; a step from a node with d links to one with e is taken with a chance of
 min(1, d / e) (Metropolis and Hastings), which makes all nodes equally likely in the end.
 
@@ -188,6 +191,7 @@ class Router:
         patience_s: float,
         steps: int = HOPS_MAX,
         tried: tuple[bytes, ...] = (),
+        stray_steps: int = 0,
         must_leave: bool = False,
         now: float,
     ) -> int:
@@ -201,11 +205,14 @@ class Router:
             patience_s: When to give up.
             steps: Of a walk, how many.
             tried: Neighbours at which other paths of the lookup begin.
+            stray_steps: Steps at random before it heads for the target.
             must_leave: Whether it goes to somebody else even if we are the nearest ourselves.
             now: The time.
         """
         detours = DETOURS_MAX if mode is Mode.EXACT else 0
-        forward = Forward(0, mode, lookup, target, request, steps, detours, 0)
+        forward = Forward(
+            0, mode, lookup, target, request, steps, detours, 0, stray_steps=stray_steps
+        )
         self._note_seen(lookup, now)
         passage = self._new_passage(forward, None, now + min(patience_s, PATIENCE_MAX_S))
         passage.tried.extend(tried)
@@ -288,7 +295,14 @@ class Router:
 
     def next_timer(self) -> float:
         """Return when `handle_timer` is due; infinity if never."""
-        return self._timers[0][0] if self._timers else math.inf
+        timers = self._timers
+        while timers:
+            due, label = timers[0]
+            passage = self._passages.get(label)
+            if passage is not None and passage.due == due:
+                return due
+            heappop(timers)  # most requests are answered long before
+        return math.inf
 
     # One request ----------------------------------------------------------------------------------
 
@@ -333,6 +347,8 @@ class Router:
         if forward.mode == Mode.WALK:
             if passage.steps_left <= 0 or passage.bounce_count > BOUNCES_MAX:
                 return self._arrive(passage)
+            link, is_detour = self._random_link(), False
+        elif forward.stray_steps and len(passage.tried) - passage.tried_before < TRIES_MAX:
             link, is_detour = self._random_link(passage), False
         else:
             link, is_detour = self._next_link(passage)
@@ -361,6 +377,7 @@ class Router:
                     detours_left=forward.detours_left - is_detour,
                     patience_ms=max(int((patience_s - link.round_trip_s) * 1000), 0),
                     degree=len(self._table) if forward.mode == Mode.WALK else 0,
+                    stray_steps=max(forward.stray_steps - 1, 0),
                 ),
             )
         )
@@ -394,8 +411,12 @@ class Router:
             return farther, True
         return None, False
 
-    def _random_link(self, passage: _Passage) -> Link | None:
+    def _random_link(self, but: _Passage | None = None) -> Link | None:
+        """Return any neighbour that reacts, except those that a passage came from or went to."""
         links = [link for link in self._table.links() if link.strikes == 0]
+        if but is not None:
+            gone = (but.upstream, *but.tried)
+            links = [link for link in links if link.node_id not in gone]
         return self._rng.choice(links) if links else None
 
     def _note_accepted(self, passage: _Passage, link: Link, now: float) -> None:

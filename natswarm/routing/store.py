@@ -38,12 +38,14 @@ class StoredRecord:
         sealed: As it was signed.
         kept_until_s: When it may be forgotten altogether.
         sent_to: Links that have got this version from us.
+        settled_at: The table's `change_count` when there was nobody left to hand it to.
     """
 
     record: Record
     sealed: bytes
     kept_until_s: float
     sent_to: set[bytes] = field(default_factory=set)  # only asked for membership, never iterated
+    settled_at: int = -1
 
 
 class RecordStore:
@@ -58,12 +60,12 @@ class RecordStore:
         self._own_number = as_int(own_id)
         self._rng = rng
         self._keys: dict[bytes, dict[bytes, StoredRecord]] = {}
+        self._by_sealed: dict[bytes, StoredRecord] = {}
         self._publishers: dict[bytes, int] = {}
-        self._count = 0
         self.refused_count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._by_sealed)
 
     def put(self, sealed: bytes, now: float) -> StoredRecord:
         """Keep a record; return it as it is kept, which is a later version if there is one.
@@ -71,6 +73,8 @@ class RecordStore:
         Raises:
             RequestRefused: Not genuine, expired, or one too many; says which.
         """
+        if (known := self._by_sealed.get(sealed)) is not None and known.record.expires_at_s > now:
+            return known  # replicas show each other what they have: its signature was checked
         try:
             record = decode_published_untrusted(sealed)
         except DecodeError as error:
@@ -92,12 +96,11 @@ class RecordStore:
         elif len(at_key) >= PER_KEY_MAX:
             # Any of them: who publishes most often must not be able to push the others out.
             self._remove(self._rng.choice(list(at_key.values())))
-        elif self._count >= RECORDS_MAX:
+        elif len(self) >= RECORDS_MAX:
             self._make_room(record.key, now)
         stored = StoredRecord(record, sealed, max(record.expires_at_s, now + LIFETIME_MAX_S))
-        self._keys.setdefault(record.key, {})[publisher] = stored
+        self._keys.setdefault(record.key, {})[publisher] = self._by_sealed[sealed] = stored
         self._publishers[publisher] = self._publishers.get(publisher, 0) + 1
-        self._count += 1
         return stored
 
     def get(self, key: bytes, now: float) -> tuple[bytes, ...]:
@@ -142,7 +145,7 @@ class RecordStore:
             RequestRefused: It would be the new one.
         """
         self.forget_old(now)
-        if self._count < RECORDS_MAX:
+        if len(self) < RECORDS_MAX:
             return
         farthest = max(self._keys, key=self._distance)
         if self._distance(key) >= self._distance(farthest):
@@ -156,10 +159,9 @@ class RecordStore:
     def _remove(self, stored: StoredRecord) -> None:
         key, publisher = stored.record.key, stored.record.publisher.key
         at_key = self._keys[key]
-        del at_key[publisher]
+        del at_key[publisher], self._by_sealed[stored.sealed]
         if not at_key:
             del self._keys[key]
         self._publishers[publisher] -= 1
         if not self._publishers[publisher]:
             del self._publishers[publisher]
-        self._count -= 1

@@ -57,6 +57,9 @@ class RoutingTable:
     Args:
         own_id: Our id.
         links_max: Links to keep, at least `LINKS_MIN`.
+
+    Attributes:
+        change_count: Links that came and went.
     """
 
     def __init__(self, own_id: bytes, *, links_max: int = LINKS_MAX) -> None:
@@ -65,6 +68,7 @@ class RoutingTable:
         self.own_id = own_id
         self.own_number = as_int(own_id)
         self.links_max = links_max
+        self.change_count = 0
         self._links: dict[bytes, Link] = {}
         self._buckets: dict[int, KBucket] = {}
 
@@ -128,13 +132,18 @@ class RoutingTable:
 
     def add_link(self, link: Link) -> None:
         """A link is up; another one to the same node is replaced."""
+        self.change_count += 1
         self._links.pop(link.node_id, None)
         self._links[link.node_id] = link
-        self._bucket(link.node_id).add_link(link)
+        if self._bucket(link.node_id).add_link(link):
+            # Whoever was cut off from us seldom comes back alone.
+            for bucket in self._buckets.values():
+                bucket.hasten()
 
     def remove_link(self, node_id: bytes) -> None:
         """A link is gone; the node stays known as a candidate."""
         if self._links.pop(node_id, None) is not None:
+            self.change_count += 1
             self._bucket(node_id).remove_link(node_id)
 
     def add_candidate(self, node_id: bytes) -> bool:

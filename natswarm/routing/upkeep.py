@@ -23,7 +23,7 @@ TICK_S = 15.0
 SOON_S = 1.0
 
 # Our own neighbourhood. Kademlia and BEP 5 refresh in 60 and 15 minutes; phones stay for less.
-HOME_REFRESH_S = 300.0
+HOME_REFRESH_S = 600.0
 HOME_REFRESH_MIN_S = 20.0
 
 # An empty bucket: at once, then with growing pauses up to BEP 5's, since it may well be empty.

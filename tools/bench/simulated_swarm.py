@@ -185,7 +185,7 @@ class SimulatedNode:
         if peer_id in self.connected:
             self.overlay.link_failed(peer_id, self.swarm.now)
             return
-        name = self.overlay.ask(peer_id, b"link", self.swarm.now, path_count=1)
+        name = self.overlay.ask(peer_id, b"link", self.swarm.now, is_for_link=True)
         self.swarm.when_ended(name, lambda answers: self._introduced(peer_id, answers))
 
     def _introduced(self, peer_id: PeerId, answers: tuple[GivenAnswer, ...]) -> None:

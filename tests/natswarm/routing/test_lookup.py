@@ -89,6 +89,20 @@ def test_hedges_start_when_the_time_has_come_or_a_path_failed():
     assert lookup.answers == [GivenAnswer(BOB.peer_id, Told(digest, b"hello yourself"))]
 
 
+def test_only_the_last_of_several_paths_and_those_after_it_go_astray():
+    request = seal_request(ALICE, Fetch(NAME, KEY))
+    for at_once, expected in ((1, [0, 3, 3]), (3, [0, 0, 3])):
+        plan = LookupPlan(Mode.CLOSEST, 4, at_once, stray_steps=3)
+        lookup = Lookup(NAME, plan, KEY, request, Fetched, 0.0)
+        taken = []
+        while len(taken) < 3:
+            if not lookup.take_start(0.0):
+                lookup.path_failed()
+                continue
+            taken.append(lookup.stray_steps())
+        assert taken == expected
+
+
 def test_who_is_too_far_to_be_nearest_is_not_the_last_word():
     request = seal_request(ALICE, Fetch(NAME, KEY))
     lookup = Lookup(NAME, LookupPlan(Mode.CLOSEST, 3, 1, enough=1), KEY, request, Closest, 0.0)

@@ -218,6 +218,8 @@ def test_a_flood_is_declined_and_bounded():
         {"patience_ms": 10**9},
         {"label": -1},
         {"degree": 1 << 20},
+        {"stray_steps": 4},
+        {"stray_steps": -1},
     ],
 )
 def test_what_is_over_the_bounds_is_counted_and_dropped(change):
@@ -259,6 +261,30 @@ def test_our_own_paths_begin_at_different_neighbours_and_end_as_events():
     for _ in range(20):
         hop.wait(30.0)
     assert PathFailed(second) in hop.router.events
+
+
+def test_a_path_may_go_astray_before_it_heads_for_its_target():
+    hop = Hop(*NEAR, *FAR)
+    first_hops = set()
+    for number in range(40):
+        forward = hop.bring(lookup=number.to_bytes(16, "big"), stray_steps=2)[0][1]
+        assert forward.stray_steps == 1
+        hop.router.start(
+            Mode.EXACT, LOOKUP, TARGET, b"q", patience_s=5.0, stray_steps=3, tried=(NEAR[0],), now=0
+        )
+        ((to, forward),) = hop.sent()
+        assert forward.stray_steps == 2
+        first_hops.add(to)
+    assert first_hops == {*NEAR[1:], *FAR, UPSTREAM}
+    # Who has nobody else to go astray to does not end it: the straight way is still there.
+    lonely = Hop(NEAR[0])
+    (to, forward), _ = lonely.bring(stray_steps=3)
+    assert lonely.say(Declined(forward.label, Reason.TAKEN), NEAR[0]) == []
+    assert isinstance(lonely.router.events.popleft(), Arrived)
+    # And whom it reaches by chance answers.
+    assert Hop(*NEAR).bring(mode=Mode.EXACT, target=OWN, stray_steps=3) == [
+        (UPSTREAM, Accepted(77))
+    ]
 
 
 def test_who_looks_for_his_own_id_asks_others():

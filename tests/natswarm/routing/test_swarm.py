@@ -183,14 +183,30 @@ def test_a_third_vanishes_at_once():
 
 
 def test_a_partition_heals():
-    swarm = grown(9, 40)
+    swarm = grown(9, 24)
     swarm.split(2)
     swarm.world.run_for(600)
     sides = {node.peer_id: node.side for node in swarm.alive()}
     swarm.split(1)
-    swarm.world.run_for(1200)
+    swarm.world.run_for(720)  # the longest pause of who tries again, and what follows from it
     across = [(a, b) for a, b in random_pairs(swarm, 300) if sides[a.peer_id] != sides[b.peer_id]]
-    assert found(swarm, across) >= 0.99
+    assert found(swarm, across) == 1.0
+
+
+def test_two_swarms_become_one_where_two_of_their_nodes_meet():
+    swarm = grown(14, 15)
+    first = swarm.alive()
+    founder = swarm.add()
+    for _ in range(14):
+        swarm.add(founder)
+        swarm.world.run_for(0.5)
+    swarm.world.run_for(120)
+    assert found(swarm, [(first[0], founder)]) == 0.0
+    founder.link(first[0])
+    swarm.world.run_for(240)
+    second = [node for node in swarm.alive() if node not in first]
+    across = [swarm.rng.sample((a, b), 2) for a in first for b in second]
+    assert found(swarm, across) == 1.0
 
 
 def test_sybils_spoil_little():
@@ -217,7 +233,7 @@ def test_who_does_not_react_is_no_obstacle():
     assert len(hole.connected) > 5
     assert found(swarm, random_pairs(swarm, 200)) == 1.0
     silent = [node.overlay.router.statistics.silent_count for node in swarm.alive()]
-    assert sum(silent) > 5, "nobody asked it anything"
+    assert sum(silent) > 0, "nobody asked it anything"
 
 
 def test_walks_reach_all_nodes_alike():

@@ -70,6 +70,22 @@ def test_what_is_wanted_is_known_and_not_linked(linked, mentioned):
     assert set(wanted) <= set(mentioned) - set(linked) - {OWN}
 
 
+def test_who_comes_back_brings_hope_for_the_others():
+    first, other = random_ids(2)
+    table = RoutingTable(OWN)
+    for node_id in (first, other):
+        table.add_candidate(node_id)
+        for _ in range(9):
+            table.note_failure(node_id, 1000.0)
+    assert table.wanted(1000.0 + RETRY_S) == []
+    table.add_link(Link(first, 1000.0))
+    assert table.wanted(1000.0 + RETRY_S) == [other]
+    # Who comes for the first time says nothing of them.
+    table.note_failure(other, 2000.0)
+    table.add_link(Link(random_ids(3)[2], 2000.0))
+    assert table.wanted(2000.0 + RETRY_S) == []
+
+
 def test_the_nearest_are_wanted_first_and_empty_buckets_next():
     ids = random_ids(200)
     table = RoutingTable(OWN)
