@@ -4,6 +4,7 @@
         await node.connect(Invite.parse(text))      # somebody who takes strangers
         report = await inspect(node)                # what does our NAT do?
         peer = await node.connect(peer_id)          # introduced by a neighbour, punctured, secured
+        answer = await peer.call(GREET, Greeting("hello"))  # a message for a message: docs/calls.md
         stream = await peer.open_stream("chat/1")   # a trio.abc.HalfCloseableStream
 
 What is exported here is what users may rely on; everything else may move. General layout, lowest
@@ -19,6 +20,8 @@ from natswarm.discovery.invite import Invite
 from natswarm.errors import (
     AddressError,
     AlreadyConnecting,
+    CallFailed,
+    CallTimedOut,
     ConfigurationError,
     ConnectFailed,
     ConnectionLost,
@@ -28,6 +31,8 @@ from natswarm.errors import (
     InviteError,
     NatswarmError,
     PeerNotFound,
+    PeerUnreachable,
+    ProtocolUnknown,
     PunctureFailed,
     RequestRefused,
 )
@@ -47,6 +52,7 @@ from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
 from natswarm.nat.findings import NatTest
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
+from natswarm.net.call import Call, Method
 from natswarm.net.lan import Lan
 from natswarm.net.mainline import MainlineConfig
 from natswarm.net.message_stream import MessageStream
@@ -82,6 +88,9 @@ __all__ = [
     "AddressKind",
     "AllocationLaw",
     "AlreadyConnecting",
+    "Call",
+    "CallFailed",
+    "CallTimedOut",
     "ConfigurationError",
     "ConnectFailed",
     "ConnectionLost",
@@ -104,6 +113,7 @@ __all__ = [
     "Mapping",
     "Message",
     "MessageStream",
+    "Method",
     "NatProfile",
     "NatTest",
     "NatswarmError",
@@ -120,8 +130,10 @@ __all__ = [
     "PeerId",
     "PeerLost",
     "PeerNotFound",
+    "PeerUnreachable",
     "Plan",
     "ProfileLearned",
+    "ProtocolUnknown",
     "PunctureEnded",
     "PunctureFailed",
     "PunctureReport",

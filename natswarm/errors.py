@@ -11,6 +11,10 @@
     │   ├── PunctureFailed     the NATs between us stayed closed; says why and what to try
     │   ├── HandshakeFailed    a path was there, but not the right peer at its end
     │   └── AlreadyConnecting  the peer is connecting to us at this moment, so it declined our wish
+    ├── CallFailed             a call to a connected peer came to nothing
+    │   ├── CallTimedOut       its time was over (also a `trio.TooSlowError`)
+    │   ├── PeerUnreachable    no path leads to the peer at the moment
+    │   └── ProtocolUnknown    the peer does not speak it (also a `trio.BrokenResourceError`)
     ├── RequestRefused         the peer understood and said no; says why
     ├── GatewayError           the gateway did not do what it was asked in one protocol; says why
     ├── PortMappingFailed      the gateway made no port mapping in any protocol; says why for each
@@ -29,6 +33,8 @@ import trio
 __all__ = [
     "AddressError",
     "AlreadyConnecting",
+    "CallFailed",
+    "CallTimedOut",
     "ConfigurationError",
     "ConnectFailed",
     "ConnectionLost",
@@ -39,9 +45,12 @@ __all__ = [
     "InviteError",
     "NatswarmError",
     "PeerNotFound",
+    "PeerUnreachable",
     "PortMappingFailed",
+    "ProtocolUnknown",
     "PunctureFailed",
     "RequestRefused",
+    "is_expected",
 ]
 
 
@@ -102,6 +111,30 @@ class AlreadyConnecting(ConnectFailed):
     code = "already-connecting"
 
 
+class CallFailed(NatswarmError):
+    """A call to a connected peer came to nothing; the peer may have carried it out all the same."""
+
+    code = "call-failed"
+
+
+class CallTimedOut(CallFailed, trio.TooSlowError):
+    """The time that a call was given is over."""
+
+    code = "timed-out"
+
+
+class PeerUnreachable(CallFailed):
+    """No path leads to the peer at the moment; the connection waits for the next one."""
+
+    code = "unreachable"
+
+
+class ProtocolUnknown(CallFailed, trio.BrokenResourceError):
+    """The peer does not speak the protocol, or not this version of it."""
+
+    code = "protocol-unknown"
+
+
 class RequestRefused(NatswarmError):
     """The peer understood a request and said no.
 
@@ -139,3 +172,15 @@ class PortMappingFailed(NatswarmError):
 
 class ConnectionLost(NatswarmError, trio.BrokenResourceError):
     """A living connection ended; streams on it raise this, as Trio's streams would."""
+
+    code = "connection-lost"
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether whoever serves a peer may end with this: the peer went away or broke the rules."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(is_expected, error.exceptions))
+    return isinstance(
+        error,
+        (NatswarmError, trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel),
+    )

@@ -45,6 +45,7 @@ from natswarm.errors import (
     NatswarmError,
     PeerNotFound,
     RequestRefused,
+    is_expected,
 )
 from natswarm.identity import Identity, PeerId
 from natswarm.nat.findings import Findings, NatTest
@@ -53,6 +54,15 @@ from natswarm.nat.measurement import Observer
 from natswarm.nat.path import PathReport
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
+from natswarm.net.call import (
+    CALLS_PER_PEER_MAX,
+    Call,
+    CallHandler,
+    Method,
+    ReplyT,
+    RequestT,
+    answering,
+)
 from natswarm.net.connector import Connector
 from natswarm.net.dialler import Dialler, PunctureEnded, PunctureStarted
 from natswarm.net.echo import EchoService
@@ -315,7 +325,8 @@ class Node:
                 clock_s=config.utc,
             )
             self._main.on_krpc = self.mainline.receive_untrusted
-        self._handlers: dict[str, StreamHandler] = dict(self._introducer.handlers())
+        self._handlers: dict[str, StreamHandler] = {}
+        self._introducer.start()
         if self._overlay is not None:
             self._handlers.update(self._overlay.handlers())
         self._peers: dict[PeerId, Peer] = {}
@@ -387,6 +398,37 @@ class Node:
         of natswarm is logged with its traceback.
         """
         self._handlers[protocol] = handler
+
+    def answer(
+        self,
+        method: Method[RequestT, ReplyT],
+        answer: Callable[[RequestT, Peer], Awaitable[ReplyT]],
+        *,
+        calls_per_peer_max: int = CALLS_PER_PEER_MAX,
+    ) -> None:
+        """Answer `peer.call(method, ...)`: `answer` makes of a request the reply.
+
+        It may raise any NatswarmError: the caller gets its text and code as `RequestRefused`. It
+        is cancelled when the caller's time is over, when the caller leaves, and with the
+        connection.
+
+        Args:
+            method: What is asked.
+            answer: Gets the request and who asks.
+            calls_per_peer_max: More at once from one peer are refused with the code "busy".
+        """
+        self.serve_calls(method, answering(answer), calls_per_peer_max=calls_per_peer_max)
+
+    def serve_calls(
+        self,
+        method: Method[RequestT, ReplyT],
+        serve: Callable[[Call[ReplyT, RequestT]], Awaitable[None]],
+        *,
+        calls_per_peer_max: int = CALLS_PER_PEER_MAX,
+    ) -> None:
+        """Answer `peer.start_call(method, ...)`: `serve` receives and sends; see `answer`."""
+        handler = CallHandler(method, serve, calls_per_peer_max=calls_per_peer_max)
+        self.serve(method.name, handler.handle)
 
     async def announce(self, services: Iterable[str]) -> None:
         """Tell every neighbour, now and later, which services we offer.
@@ -780,9 +822,12 @@ class Node:
 
     def _on_switch(self, peer: Peer, switch: PathSwitched) -> None:
         if switch.new is None:
+            peer.calls.note_unreachable()
             self._roamer.look()
-        elif switch.old is None:  # it was out of reach, and may have missed our latest record
-            self._nursery.start_soon(self._share_record, peer)
+        else:
+            peer.calls.note_reachable()
+            if switch.old is None:  # it was out of reach, and may have missed our latest record
+                self._nursery.start_soon(self._share_record, peer)
         self._emit(PathChanged(peer, switch.old, switch.new, switch.reason))
 
     async def _introduce_ourselves(self, peer: Peer) -> None:
@@ -810,13 +855,13 @@ class Node:
         handler = self._handlers.get(stream.protocol)
         if handler is None:
             logger.info("%s asked for unknown protocol %s", peer.peer_id.short, stream.protocol)
-            await trio.aclose_forcefully(stream)
+            stream.refuse()
             return
         try:
             await handler(stream, peer)
         except Exception as error:
             what = f"{stream.protocol} with {peer.peer_id.short}"
-            if _is_expected(error):
+            if is_expected(error):
                 logger.info("%s ended: %s", what, error)
             else:
                 logger.exception("the handler of %s failed", what)
@@ -968,16 +1013,6 @@ class Node:
                 self._echo.answer_untrusted(data, source, arrived_at_alternate=True)
         except DecodeError:
             self.rejected_count += 1
-
-
-def _is_expected(error: Exception) -> bool:
-    """Whether a handler may end with this: the peer went away or broke the rules."""
-    if isinstance(error, ExceptionGroup):
-        return all(_is_expected(each) for each in error.exceptions)
-    return isinstance(
-        error,
-        (NatswarmError, trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel),
-    )
 
 
 def _check_presentable(name: str, services: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import trio
 
-from natswarm.discovery.introduction import FindPeers, PeersFound
+from natswarm.discovery.introduction import FindPeers
 from natswarm.discovery.invite import Invite
 from natswarm.errors import NatswarmError
 from natswarm.field_test.carrier import CarrierLabel
@@ -29,6 +29,7 @@ from natswarm.identity import Identity, PeerId
 from natswarm.nat.findings import NatTest
 from natswarm.nat.inspection import QUICK
 from natswarm.net.attempt import PunctureReport
+from natswarm.net.introducer import FIND_PEERS
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.port import Network
 from natswarm.node import (
@@ -370,9 +371,8 @@ class OpenSide:
 
     async def _ask(self, helper: Peer, first: trio.CancelScope) -> None:
         try:
-            async with await helper.open_messages("natswarm/peers/1") as messages:
-                await messages.call(FindPeers(), PeersFound)
-        except (NatswarmError, trio.BrokenResourceError, trio.ClosedResourceError):
+            await helper.call(FIND_PEERS, FindPeers())
+        except NatswarmError:
             return
         self._waiting_since = None
         first.cancel()

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from itertools import zip_longest
-from typing import Protocol, TypeVar
-
-import trio
+from typing import Protocol
 
 from natswarm.address import Endpoint
 from natswarm.discovery.introduction import (
@@ -43,19 +41,19 @@ from natswarm.discovery.introduction import (
     decode_record_untrusted,
 )
 from natswarm.errors import (
+    CallFailed,
     ConnectFailed,
+    ConnectionLost,
     DecodeError,
-    NatswarmError,
     PeerNotFound,
     RequestRefused,
 )
 from natswarm.identity import PeerId
-from natswarm.message import Message, Refusal
-from natswarm.net.message_stream import MessageStream
-from natswarm.net.stream import Stream
+from natswarm.net.call import Method, ReplyT, RequestT
+from natswarm.net.peer import Peer
 from natswarm.wire import TRANSACTION_BYTES
 
-__all__ = ["Home", "Introducer", "Neighbour"]
+__all__ = ["FIND_PEERS", "Home", "Introducer", "Neighbour"]
 
 # A neighbour that is alive answers in a round trip or two; for a rendezvous it may have to look at
 # its own NAT first, which takes 5 s where nobody answers. Who passes a question on waits for longer
@@ -67,8 +65,13 @@ RELAYED_TIMEOUT_S = 15.0
 PEERS_FOUND_MAX = 64
 PEERS_FOUND_BYTES_MAX = 48 * 1024  # within a message's header; usual records take 500 bytes
 
-MessageT = TypeVar("MessageT", bound=Message)
-RequestT = TypeVar("RequestT", bound=Message)
+RECORD = Method("natswarm/record/1", (ShareRecord,), (ShareRecord,))
+FIND_PEERS = Method("natswarm/peers/1", (FindPeers,), (PeersFound,))
+INTRODUCE = Method("natswarm/introduce/1", (Introduce,), (Introduced,))
+RENDEZVOUS = Method("natswarm/rendezvous/1", (Rendezvous,), (RendezvousAccepted,))
+ASK_NEIGHBOUR = Method("natswarm/ask/1", (AskNeighbour,), (Asked,))
+ECHO_TO = Method("natswarm/echo/1", (EchoTo,), (Asked,))
+REDEEM = Method("natswarm/invite/1", (Redeem,), (Redeemed,))
 
 
 class Neighbour(Protocol):
@@ -89,13 +92,28 @@ class Neighbour(Protocol):
         """Its signed record, once it has shared it."""
         ...
 
-    async def open_stream(self, protocol: str) -> Stream:
-        """Start a stream to it."""
+    async def call(
+        self,
+        method: Method[RequestT, ReplyT],
+        request: RequestT,
+        *,
+        timeout_s: float,
+        patience_s: float,
+    ) -> ReplyT:
+        """Ask it a question, as `Peer.call`."""
         ...
 
 
 class Home(Protocol):
     """What the introducer needs of its node."""
+
+    def answer(
+        self,
+        method: Method[RequestT, ReplyT],
+        answer: Callable[[RequestT, Peer], Awaitable[ReplyT]],
+    ) -> None:
+        """Answer calls, as `Node.answer`."""
+        ...
 
     def sealed_record(self) -> bytes:
         """Our own record as of now, signed."""
@@ -141,17 +159,16 @@ class Introducer:
     def __init__(self, home: Home) -> None:
         self._home = home
 
-    def handlers(self) -> dict[str, Callable[[Stream, Neighbour], Awaitable[None]]]:
-        """The protocols we answer, by name."""
-        return {
-            "natswarm/record/1": self._serve(ShareRecord, self._answer_record),
-            "natswarm/peers/1": self._serve(FindPeers, self._answer_peers),
-            "natswarm/introduce/1": self._serve(Introduce, self._answer_introduce),
-            "natswarm/rendezvous/1": self._serve(Rendezvous, self._answer_rendezvous),
-            "natswarm/ask/1": self._serve(AskNeighbour, self._answer_ask),
-            "natswarm/echo/1": self._serve(EchoTo, self._answer_echo),
-            "natswarm/invite/1": self._serve(Redeem, self._answer_redeem),
-        }
+    def start(self) -> None:
+        """Answer from now on."""
+        answer = self._home.answer
+        answer(RECORD, self._answer_record)
+        answer(FIND_PEERS, self._answer_peers)
+        answer(INTRODUCE, self._answer_introduce)
+        answer(RENDEZVOUS, self._answer_rendezvous)
+        answer(ASK_NEIGHBOUR, self._answer_ask)
+        answer(ECHO_TO, self._answer_echo)
+        answer(REDEEM, self._answer_redeem)
 
     async def share_record(self, neighbour: Neighbour) -> None:
         """Give `neighbour` our record and note its own.
@@ -159,9 +176,7 @@ class Introducer:
         Raises:
             NatswarmError: It did not answer, or not with its own valid record.
         """
-        reply = await self._ask(
-            neighbour, "natswarm/record/1", ShareRecord(self._home.sealed_record()), ShareRecord
-        )
+        reply = await self._ask(neighbour, RECORD, ShareRecord(self._home.sealed_record()))
         self._learn(neighbour, reply.record)
 
     async def find_peers(self, neighbour: Neighbour) -> list[tuple[NodeRecord, Endpoint | None]]:
@@ -173,7 +188,7 @@ class Introducer:
         Raises:
             NatswarmError: It did not answer.
         """
-        reply = await self._ask(neighbour, "natswarm/peers/1", FindPeers(), PeersFound)
+        reply = await self._ask(neighbour, FIND_PEERS, FindPeers())
         found: list[tuple[NodeRecord, Endpoint | None]] = []
         for sealed, seen_at in zip_longest(
             reply.records[:PEERS_FOUND_MAX], reply.seen_at[:PEERS_FOUND_MAX]
@@ -212,9 +227,7 @@ class Introducer:
             NatswarmError: No valid answer.
         """
         request = Introduce(target.key, attempt, sealed_record or self._home.sealed_record())
-        reply = await self._ask(
-            neighbour, "natswarm/introduce/1", request, Introduced, timeout_s=RELAYED_TIMEOUT_S
-        )
+        reply = await self._ask(neighbour, INTRODUCE, request, timeout_s=RELAYED_TIMEOUT_S)
         record = decode_record_untrusted(reply.record)
         if record.peer_id != target:
             raise DecodeError(f"asked for {target.short}, introduced to {record.peer_id.short}")
@@ -230,7 +243,7 @@ class Introducer:
             NatswarmError: No valid answer.
         """
         request = Rendezvous(attempt, sealed_record, "")
-        reply = await self._ask(neighbour, "natswarm/rendezvous/1", request, RendezvousAccepted)
+        reply = await self._ask(neighbour, RENDEZVOUS, request)
         record = decode_record_untrusted(reply.record)
         if record.peer_id != neighbour.peer_id:
             raise DecodeError(f"{neighbour.peer_id.short} sent the record of another node")
@@ -246,7 +259,7 @@ class Introducer:
             NatswarmError: No valid answer.
         """
         request = AskNeighbour(transaction, str(observed))
-        await self._ask(neighbour, "natswarm/ask/1", request, Asked, timeout_s=RELAYED_TIMEOUT_S)
+        await self._ask(neighbour, ASK_NEIGHBOUR, request, timeout_s=RELAYED_TIMEOUT_S)
 
     async def redeem(self, neighbour: Neighbour, ticket: bytes) -> None:
         """Hand in the ticket of a neighbour's one-time invite.
@@ -255,46 +268,21 @@ class Introducer:
             RequestRefused: It is used up, or is not known there.
             NatswarmError: No valid answer.
         """
-        await self._ask(neighbour, "natswarm/invite/1", Redeem(ticket), Redeemed)
+        await self._ask(neighbour, REDEEM, Redeem(ticket))
 
     async def _ask(
         self,
         neighbour: Neighbour,
-        protocol: str,
-        request: Message,
-        reply_type: type[MessageT],
+        method: Method[RequestT, ReplyT],
+        request: RequestT,
         *,
         timeout_s: float = REPLY_TIMEOUT_S,
-    ) -> MessageT:
-        """Ask one question; whatever goes wrong is a NatswarmError."""
+    ) -> ReplyT:
         try:
-            with trio.fail_after(timeout_s):
-                async with MessageStream(await neighbour.open_stream(protocol)) as messages:
-                    return await messages.call(request, reply_type)
-        except trio.TooSlowError:
-            raise ConnectFailed(
-                f"{neighbour.peer_id.short} did not answer {protocol} in {timeout_s:.0f} s"
-            ) from None
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectFailed(f"lost {neighbour.peer_id.short} while asking: {error}") from error
-
-    def _serve(
-        self,
-        request_type: type[RequestT],
-        answer: Callable[[RequestT, Neighbour], Awaitable[Message]],
-    ) -> Callable[[Stream, Neighbour], Awaitable[None]]:
-        async def handler(stream: Stream, neighbour: Neighbour) -> None:
-            with trio.move_on_after(2 * RELAYED_TIMEOUT_S):
-                async with MessageStream(stream) as messages:
-                    request, _ = await messages.receive(request_type)
-                    try:
-                        reply = await answer(request, neighbour)
-                    except NatswarmError as error:
-                        reply = Refusal(str(error), error.code)
-                    await messages.send(reply)
-                    await messages.send_eof()
-
-        return handler
+            # Paths of neighbours come back within seconds, and many questions here are about paths.
+            return await neighbour.call(method, request, timeout_s=timeout_s, patience_s=timeout_s)
+        except (CallFailed, ConnectionLost) as error:
+            raise ConnectFailed(f"no answer from {neighbour.peer_id.short}: {error}") from error
 
     async def _answer_record(self, request: ShareRecord, neighbour: Neighbour) -> ShareRecord:
         self._learn(neighbour, request.record)
@@ -325,7 +313,7 @@ class Introducer:
         if target is None:
             raise PeerNotFound(f"I am not connected to {target_id.short}")
         rendezvous = Rendezvous(attempt, request.record, str(neighbour.seen_at))
-        accepted = await self._ask(target, "natswarm/rendezvous/1", rendezvous, RendezvousAccepted)
+        accepted = await self._ask(target, RENDEZVOUS, rendezvous)
         return Introduced(accepted.record, str(target.seen_at))
 
     async def _answer_rendezvous(
@@ -349,9 +337,7 @@ class Introducer:
         for other in reversed(self._home.neighbours()):
             # A neighbour of the same address would not be a stranger to the asker's NAT.
             if other.peer_id != neighbour.peer_id and other.seen_at.ip != observed.ip:
-                await self._ask(
-                    other, "natswarm/echo/1", EchoTo(request.transaction, str(observed)), Asked
-                )
+                await self._ask(other, ECHO_TO, EchoTo(request.transaction, str(observed)))
                 return Asked()
         raise RequestRefused("I have no other neighbour who could send you a datagram")
 

@@ -27,6 +27,8 @@ __all__ = ["MessageStream"]
 HEADER_BYTES_MAX = 64 * 1024
 # The largest payload anything sends today is a shard of gradients or a prefill's activations.
 PAYLOAD_BYTES_MAX = 16 * 1024 * 1024
+# Copying a small payload costs less than a datagram of its own.
+JOINED_BYTES_MAX = 16 * 1024
 
 _SIZES = struct.Struct(">II")
 
@@ -50,9 +52,16 @@ class MessageStream:
         self._stream = stream
         self._payload_bytes_max = payload_bytes_max
         self._received = bytearray()
+        self._is_send_cut = False
 
-    async def send(self, header: Message, payload: bytes | memoryview = b"") -> None:
-        """Send one message.
+    async def send(
+        self,
+        header: Message,
+        payload: bytes | memoryview = b"",
+        *,
+        preceded_by: Message | None = None,
+    ) -> None:
+        """Send one message, or two in one go, of which the first has no payload.
 
         After cancellation part of it may have left; the stream is then good for `aclose` alone.
 
@@ -60,13 +69,25 @@ class MessageStream:
             ValueError: The message is over the bounds; nothing was sent.
             trio.BrokenResourceError: The peer or the path is gone.
         """
+        view = memoryview(payload).cast("B")
+        framed = self._framed(header, len(view))
+        if preceded_by is not None:
+            framed = self._framed(preceded_by, 0) + framed
+        if self._is_send_cut:
+            raise trio.BrokenResourceError("an earlier message was not sent to its end")
+        self._is_send_cut = True
+        if len(view) <= JOINED_BYTES_MAX:
+            await self._stream.send_all(framed + view)
+        else:
+            await self._stream.send_all(framed)
+            await self._stream.send_all(view)
+        self._is_send_cut = False
+
+    def _framed(self, header: Message, payload_size: int) -> bytes:
         encoded = encode_message(header)
-        payload_size = memoryview(payload).nbytes
         if len(encoded) > HEADER_BYTES_MAX or payload_size > self._payload_bytes_max:
             raise ValueError(f"message of {len(encoded)} + {payload_size} bytes is over the bounds")
-        await self._stream.send_all(_SIZES.pack(len(encoded), payload_size) + encoded)
-        if payload_size:
-            await self._stream.send_all(payload)
+        return _SIZES.pack(len(encoded), payload_size) + encoded
 
     async def receive(self, *header_types: type[MessageT]) -> tuple[MessageT, bytes]:
         """Wait for one message whose header is one of `header_types`.
@@ -118,8 +139,11 @@ class MessageStream:
         await self._stream.send_eof()
 
     async def aclose(self) -> None:
-        """Close the stream."""
-        await self._stream.aclose()
+        """Close the stream; give it up where a message was not sent to its end."""
+        if self._is_send_cut:
+            await trio.aclose_forcefully(self._stream)
+        else:
+            await self._stream.aclose()
 
     async def __aenter__(self) -> MessageStream:
         return self

@@ -16,12 +16,12 @@ for a round trip, as it does under HTTP/2; who can't bear that opens a second co
         DATA   2   payload of `value` bytes, 1..65,536, for the stream
         CREDIT 3   I read: you may send `value` bytes more on the stream
         END    4   the stream's data in this direction are complete
-        ABORT  5   they are not, and never will be
+        ABORT  5   they are not, and never will be; `value` 1: nobody here speaks the protocol
         STOP   6   I read no more of the stream
 
 Ids are used once, in order; odd where the QUIC client opened the stream. A direction starts with
-64 KiB of credit, and ends with END or ABORT. After both directions have ended the stream is over.
-A side may have opened 100 streams that are not over.
+16 KiB of credit, and ends with END or ABORT. After both directions have ended the stream is over.
+A side may have opened 2,048 streams that are not over.
 
 Source: the design of yamux (HashiCorp) and RFC 9113 section 5. Knows neither time, datagrams nor
 how the peer was authenticated: quic.py feeds it.
@@ -34,6 +34,7 @@ import enum
 import struct
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import trio
 
@@ -49,7 +50,9 @@ QUIC_STREAM_ID = 0
 FRAME = struct.Struct(">BQI")
 MAX_PAYLOAD_BYTES = 64 * 1024
 MAX_PROTOCOL_CHARACTERS = 64
-MAX_OPEN_STREAMS = 100
+# Thousands of calls at once, each a stream. What a peer may fill with garbage is 32 MB.
+MAX_OPEN_STREAMS = 2048
+UNKNOWN_PROTOCOL = 1
 
 
 class FrameKind(enum.IntEnum):
@@ -94,12 +97,12 @@ class Multiplexer:
         self._next_own_id = 1 if is_client else 2
         self._next_peer_id = 2 if is_client else 1
         self._own_count = 0
+        self._peer_count = 0
         self._slot_freed = trio.lowlevel.ParkingLot()
         self._waiting_senders: dict[int, Stream] = {}
 
         self._arrived: deque[Stream] = deque()
         self._arrival = trio.lowlevel.ParkingLot()
-        self._unaccepted_count = 0
 
         # The frame that is coming in.
         self._header = bytearray()
@@ -154,7 +157,6 @@ class Multiplexer:
                 self.raise_if_ended()
                 await self._arrival.park()
             stream = self._arrived.popleft()
-            self._unaccepted_count -= 1
             stream._on_accepted()
             if not stream._is_aborted:
                 return stream
@@ -204,7 +206,9 @@ class Multiplexer:
                     stream._on_stop()
             case FrameKind.END | FrameKind.ABORT:
                 if stream is not None:
-                    stream._on_end(is_clean=kind == FrameKind.END)
+                    is_unknown = value == UNKNOWN_PROTOCOL
+                    stream._on_end(is_clean=kind == FrameKind.END, is_unknown=is_unknown)
+                    self._note_end(stream)
                     self.forget_if_over(stream)
             case _:
                 raise ProtocolViolation(f"unknown kind of frame {kind}")
@@ -214,10 +218,10 @@ class Multiplexer:
             raise ProtocolViolation(f"stream {stream_id} is not next")
         if not 1 <= name_bytes <= MAX_PROTOCOL_CHARACTERS:
             raise ProtocolViolation(f"a protocol with a name of {name_bytes} bytes")
-        if self._unaccepted_count >= MAX_OPEN_STREAMS:
+        if self._peer_count >= MAX_OPEN_STREAMS:
             raise ProtocolViolation("too many streams at once")
         self._next_peer_id += 2
-        self._unaccepted_count += 1
+        self._peer_count += 1
         self._opening_id = stream_id
         self._payload_left = name_bytes
         self._payload_stream = None
@@ -275,9 +279,11 @@ class Multiplexer:
         """Tell the peer that nobody reads a stream any more."""
         self._send_note(FrameKind.STOP, stream_id, 0)
 
-    def send_end(self, stream_id: int, *, is_clean: bool) -> None:
+    def send_end(self, stream: Stream, *, is_clean: bool, is_unknown: bool) -> None:
         """Tell the peer that what was sent on a stream is complete, or that it was given up."""
-        self._send_note(FrameKind.END if is_clean else FrameKind.ABORT, stream_id, 0)
+        kind = FrameKind.END if is_clean else FrameKind.ABORT
+        self._send_note(kind, stream.id, UNKNOWN_PROTOCOL if is_unknown else 0)
+        self._note_end(stream)
 
     def _send(
         self, kind: FrameKind, stream_id: int, value: int, payload: bytes | memoryview = b""
@@ -304,7 +310,8 @@ class Multiplexer:
 
     async def wait_room(self, stream: Stream) -> None:
         """Wait in line until the stream may send, or something has happened to it."""
-        self._waiting_senders[stream.id] = stream
+        if stream._has_credit:  # else its peer's reader wakes it, and it would only hold up others
+            self._waiting_senders[stream.id] = stream
         try:
             await stream._sendable.park()
         finally:
@@ -313,18 +320,20 @@ class Multiplexer:
     @property
     def has_waiting_senders(self) -> bool:
         """Whether others could send, so that who has just sent should let them go first."""
-        return any(stream._has_credit for stream in self._waiting_senders.values())
+        return bool(self._waiting_senders)
 
     def on_flushed(self) -> None:
         """Wake as many waiting senders as there is room for, first come first served."""
         if not self._waiting_senders or (room := self.send_room()) < MIN_SEND_BUFFER_BYTES // 2:
             return
-        for stream in list(self._waiting_senders.values()):
-            if room <= 0:
-                break
-            if stream._has_credit:
-                stream._sendable.unpark_all()
-                room -= MAX_PAYLOAD_BYTES
+        count = -(-room // MAX_PAYLOAD_BYTES)
+        for stream in list(islice(self._waiting_senders.values(), count)):
+            stream._sendable.unpark_all()
+
+    def _note_end(self, stream: Stream) -> None:
+        # The peer counts as we do: it had our end before it opened the next one.
+        if stream._is_ended and not self._is_own(stream.id):
+            self._peer_count -= 1
 
     def forget_if_over(self, stream: Stream) -> None:
         """Drop a stream of which neither side will speak again; its place is free."""
@@ -343,8 +352,14 @@ class Multiplexer:
         self._end_error = error
         for stream in self._streams.values():
             stream._wake_all()
+            stream._tell_reader_gone()
         self._arrival.unpark_all()
         self._slot_freed.unpark_all()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the connection has."""
+        return self._end_error is not None
 
     def raise_if_ended(self) -> None:
         """Raise a new exception that tells how the connection ended, if it did."""

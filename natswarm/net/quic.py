@@ -227,8 +227,8 @@ class Connection:
     async def open_stream(self, protocol: str) -> Stream:
         """Open a stream; the peer's `accept_stream` returns its other end.
 
-        Waits for the handshake, and while 100 streams that this side opened are not closed on both
-        sides. Cancelled, no stream was opened.
+        Waits for the handshake, and while 2,048 streams that this side opened are not closed on
+        both sides. Cancelled, no stream was opened.
 
         Args:
             protocol: What will be spoken on it: 1..64 printable ASCII characters.

@@ -10,10 +10,12 @@ Source: trio.abc for what a stream promises. Knows neither time, datagrams nor Q
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
 
+from natswarm.errors import ProtocolUnknown
 from natswarm.identity import PeerId
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["INITIAL_CREDIT_BYTES", "ProtocolViolation", "Stream"]
 
 # What may be sent on a stream before its reader says more; part of the protocol. Small, because a
-# peer can open 100 streams that nobody accepts: 6.4 MB, of which all can be garbage.
-INITIAL_CREDIT_BYTES = 64 * 1024
+# peer can open thousands of streams that nobody reads, and fill them with garbage.
+INITIAL_CREDIT_BYTES = 16 * 1024
 
 # One frame at most at a time, so that others get their turn between.
 MAX_SEND_BYTES = 64 * 1024
@@ -81,6 +83,7 @@ class Stream(trio.abc.HalfCloseableStream):
         self._send_credit_bytes = INITIAL_CREDIT_BYTES
         self._is_end_sent = False
         self._is_stopped = False
+        self._on_reader_gone: Callable[[], None] | None = None
         self._is_send_interrupted = False
 
         self._receive_conflict = _ConflictDetector("another task is receiving from this stream")
@@ -89,6 +92,7 @@ class Stream(trio.abc.HalfCloseableStream):
         self._receive_credit_bytes = INITIAL_CREDIT_BYTES  # that the peer has not used up
         self._is_end_received = False
         self._is_aborted = False
+        self._is_unknown = False  # to the peer, who said so
 
     def __repr__(self) -> str:
         state = " (closed)" if self._is_closed else ""
@@ -178,16 +182,16 @@ class Stream(trio.abc.HalfCloseableStream):
             raise trio.ClosedResourceError("this side closed the stream")
         self._multiplexer.raise_if_ended()
         if self._is_stopped:
-            raise trio.BrokenResourceError("the peer closed the stream")
+            raise self._protocol_unknown() or trio.BrokenResourceError("the peer closed the stream")
         if self._is_end_sent:
             raise trio.ClosedResourceError("the end of the stream was sent before")
         if self._is_send_interrupted:
             raise trio.BrokenResourceError("a send_all was cancelled in the middle")
 
-    def _end_sending(self, *, is_clean: bool) -> None:
+    def _end_sending(self, *, is_clean: bool, is_unknown: bool = False) -> None:
         if not self._is_end_sent:
             self._is_end_sent = True
-            self._multiplexer.send_end(self._id, is_clean=is_clean)
+            self._multiplexer.send_end(self, is_clean=is_clean, is_unknown=is_unknown)
 
     def _on_credit(self, count: int) -> None:
         self._send_credit_bytes += count
@@ -197,8 +201,23 @@ class Stream(trio.abc.HalfCloseableStream):
         """The peer reads no more: fail our sending."""
         self._is_stopped = True
         self._sendable.unpark_all()
+        self._tell_reader_gone()
         if self._is_in_use:
             self._end_sending(is_clean=False)
+
+    def when_reader_gone(self, callback: Callable[[], None]) -> None:
+        """Call back, at once and once, when the peer reads no more or the connection has ended.
+
+        For whoever works on an answer: reading would only tell whether the peer goes on sending.
+        """
+        self._on_reader_gone = callback
+        if self._is_stopped or self._multiplexer.has_ended:
+            self._tell_reader_gone()
+
+    def _tell_reader_gone(self) -> None:
+        callback, self._on_reader_gone = self._on_reader_gone, None
+        if callback is not None:
+            callback()
 
     def _on_accepted(self) -> None:
         """The application takes the stream over."""
@@ -226,7 +245,9 @@ class Stream(trio.abc.HalfCloseableStream):
                 if self._is_closed:
                     raise trio.ClosedResourceError("this side closed the stream")
                 if self._is_aborted:
-                    raise trio.BrokenResourceError("the peer gave the stream up")
+                    raise self._protocol_unknown() or trio.BrokenResourceError(
+                        "the peer gave the stream up"
+                    )
                 if self._is_end_received:
                     return b""
                 self._multiplexer.raise_if_ended()
@@ -239,7 +260,7 @@ class Stream(trio.abc.HalfCloseableStream):
     def _extend_credit(self) -> None:
         """Let the peer send up to one window beyond what was read, in steps of a quarter window.
 
-        Only a reader gives credit, so what an application does not read stays at the initial 64 KiB
+        Only a reader gives credit, so what an application does not read stays at the initial 16 KiB
         a stream, whatever the window.
         """
         if self._is_closed or self._is_end_received:
@@ -262,13 +283,19 @@ class Stream(trio.abc.HalfCloseableStream):
             self._buffer += data
             self._readable.unpark_all()
 
-    def _on_end(self, *, is_clean: bool) -> None:
+    def _protocol_unknown(self) -> ProtocolUnknown | None:
+        if not self._is_unknown:
+            return None
+        return ProtocolUnknown(f"{self.peer_id.short} does not speak {self._protocol}")
+
+    def _on_end(self, *, is_clean: bool, is_unknown: bool = False) -> None:
         if self._is_end_received:
             raise ProtocolViolation(f"stream {self._id} ended twice")
         self._is_end_received = True
         if not is_clean:
             # What came in is part of something that will never be whole.
             self._is_aborted = True
+            self._is_unknown = is_unknown
             self._buffer.clear()
         self._readable.unpark_all()
 
@@ -291,6 +318,11 @@ class Stream(trio.abc.HalfCloseableStream):
             raise
         self._finish(is_clean=not self._is_send_interrupted)
 
+    def refuse(self) -> None:
+        """Close at once and tell the peer that nobody here speaks the stream's protocol."""
+        self._mark_closed()
+        self._finish(is_clean=False, is_unknown=True)
+
     def _give_up(self) -> None:
         """Close at once."""
         self._mark_closed()
@@ -301,16 +333,21 @@ class Stream(trio.abc.HalfCloseableStream):
         self._buffer.clear()
         self._wake_all()
 
-    def _finish(self, *, is_clean: bool) -> None:
-        self._end_sending(is_clean=is_clean)
+    def _finish(self, *, is_clean: bool, is_unknown: bool = False) -> None:
+        self._end_sending(is_clean=is_clean, is_unknown=is_unknown)
         if not self._is_end_received:
             self._multiplexer.send_stop(self._id)
         self._multiplexer.forget_if_over(self)
 
     @property
+    def _is_ended(self) -> bool:
+        """Whether both directions have ended."""
+        return self._is_end_sent and self._is_end_received
+
+    @property
     def _is_over(self) -> bool:
         """Whether both directions have ended and the application has let go of it."""
-        return self._is_closed and self._is_end_sent and self._is_end_received
+        return self._is_closed and self._is_ended
 
     def _wake_all(self) -> None:
         """Let everybody who waits look again at what has become of the stream."""

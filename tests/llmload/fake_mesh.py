@@ -7,12 +7,15 @@ as the streams of a lost connection do.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import trio
 import trio.testing
 
 from natswarm import ConnectFailed, NatswarmError, PeerId
+from natswarm.net.call import CallHandler, answering
+from natswarm.net.caller import Caller
 
 QUIET_TIMEOUT_S = 10
 
@@ -88,6 +91,12 @@ class FakeNode:
     def serve(self, protocol, handler) -> None:
         self.handlers[protocol] = handler
 
+    def answer(self, method, answer) -> None:
+        self.serve_calls(method, answering(answer))
+
+    def serve_calls(self, method, serve) -> None:
+        self.serve(method.name, CallHandler(method, serve).handle)
+
     async def announce(self, services) -> None:
         self.services = tuple(services)
 
@@ -113,6 +122,19 @@ class FakePeer:
 
     us: FakeNode
     them: FakeNode
+    is_reachable: bool = True
+    is_lost: bool = False
+
+    def __post_init__(self) -> None:
+        self.calls = Caller(self)
+
+    async def call(self, method, request, *, timeout_s=10.0, patience_s=0.0):
+        return await self.calls.call(method, request, timeout_s=timeout_s, patience_s=patience_s)
+
+    def start_call(self, method, request, payload=b"", *, timeout_s=math.inf, patience_s=0.0):
+        return self.calls.start(
+            method, request, payload, timeout_s=timeout_s, patience_s=patience_s
+        )
 
     @property
     def peer_id(self) -> PeerId:
@@ -142,9 +164,12 @@ class FakeWire:
     peer_ids: frozenset[PeerId]
     is_cut: bool = False
     ends: tuple[trio.StapledStream, ...] = field(default_factory=trio.testing.memory_stream_pair)
+    streams: list[FakeStream] = field(default_factory=list)
 
     def cut(self) -> None:
         self.is_cut = True
+        for stream in self.streams:
+            stream.tell_reader_gone()
         for end in self.ends:
             end.send_stream.close()
             end.receive_stream.close()
@@ -158,6 +183,18 @@ class FakeStream(trio.abc.HalfCloseableStream):
         self.inner = inner
         self.protocol = protocol
         self.is_closed = False
+        self._on_reader_gone = None
+        wire.streams.append(self)
+
+    def when_reader_gone(self, callback) -> None:
+        self._on_reader_gone = callback
+        if self.wire.is_cut or any(each.is_closed for each in self.wire.streams):
+            self.tell_reader_gone()
+
+    def tell_reader_gone(self) -> None:
+        callback, self._on_reader_gone = self._on_reader_gone, None
+        if callback is not None:
+            callback()
 
     async def send_all(self, data) -> None:
         mesh = self.wire.mesh
@@ -199,3 +236,6 @@ class FakeStream(trio.abc.HalfCloseableStream):
             raise
         self.inner.send_stream.close()
         self.inner.receive_stream.close()
+        for other in self.wire.streams:
+            if other is not self:
+                other.tell_reader_gone()

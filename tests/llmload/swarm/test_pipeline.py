@@ -450,9 +450,9 @@ async def test_stream_cut_anywhere_is_told_and_leaves_nothing(pipeline, stage_co
 
 async def test_stream_cut_inside_of_an_activation(pipeline, config):
     swarm = pipeline()
-    # Opening takes 2 requests, 2 answers and TokensOf, of one send each; then header and payload of
-    # the client's step, the header of the stage's step, its payload.
-    swarm.mesh.cut_at_send = 8
+    # Opening takes 2 requests, 2 answers and TokensOf, of one send each; then the client's step and
+    # the stage's.
+    swarm.mesh.cut_at_send = 6
     swarm.mesh.cut_bytes = 5 * config.n_embd * 4 - 1
     with pytest.raises(StageFailed, match=r"lost"):
         await swarm.tokens(PROMPT, max_new_tokens=3)

@@ -315,7 +315,9 @@ def on_stream_0(data, **end):
         (on_stream_0(frame(3, 2, 5)), "stream 2 was never opened"),
         (on_stream_0(frame(2, 0, 5)), "stream 0 was never opened"),
         (
-            on_stream_0(b"".join(frame(1, 2 * index + 1, 1, b"x") for index in range(101))),
+            on_stream_0(
+                b"".join(frame(1, 2 * index + 1, 1, b"x") for index in range(MAX_OPEN_STREAMS + 1))
+            ),
             "too many streams",
         ),
         (on_stream_0(b"", end_stream=True), "one QUIC stream"),
@@ -538,7 +540,7 @@ async def test_live_connection_outlasts_a_short_outage(lab, autojump_clock):
 
 async def test_close_waits_until_the_peer_has_everything(lab, autojump_clock):
     weather = lab.Weather(delay_s=0.15, jitter_s=0.02, loss=0.05)
-    data = random.Random(11).randbytes(40_000)
+    data = random.Random(11).randbytes(INITIAL_CREDIT_BYTES)
     async with lab.connected_pair(seed=11, weather=weather) as (client, server, _):
         stream, other = await lab.open_pair(client, server)
         await stream.send_all(data)

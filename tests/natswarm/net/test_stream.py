@@ -11,6 +11,7 @@ from trio.testing import check_half_closeable_stream, check_two_way_stream, wait
 from natswarm.errors import ConnectionLost
 from natswarm.net import multiplexer
 from natswarm.net import stream as stream_module
+from natswarm.net.multiplexer import MAX_OPEN_STREAMS
 from natswarm.net.stream import INITIAL_CREDIT_BYTES
 
 WINDOW = 1024 * 1024
@@ -243,7 +244,7 @@ async def test_two_hundred_streams_one_after_the_other(lab, autojump_clock):
         assert client.statistics().stream_count == server.statistics().stream_count == 0
 
 
-async def test_a_hundred_and_fifty_streams_at_once_wait_for_a_place(lab, autojump_clock):
+async def test_more_streams_than_there_are_places_wait_for_one(lab, autojump_clock):
     async with lab.connected_pair() as (client, server, _), trio.open_nursery() as nursery:
         opened = []
         echoed = []
@@ -255,30 +256,30 @@ async def test_a_hundred_and_fifty_streams_at_once_wait_for_a_place(lab, autojum
                 await stream.send_eof()
                 echoed.append(await lab.receive_all(stream))
 
-        for number in range(150):
+        for number in range(MAX_OPEN_STREAMS + 50):
             nursery.start_soon(ask, number)
         await trio.sleep(5)
-        assert len(opened) == 100
+        assert len(opened) == MAX_OPEN_STREAMS
 
         async def echo(stream):
             async with stream:
                 await stream.send_all(await lab.receive_all(stream))
 
-        for _ in range(150):
+        for _ in range(MAX_OPEN_STREAMS + 50):
             nursery.start_soon(echo, await server.accept_stream())
         await trio.sleep(5)
-        assert sorted(echoed) == sorted(b"%d" % number for number in range(150))
+        assert sorted(echoed) == sorted(b"%d" % number for number in range(MAX_OPEN_STREAMS + 50))
 
 
 async def test_streams_nobody_accepts_keep_their_places(lab, autojump_clock):
     async with lab.connected_pair() as (client, server, _):
         with trio.move_on_after(10):
-            for _ in range(150):
+            for _ in range(MAX_OPEN_STREAMS + 50):
                 async with await client.open_stream("fire and forget") as stream:
                     await stream.send_all(bytes(1000))
         statistics = server.statistics()
-        assert statistics.stream_count == 100
-        assert statistics.buffered_bytes == 100 * 1000
+        assert statistics.stream_count == MAX_OPEN_STREAMS
+        assert statistics.buffered_bytes == MAX_OPEN_STREAMS * 1000
         # Accepting one makes room for one.
         stream = await server.accept_stream()
         assert await lab.receive_all(stream) == bytes(1000)
