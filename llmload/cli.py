@@ -38,6 +38,7 @@ from llmload.swarm.route import format_blocks, parse_blocks, stage_service
 from llmload.swarm.stage import StageLimits, StageServer
 from llmload.weights import bundled_model_path
 from natswarm import (
+    OPEN_SWARM,
     ConnectFailed,
     Identity,
     Invite,
@@ -48,6 +49,7 @@ from natswarm import (
     PeerConnected,
     PeerLost,
     PunctureEnded,
+    SwarmKey,
     SystemPaths,
     open_node,
 )
@@ -262,7 +264,12 @@ async def _generate_on_peers(
     bind: str,
 ) -> dict[str, Any]:
     # Whoever only asks needs no lasting name, and may ask on a device that serves, too.
-    config = NodeConfig(identity=Identity.generate(), bind_ip=bind, paths=SystemPaths(ip=bind))
+    config = NodeConfig(
+        identity=Identity.generate(),
+        swarm=_swarm_of(invites),
+        bind_ip=bind,
+        paths=SystemPaths(ip=bind),
+    )
     with screen:
         screen.tell("joining the mesh")
         async with open_node(config) as node:
@@ -348,6 +355,7 @@ def serve(
     engine = StageEngine(loaded.config, loaded.weights, held, intra_op_threads=threads)
     config = NodeConfig(
         identity=Identity.load_or_create(state / "identity"),
+        swarm=_swarm_of(invites),
         name=name,
         bind_ip=bind,
         port=port,
@@ -357,6 +365,10 @@ def serve(
     )
     limits = StageLimits(session_count_max=sessions, cache_bytes_max=cache_mb * 2**20)
     _run(_serve, engine, loaded.content_hash, config, limits, invites, as_json)
+
+
+def _swarm_of(invites: Sequence[Invite]) -> SwarmKey:
+    return invites[0].swarm if invites else OPEN_SWARM
 
 
 async def _serve(

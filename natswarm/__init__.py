@@ -81,8 +81,10 @@ from natswarm.routing.record import Record, own_key, service_key
 from natswarm.sim.presets import PRESETS
 from natswarm.sim.topology import Internet
 from natswarm.sim.world import World
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 
 __all__ = [
+    "OPEN_SWARM",
     "PRESETS",
     "AddressError",
     "AddressKind",
@@ -144,6 +146,7 @@ __all__ = [
     "SignedProfile",
     "Stream",
     "Surroundings",
+    "SwarmKey",
     "SystemPaths",
     "UdpNetwork",
     "VirtualNetwork",

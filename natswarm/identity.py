@@ -16,8 +16,6 @@ import binascii
 import datetime
 import hashlib
 import os
-import stat
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,15 +28,19 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from natswarm.errors import DecodeError, IdentityError
+from natswarm.secret_file import SecretFile
 
 __all__ = ["Identity", "PeerId", "ProbeKeys", "open_envelope_untrusted"]
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
-# The file holds a tag and the 32-byte seed in hex, so that a damaged or foreign file is told apart
-# from a key, and so that a person can see what the file is.
-FILE_TAG = "natswarm-identity-1"
+FILE = SecretFile(
+    "natswarm-identity-1",
+    "identity",
+    IdentityError,
+    "restore it from a copy, or move it away to start under a new identity",
+)
 
 # 2^255 - 19, the field of both curves (RFC 7748 section 4.1).
 FIELD_PRIME = 2**255 - 19
@@ -137,7 +139,7 @@ class Identity:
         self._seed = seed
         self._private_key = Ed25519PrivateKey.from_private_bytes(seed)
         self.peer_id = PeerId(self._private_key.public_key().public_bytes_raw())
-        self._probe_keys: dict[PeerId, ProbeKeys] = {}
+        self._probe_keys: dict[tuple[PeerId, bytes], ProbeKeys] = {}
 
     def __repr__(self) -> str:
         return f"Identity({self.peer_id.short})"
@@ -154,79 +156,34 @@ class Identity:
         Raises:
             IdentityError: The file is damaged, unreadable, or readable by other users.
         """
-        try:
-            return cls._load(path)
-        except FileNotFoundError:
-            pass
-        identity = cls.generate()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Written beside and linked into place: a crash leaves no half a key, and of two
-            # processes that start at once one wins and both read the winner's.
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".identity-")
-            try:
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(f"{FILE_TAG} {identity._seed.hex()}\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                try:
-                    os.link(temporary, path)
-                except FileExistsError:
-                    return cls._load(path)
-            finally:
-                os.unlink(temporary)  # noqa: PTH108 - the pair of mkstemp
-        except OSError as error:
-            raise IdentityError(
-                f"cannot store the identity at {path}: {error.strerror}; "
-                "choose another folder with --state"
-            ) from error
-        return identity
-
-    @classmethod
-    def _load(cls, path: Path) -> Identity:
-        try:
-            mode = stat.S_IMODE(path.stat().st_mode)
-            text = path.read_text("ascii")
-        except FileNotFoundError:
-            raise
-        except (OSError, UnicodeDecodeError) as error:
-            raise IdentityError(f"cannot read the identity at {path}: {error}") from error
-        # Windows keeps its permissions elsewhere; its mode bits mean nothing.
-        if os.name == "posix" and mode & 0o077:
-            raise IdentityError(
-                f"the identity at {path} can be read by other users (mode {mode:04o}); "
-                f"run: chmod 600 {path}"
-            )
-        tag, _, seed = text.strip().partition(" ")
-        try:
-            if tag != FILE_TAG:
-                raise ValueError(tag)
-            return cls(bytes.fromhex(seed))
-        except ValueError as error:
-            raise IdentityError(
-                f"{path} is not an identity file or is damaged; restore it from a copy, or move it "
-                "away to start under a new identity"
-            ) from error
+        seed = FILE.load(path)
+        return cls(FILE.store_new(path, os.urandom(KEY_BYTES)) if seed is None else seed)
 
     def sign(self, message: bytes) -> bytes:
         """Return the 64-byte Ed25519 signature of `message`."""
         return self._private_key.sign(message)
 
-    def probe_keys(self, peer_id: PeerId) -> ProbeKeys:
+    def probe_keys(self, peer_id: PeerId, swarm_secret: bytes = b"") -> ProbeKeys:
         """Return the MAC keys that only we and `peer_id` can derive; cached.
+
+        Args:
+            peer_id: The other side.
+            swarm_secret: What it takes to derive them besides, at most 32 bytes; empty: nothing.
 
         Raises:
             DecodeError: The id is not a usable public key.
         """
-        if (keys := self._probe_keys.get(peer_id)) is None:
+        if (keys := self._probe_keys.get((peer_id, swarm_secret))) is None:
             secret = self.shared_secret(peer_id, purpose=b"probe")
+            if swarm_secret:
+                secret = hashlib.blake2s(secret, key=swarm_secret).digest()
             keys = ProbeKeys(
                 send=hashlib.blake2s(self.peer_id.key, key=secret).digest(),
                 receive=hashlib.blake2s(peer_id.key, key=secret).digest(),
             )
             if len(self._probe_keys) >= 1024:  # strangers' HELLOs must not grow it for ever
                 self._probe_keys.clear()
-            self._probe_keys[peer_id] = keys
+            self._probe_keys[peer_id, swarm_secret] = keys
         return keys
 
     def shared_secret(self, peer_id: PeerId, *, purpose: bytes) -> bytes:

@@ -27,7 +27,6 @@ from functools import partial
 import trio
 
 from natswarm.address import AddressKind, Endpoint, address_kind
-from natswarm.discovery.beacon import OPEN_SWARM_KEY
 from natswarm.discovery.introduction import (
     NodeRecord,
     complaint_about,
@@ -69,6 +68,7 @@ from natswarm.net.echo import EchoService
 from natswarm.net.introducer import Introducer, Neighbour
 from natswarm.net.lan import Lan, LanService
 from natswarm.net.mainline import MainlineConfig, MainlineService
+from natswarm.net.mainline_contact import connect_by_mainline
 from natswarm.net.notes import Notes
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.overlay import OverlayService
@@ -87,6 +87,7 @@ from natswarm.net.udp import UdpNetwork
 from natswarm.puncture.plan import Limits
 from natswarm.routing.record import Record, RecordKind, service_key
 from natswarm.routing.table import LINKS_MIN
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 from natswarm.wire import DatagramType
 
 __all__ = [
@@ -124,6 +125,7 @@ class NodeConfig:
         identity: Who we are.
         network: Where UDP ports come from; the real network by default.
         name: What the user calls this node, at most 64 printable characters; peers see it.
+        swarm: Which swarm it is in: nodes of others get no answer, and see no name.
         bind_ip: Address to bind, such as that of one interface; `0.0.0.0` is any.
         port: UDP port of the main port p; 0 lets the system choose.
         services: Names of what we serve, for others to find; 16 of at most 128 characters.
@@ -147,6 +149,7 @@ class NodeConfig:
     identity: Identity
     network: Network = field(default_factory=UdpNetwork)
     name: str = ""
+    swarm: SwarmKey = OPEN_SWARM
     bind_ip: str = "0.0.0.0"
     port: int = 0
     services: tuple[str, ...] = ()
@@ -275,6 +278,7 @@ class Node:
             main=self._main,
             nursery=nursery,
             on_event=self._emit,
+            swarm=config.swarm,
         )
         self._introducer = Introducer(self)
         self._overlay: OverlayService | None = None
@@ -296,6 +300,7 @@ class Node:
             recipes=config.notes.recipes,
             rng=self._rng,
             routes=self._overlay,
+            swarm=config.swarm,
         )
         self._renewer = Renewer(
             self,
@@ -312,7 +317,12 @@ class Node:
         self._roamer = Roamer(self, config.network, check=self._renewer.check)
         self._rejoiner = None if config.cache is None else Rejoiner(self, config.cache, nursery)
         self._echo = EchoService(
-            self._identity, config.network, config.bind_ip, self._main.port, self._alternate.port
+            self._identity,
+            config.network,
+            config.bind_ip,
+            self._main.port,
+            self._alternate.port,
+            config.swarm,
         )
         self.mainline: MainlineService | None = None
         if config.mainline is not None:
@@ -321,6 +331,8 @@ class Node:
                 port=self._main.port,
                 identity=config.identity,
                 config=config.mainline,
+                swarm=config.swarm,
+                known=config.notes.mainline,
                 rng=self._rng,
                 clock_s=config.utc,
             )
@@ -356,6 +368,7 @@ class Node:
                 local=self.local_endpoint,
                 config=self._config.lan,
                 rng=self._rng,
+                swarm=self._config.swarm,
             )
             self._nursery.start_soon(lan.run)
 
@@ -376,6 +389,11 @@ class Node:
     def peer_id(self) -> PeerId:
         """Who we are."""
         return self._identity.peer_id
+
+    @property
+    def swarm(self) -> SwarmKey:
+        """Which swarm we are in."""
+        return self._config.swarm
 
     @property
     def local_endpoint(self) -> Endpoint:
@@ -456,15 +474,14 @@ class Node:
         if not 1 <= lifetime_s < 2**32:
             raise InviteError(f"an invite holds for a second to a century, not {lifetime_s:g} s")
         await self.known_profile()
-        now_s, book = self._config.utc(), self._config.notes.invites
-        lan = self._config.lan
+        now_s, book, swarm = self._config.utc(), self._config.notes.invites, self.swarm
         return Invite.of(
             self.record(),
             self._identity,
             lifetime_s=lifetime_s,
             meeting=book.add(now_s, lifetime_s, os.urandom),
             ticket=book.add_ticket(now_s, lifetime_s, os.urandom) if is_one_time else b"",
-            swarm_key=b"" if lan is None or lan.swarm_key == OPEN_SWARM_KEY else lan.swarm_key,
+            swarm_key=b"" if swarm.is_open else swarm.secret,
         )
 
     def record(self) -> NodeRecord:
@@ -573,15 +590,17 @@ class Node:
         """Return the connection to a peer, making it first if there is none.
 
         A PeerId is looked for in the whole swarm if we take part in routing (`links_max`), and
-        among our neighbours' neighbours otherwise. An Invite is dialled where the
+        among our neighbours' neighbours otherwise; then in the mainline DHT, if we take part in
+        that (`mainline`). An Invite is dialled where the
         invited node takes strangers; otherwise both sides puncture, which needs the other side to
         connect with our invite at the same time.
 
         Cancelled, it leaves nothing behind; a connection that was ready by then stays.
 
         Raises:
-            InviteError: The invite has expired, or was for one guest and is used up.
-            PeerNotFound: No neighbour knows the peer.
+            InviteError: The invite has expired, is of another swarm, or was for one guest and is
+                used up.
+            PeerNotFound: Nobody knows the peer.
             PunctureFailed: The NATs stayed closed, or cannot be opened within the limits.
             HandshakeFailed: There was a path, but not the peer at its end.
             ConnectFailed: Anything else that kept us from it.
@@ -590,8 +609,14 @@ class Node:
         ticket = b""
         if isinstance(target, Invite):
             target.check(self._config.utc())
+            target.check_swarm(self.swarm)
             ticket = b"" if self.is_connected(target.record.peer_id) else target.ticket
-        peer = await self._connector.connect(target)
+        try:
+            peer = await self._connector.connect(target)
+        except PeerNotFound:
+            if self.mainline is None or isinstance(target, Invite):
+                raise
+            peer = await connect_by_mainline(self.mainline, self._connector, target)
         if ticket:
             await self._hand_in(ticket, peer)
         if self._overlay is not None:
@@ -694,7 +719,8 @@ class Node:
         the next slot of two minutes UTC, and puncture by what the peer cache knows of both NATs.
 
         Args:
-            peer_id: Whom; both nodes have a cache, and were connected while they had one.
+            peer_id: Whom; both nodes have a cache, and were connected while they had one, or both
+                take part in the mainline DHT and published their records there.
             patience_s: How long to come to appointments.
 
         Raises:
@@ -724,6 +750,8 @@ class Node:
         if self._rejoiner is not None:
             cached = await self._rejoiner.remembered(peer_id)
         if cached is None or cached.sealed_record is None:
+            if self.mainline is not None and peer_id != self.peer_id:
+                return (await self.mainline.find_meeting(peer_id)).record.profile
             whose = "our own NAT" if peer_id == self.peer_id else peer_id.short
             raise PeerNotFound(
                 f"the peer cache knows nothing of {whose}; to meet by the clock, two nodes must "
@@ -888,6 +916,19 @@ class Node:
         except Exception:
             logger.exception("on_event failed with %s", type(event).__name__)
 
+    def introducers(self) -> list[tuple[PeerId, Endpoint]]:
+        """Return neighbours that strangers can ask to introduce us, each with where; oldest first.
+
+        None if strangers can reach ourselves.
+        """
+        found = []
+        for peer in () if self.accepts_strangers else self.peers():
+            if peer.record is not None and peer.record.profile.accepts_strangers:
+                endpoint = profile_as_seen(peer.record.profile, peer.seen_at).main_endpoint
+                if endpoint is not None:
+                    found.append((peer.peer_id, endpoint))
+        return found
+
     # What the introducer asks for -----------------------------------------------------------------
 
     def sealed_record(self, order: tuple[str, ...] = ()) -> bytes:
@@ -995,6 +1036,7 @@ class Node:
 
     def _on_main_datagram(self, data: bytes, source: Endpoint) -> None:
         try:
+            data = self.swarm.open_untrusted(data)
             match data[0]:
                 case DatagramType.PROBE:
                     self._dialler.receive_untrusted(data, source)
@@ -1009,6 +1051,7 @@ class Node:
 
     def _on_alternate_datagram(self, data: bytes, source: Endpoint) -> None:
         try:
+            data = self.swarm.open_untrusted(data)
             if data[0] == DatagramType.ECHO_REQUEST:
                 self._echo.answer_untrusted(data, source, arrived_at_alternate=True)
         except DecodeError:

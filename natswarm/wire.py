@@ -1,6 +1,6 @@
 """Datagram formats of natswarm: byte layout, encoding, decoding.
 
-One UDP socket carries these, QUIC and (later) mainline's KRPC, told apart by the first byte in the
+One UDP socket carries these, QUIC and mainline's KRPC, told apart by the first byte in the
 spirit of RFC 9443: QUIC sets bit 0x40, KRPC starts with `d`, natswarm with 4..15. Every datagram is
 authenticated: by an Ed25519 signature before two peers share keys, by a keyed BLAKE2s MAC
 afterwards (probes are many, so they must be cheap and of one size). No answer is larger than what
@@ -14,7 +14,8 @@ covered by the signature or MAC and later versions may put padding there.
     HELLO         6 | 1 | zero 1 | attempt 8 | sender 32 | target 32 | signature 64
     PROBE         7 | 1 | kind 1 | attempt 8 | sequence 4 | observed 18 | MAC 16
 
-Both echoes have 145 bytes, a HELLO has 139, a PROBE 49.
+Both echoes have 145 bytes, a HELLO has 139, a PROBE 49. In a private swarm the signed ones travel
+inside type 8, `swarm_key.py`.
 
 Knows neither sockets nor when to send what. Pinned as hex in tests/vectors/wire.json.
 """

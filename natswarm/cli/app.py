@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
 import trio
 import typer
 
-from natswarm.address import Endpoint
 from natswarm.cli.field_test import field_test_app
 from natswarm.cli.inspect import inspect
 from natswarm.cli.lab import lab_app
 from natswarm.cli.options import (
     DEFAULT_STATE,
     BindOption,
+    DhtFileOption,
+    DhtNodeOption,
+    DhtOption,
+    DhtOptions,
     ExpiresOption,
     InterfaceOption,
     JoinOption,
@@ -36,12 +38,11 @@ from natswarm.cli.recipes import recipes_app
 from natswarm.cli.running import Answers, find, invite, join, peers, status
 from natswarm.cli.show import event_as_json, event_as_text, show_qr, status_as_json
 from natswarm.cli.status_view import show_live
-from natswarm.discovery.beacon import OPEN_SWARM_KEY
+from natswarm.cli.swarm import swarm_app
 from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
 from natswarm.net.control import open_control
-from natswarm.net.mainline import read_mainline_nodes
-from natswarm.node import Node, NodeConfig, NodeEvent
+from natswarm.node import Node, NodeEvent
 
 __all__ = ["app"]
 
@@ -54,6 +55,7 @@ app = typer.Typer(
 app.add_typer(lab_app)
 app.add_typer(field_test_app)
 app.add_typer(recipes_app)
+app.add_typer(swarm_app)
 
 NameOption = Annotated[str, typer.Option("--name", help="What other peers see, 64 characters.")]
 PortOption = Annotated[
@@ -91,14 +93,9 @@ def up(
     port: PortOption = 0,
     join: JoinOption = None,
     lan: Annotated[bool, typer.Option(help="Find peers on the LAN by multicast.")] = True,
-    dht_node: Annotated[
-        list[str] | None,
-        typer.Option("--dht-node", help="A BitTorrent node to start from, ADDRESS:PORT."),
-    ] = None,
-    dht_file: Annotated[
-        Path | None,
-        typer.Option("--dht-file", help="dht.dat or session file of a BitTorrent client."),
-    ] = None,
+    dht: DhtOption = False,
+    dht_node: DhtNodeOption = None,
+    dht_file: DhtFileOption = None,
     qr: QrOption = False,
     expires: ExpiresOption = "7d",
     one_time: OneTimeOption = False,
@@ -116,20 +113,16 @@ def up(
     """
     lifetime_s = duration_s(expires)
     invites = [Invite.parse(text) for text in join or ()]
-    # Who is invited to a private swarm hears it on the LAN, too.
-    keys = [key for each in invites if (key := each.swarm_key)]
     config = make_config(
         state,
-        swarm_key=keys[0] if keys else OPEN_SWARM_KEY,
+        invites=invites,
         name=name,
         bind=bind,
         port=port,
         interface=interface,
         lan=lan,
-        mainline_nodes=[
-            *map(Endpoint.parse, dht_node or ()),
-            *(read_mainline_nodes(dht_file) if dht_file is not None else ()),
-        ],
+        dht=DhtOptions(dht, dht_node or (), dht_file),
+        publishes=True,
         traces_path=True,
         on_event=_event_printer(as_json),
     )
@@ -170,26 +163,34 @@ def connect(
             help="Meet a peer from before with nobody in between; it must do the same now.",
         ),
     ] = False,
+    dht: DhtOption = False,
+    dht_node: DhtNodeOption = None,
+    dht_file: DhtFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Puncture to one peer and report how it went."""
     target = Invite.parse(peer) if peer.startswith("natswarm:") else PeerId.parse(peer)
+    invites = [Invite.parse(text) for text in join or ()]
     config = make_config(
         state,
+        invites=[*invites, target] if isinstance(target, Invite) else invites,
         bind=bind,
         interface=interface,
+        dht=DhtOptions(dht, dht_node or (), dht_file),
+        publishes=by_clock,  # the other side looks for us there, too
         traces_path=True,
         on_event=_event_printer(as_json),
     )
 
     async def body(node: Node) -> None:
+        await _meet(node, invites)
         if by_clock:
             peer_id = target if isinstance(target, PeerId) else target.record.peer_id
             await node.meet_again(peer_id)
         else:
             await node.connect(target)
 
-    trio.run(_joined, config, join, body)
+    trio.run(with_node, config, body)
 
 
 def _event_printer(as_json: bool) -> Callable[[NodeEvent], None]:
@@ -202,19 +203,6 @@ def _event_printer(as_json: bool) -> Callable[[NodeEvent], None]:
                 console.print(event_as_text(event))
 
     return print_event
-
-
-async def _joined(
-    config: NodeConfig, join: list[str] | None, body: Callable[[Node], Awaitable[None]]
-) -> None:
-    """Run `body` with a node that has met its peers and knows its NAT."""
-    invites = [Invite.parse(text) for text in join or ()]
-
-    async def meet(node: Node) -> None:
-        await _meet(node, invites)
-        await body(node)
-
-    await with_node(config, meet)
 
 
 async def _meet(node: Node, invites: Sequence[Invite]) -> None:

@@ -18,6 +18,10 @@ from natswarm.cli.inspect_view import offers_table, profile_view, report_view
 from natswarm.cli.options import (
     DEFAULT_STATE,
     BindOption,
+    DhtFileOption,
+    DhtNodeOption,
+    DhtOption,
+    DhtOptions,
     InterfaceOption,
     JoinOption,
     JsonOption,
@@ -59,6 +63,9 @@ def inspect(
     state: StateOption = DEFAULT_STATE,
     bind: BindOption = "0.0.0.0",
     interface: InterfaceOption = None,
+    dht: DhtOption = False,
+    dht_node: DhtNodeOption = None,
+    dht_file: DhtFileOption = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Under 3 s: gateway, path, behaviour.")
     ] = False,
@@ -115,7 +122,13 @@ def inspect(
         raise ConfigurationError("--export writes one report, --watch makes many: choose one")
     tests = choose_tests(quick=quick, lifetimes=lifetimes, only=only or (), skip=skip or ())
     invites = [Invite.parse(text) for text in join or ()]
-    config = make_config(state, bind=bind, interface=interface)
+    config = make_config(
+        state,
+        invites=invites,
+        bind=bind,
+        interface=interface,
+        dht=DhtOptions(dht, dht_node or (), dht_file),
+    )
 
     async def body(node: Node) -> None:
         if not invites:  # whoever of the cache answers at once can be asked

@@ -164,6 +164,7 @@ def status_as_json(node: Node) -> dict[str, Any]:
     return {
         "peer_id": str(node.peer_id),
         "name": record.name,
+        "swarm": "open" if node.swarm.is_open else node.swarm.label,
         "local": str(node.local_endpoint),
         "nat": {"text": str(record.profile), **profile_as_json(record.profile)},
         "routing": routing,

@@ -86,7 +86,8 @@ async def show_live(console: Console, status: Callable[[], dict[str, Any]]) -> N
 
 def _node_text(status: dict[str, Any]) -> str:
     name = f" ({escape(status['name'])})" if status["name"] else ""
-    return f"{status['peer_id'][:8]}{name} at {status['local']}"
+    swarm = "" if status["swarm"] == "open" else f" in the private swarm {status['swarm']}"
+    return f"{status['peer_id'][:8]}{name} at {status['local']}{swarm}"
 
 
 def _routing_text(routing: dict[str, Any]) -> str:

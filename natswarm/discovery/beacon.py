@@ -18,7 +18,6 @@ Source: BEP 14 for the manners (`beacon_schedule.py`); format and key are our ow
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidTag
@@ -27,8 +26,9 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from natswarm.address import ENDPOINT_BYTES, Endpoint
 from natswarm.errors import DecodeError
 from natswarm.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, PeerId
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 
-__all__ = ["BEACON_BYTES", "OPEN_SWARM_KEY", "SALT_BYTES", "Beacon", "BeaconCipher"]
+__all__ = ["BEACON_BYTES", "SALT_BYTES", "Beacon", "BeaconCipher"]
 
 HEAD = b"nsw\x01"  # the last byte is the version
 SALT_BYTES = 12
@@ -37,9 +37,6 @@ SEALED_BYTES = KEY_BYTES + ENDPOINT_BYTES + SIGNATURE_BYTES
 BEACON_BYTES = len(HEAD) + SALT_BYTES + SEALED_BYTES + MAC_BYTES
 
 SIGNED_CONTEXT = b"natswarm beacon\0"
-
-# Of the swarm that everybody is in who names no other.
-OPEN_SWARM_KEY = bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +68,11 @@ class BeaconCipher:
     """Seals and opens the beacons of one swarm.
 
     Args:
-        swarm_key: 32 bytes that the swarm's nodes share.
+        swarm: Which one.
     """
 
-    def __init__(self, swarm_key: bytes = OPEN_SWARM_KEY) -> None:
-        if len(swarm_key) != KEY_BYTES:
-            raise ValueError(f"a swarm key has {KEY_BYTES} bytes, not {len(swarm_key)}")
-        self._cipher = ChaCha20Poly1305(hashlib.blake2s(key=swarm_key, person=b"beacon").digest())
+    def __init__(self, swarm: SwarmKey = OPEN_SWARM) -> None:
+        self._cipher = ChaCha20Poly1305(swarm.derive(b"beacon"))
 
     def encode(self, identity: Identity, endpoint: Endpoint, salt: bytes) -> bytes:
         """Return the 146 bytes of a beacon.

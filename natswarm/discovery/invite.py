@@ -33,6 +33,7 @@ from natswarm.errors import DecodeError, InviteError
 from natswarm.identity import KEY_BYTES, Identity, open_envelope_untrusted
 from natswarm.message import Message, decode_message_untrusted, encode_message
 from natswarm.nat.profile import decode_profile_untrusted
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 
 __all__ = ["INVITE_LIFETIME_S", "MEETING_BYTES", "TICKET_BYTES", "Invite"]
 
@@ -122,6 +123,23 @@ class Invite:
                 f"the invite expired {ago} ago; ask for a new one"
                 " (or set this device's clock, if it is wrong)"
             )
+
+    def check_swarm(self, swarm: SwarmKey) -> None:
+        """Raise if the invite is of another swarm than ours.
+
+        Raises:
+            InviteError: It is.
+        """
+        if self.swarm != swarm:
+            raise InviteError(
+                f"the invite is to {self.swarm}, and this node is in {swarm}: a node is in one "
+                "swarm; start another for that one, with a new folder of its own (--state FOLDER)"
+            )
+
+    @property
+    def swarm(self) -> SwarmKey:
+        """The swarm that the node is in."""
+        return SwarmKey(self.swarm_key) if self.swarm_key else OPEN_SWARM
 
     @classmethod
     def of(

@@ -1,5 +1,7 @@
 """Mainline nodes from files that BitTorrent clients keep, so that no bootstrap host is needed.
 
+Our own file, which names those that answered last time, is like Transmission's.
+
     Transmission     dht.dat            {id, nodes: 6 bytes each, nodes6: 18 bytes each}
     libtorrent       session state      {"dht state": {nodes: [6 bytes, ...], nodes6: [...]}}
     qBittorrent      BT_backup/session  the same; older versions: ses_state
@@ -9,16 +11,61 @@ Pure: bytes to endpoints. Source: what those programs write (Transmission 4, lib
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from natswarm.address import AddressKind, Endpoint
-from natswarm.discovery.krpc import ID_BYTES, Fields, decode_endpoint_untrusted
-from natswarm.discovery.krpc_bencode import Value, bdecode_untrusted
+from natswarm.discovery.krpc import (
+    ID_BYTES,
+    Fields,
+    decode_endpoint_untrusted,
+    encode_endpoint,
+)
+from natswarm.discovery.krpc_bencode import Value, bdecode_untrusted, bencode
 from natswarm.errors import DecodeError
 
-__all__ = ["FILE_BYTES_MAX", "nodes_in_file_untrusted"]
+__all__ = ["FILE_BYTES_MAX", "KnownNodes", "nodes_in_file_untrusted"]
 
 FILE_BYTES_MAX = 4 * 1024 * 1024
 NODES_MAX = 500
 STATE_KEYS = (b"dht state", b"dht_state", b"dht")
+
+# Of so many, some are there a month later.
+KNOWN_MAX = 64
+
+
+class KnownNodes:
+    """The mainline nodes that answered last time.
+
+    Attributes:
+        endpoints: Where they are, at most 64.
+        is_changed: Whether they are others than when this was last set to False.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint] = ()) -> None:
+        self.endpoints = tuple(endpoints)
+        self.is_changed = False
+
+    def note(self, endpoints: Sequence[Endpoint]) -> None:
+        """Take the place of those before with nodes that answer now; with none, keep them."""
+        newest = tuple(endpoints[:KNOWN_MAX])
+        if newest and newest != self.endpoints:
+            self.endpoints, self.is_changed = newest, True
+
+    def encode(self) -> bytes:
+        """Return the stored form."""
+        both = {b"nodes": b"", b"nodes6": b""}
+        for each in self.endpoints:
+            both[b"nodes6" if ":" in each.ip else b"nodes"] += encode_endpoint(each)
+        return bencode({key: text for key, text in both.items() if text})
+
+    @classmethod
+    def decode_untrusted(cls, data: bytes) -> KnownNodes:
+        """Read the stored form.
+
+        Raises:
+            DecodeError: It is damaged, or names nobody.
+        """
+        return cls(nodes_in_file_untrusted(data)[:KNOWN_MAX])
 
 
 def nodes_in_file_untrusted(data: bytes) -> list[Endpoint]:

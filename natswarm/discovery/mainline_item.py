@@ -1,26 +1,15 @@
-"""Mutable items of BEP 44, and the meeting record of a peer inside one.
+"""Mutable items of BEP 44: what mainline nodes keep for the owner of a key.
 
 An item is at most 1,000 bencoded bytes that the owner of an Ed25519 key signs together with a
-sequence number; nodes keep the one with the highest number under SHA-1(key, salt). A peer's item is
-under the peer's own key: only the peer can write it, and whoever knows the PeerId finds it.
+sequence number; nodes keep the one with the highest number under SHA-1(key, salt).
 
-    salt    "nsw" 3 | BLAKE2s-128 of the swarm's key        one item for each swarm a peer is in
-    value   version 1 | nonce 12 | sealed record | MAC 16   ChaCha20-Poly1305
-
-The key of the value is derived from the swarm's key and the PeerId. Nodes that keep the item of an
-open swarm can derive it, too, as can everybody who knows the PeerId; those of a private one cannot,
-nor can they tell which swarm it is. Inside is a `NodeRecord`, signed once more.
-
-Source: BEP 44. Knows neither nodes nor time.
+Source: BEP 44. Knows neither nodes nor time, nor what is in an item.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from natswarm.discovery.krpc import Fields, bytes_in
 from natswarm.discovery.krpc_bencode import Value, bdecode_untrusted, bencode
@@ -34,17 +23,11 @@ __all__ = [
     "item_fields",
     "item_in_untrusted",
     "item_target",
-    "meeting_salt",
-    "open_meeting_untrusted",
-    "seal_meeting",
 ]
 
 VALUE_BYTES_MAX = 1000
 SALT_BYTES_MAX = 64
 SEQUENCE_MAX = 2**63 - 1
-
-MEETING_VERSION = 1
-NONCE_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,54 +119,3 @@ def item_fields(item: MutableItem) -> Fields:
         b"sig": item.signature,
         b"v": bdecode_untrusted(item.value),
     }
-
-
-# The meeting record -------------------------------------------------------------------------------
-
-
-def meeting_salt(swarm_key: bytes) -> bytes:
-    """Return the salt of all meeting records of a swarm; it does not tell which swarm."""
-    return b"nsw" + hashlib.blake2s(key=swarm_key, person=b"dhtsalt", digest_size=16).digest()
-
-
-def seal_meeting(
-    identity: Identity, swarm_key: bytes, sequence: int, sealed_record: bytes, nonce: bytes
-) -> MutableItem:
-    """Return the item with our record.
-
-    Args:
-        identity: Who we are.
-        swarm_key: 32 bytes.
-        sequence: Higher than ever before, such as the seconds since 1970.
-        sealed_record: A signed `NodeRecord`.
-        nonce: 12 random bytes.
-
-    Raises:
-        ConfigurationError: The record is too large.
-    """
-    salt = meeting_salt(swarm_key)
-    sealed = _meeting_cipher(identity.peer_id, swarm_key).encrypt(nonce, sealed_record, salt)
-    value = bytes([MEETING_VERSION]) + nonce + sealed
-    return MutableItem.sign(identity, salt, sequence, value)
-
-
-def open_meeting_untrusted(item: MutableItem, swarm_key: bytes) -> bytes:
-    """Return the signed record in an item whose signature was checked.
-
-    Raises:
-        DecodeError: It is not a meeting record of this swarm.
-    """
-    value = bdecode_untrusted(item.value)
-    if not isinstance(value, bytes) or value[:1] != bytes([MEETING_VERSION]):
-        raise DecodeError("not a meeting record of a version that is known here")
-    nonce, sealed = value[1 : 1 + NONCE_BYTES], value[1 + NONCE_BYTES :]
-    try:
-        return _meeting_cipher(item.owner, swarm_key).decrypt(nonce, sealed, item.salt)
-    except (InvalidTag, ValueError) as error:
-        raise DecodeError("a meeting record of another swarm, or a damaged one") from error
-
-
-def _meeting_cipher(peer_id: PeerId, swarm_key: bytes) -> ChaCha20Poly1305:
-    return ChaCha20Poly1305(
-        hashlib.blake2s(peer_id.key, key=swarm_key, person=b"dhtvalue").digest()
-    )

@@ -62,6 +62,7 @@ from natswarm.puncture.plan import (
     plan_puncture,
 )
 from natswarm.puncture.recipes import Recipes, pair_label
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 from natswarm.wire import ATTEMPT_BYTES, Hello, decode_hello_untrusted
 
 __all__ = ["Connector", "Home"]
@@ -171,6 +172,7 @@ class Connector:
         recipes: What was learned of networks.
         rng: Draws the names of attempts, and what of similar strategies to try first.
         routes: Introduces us to peers that none of our neighbours knows; None: nobody does.
+        swarm: Whose key seals our HELLOs; what comes in is opened by the caller.
     """
 
     def __init__(
@@ -185,9 +187,11 @@ class Connector:
         recipes: Recipes,
         rng: random.Random,
         routes: Routes | None = None,
+        swarm: SwarmKey = OPEN_SWARM,
     ) -> None:
         self._home = home
         self._routes = routes
+        self._swarm = swarm
         self._for_links: set[PeerId] = set()
         self._identity = identity
         self._peer_id = identity.peer_id
@@ -306,7 +310,7 @@ class Connector:
 
     async def _dial_at(self, peer_id: PeerId, endpoints: tuple[Endpoint, ...]) -> Peer:
         attempt = self._new_attempt_id()
-        hello = Hello(attempt, self._peer_id, peer_id).encode(self._identity)
+        hello = self._swarm.seal(Hello(attempt, self._peer_id, peer_id).encode(self._identity))
         plan = plan_direct(endpoints, limits=self._limits)
         return await self._dial(peer_id, plan, attempt, hello=hello)
 

@@ -1,7 +1,7 @@
 r"""The door of a running node for its user's other commands: a Unix socket in its state folder.
 
-    natswarm status ── {"do": "status"}\\n ──▶ STATE/control.sock ──▶ the node
-                    ◀── {"ok": {...}}\\n or {"error": "why"}\\n
+    natswarm status ── {"do": "status"}\n ──▶ STATE/control.sock ──▶ the node
+                    ◀── {"ok": {...}}\n or {"error": "why"}\n
 
 One line of JSON there, one back, one question a connection. The socket has mode 0600 from its first
 moment on, so it is the file system that says who may ask; nothing of it is reachable by a network.

@@ -24,7 +24,7 @@ import trio
 
 from natswarm.address import Endpoint
 from natswarm.errors import ConnectFailed, DecodeError, PunctureFailed
-from natswarm.identity import Identity, PeerId
+from natswarm.identity import Identity, PeerId, ProbeKeys
 from natswarm.net.attempt import Attempt, PunctureReport
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.path_set import PathSet
@@ -33,6 +33,7 @@ from natswarm.net.pump import PortPump
 from natswarm.net.quic import Connection
 from natswarm.puncture.plan import Plan
 from natswarm.puncture.puncturer import PathFound, Puncturer
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 from natswarm.wire import probe_attempt_untrusted
 
 __all__ = ["Dial", "Dialler", "Origin", "PunctureEnded", "PunctureStarted"]
@@ -83,6 +84,7 @@ class Dialler:
         main: The pump of the node's main port.
         nursery: Where connections run; theirs to be cancelled in.
         on_event: Told of each puncture; must not raise.
+        swarm: Whose nodes alone we answer.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Dialler:
         main: PortPump,
         nursery: trio.Nursery,
         on_event: Callable[[PunctureStarted | PunctureEnded], None],
+        swarm: SwarmKey = OPEN_SWARM,
     ) -> None:
         self._identity = identity
         self._network = network
@@ -101,6 +104,7 @@ class Dialler:
         self._main = main
         self._nursery = nursery
         self._on_event = on_event
+        self._swarm = swarm
         self._dials: dict[bytes, Dial] = {}
         self._path_sets: dict[bytes, PathSet] = {}
         self._begun = trio.Event()
@@ -228,6 +232,10 @@ class Dialler:
         for dial in self.under_way():
             dial.cancel("this node was closed")
 
+    def _probe_keys(self, peer_id: PeerId) -> ProbeKeys:
+        swarm_secret = b"" if self._swarm.is_open else self._swarm.derive(b"probe")
+        return self._identity.probe_keys(peer_id, swarm_secret)
+
     async def _forget_later(self, dial: Dial, connection: Connection) -> None:
         # Not longer than the connection: two that met by invites use the attempt's name again, and
         # an answer from its last life would lead the peer to a path on which nobody listens.
@@ -301,7 +309,7 @@ class Dial:
         self.attempt = Attempt(
             Puncturer(
                 plan,
-                dialler._identity.probe_keys(peer_id),
+                dialler._probe_keys(peer_id),
                 attempt_id,
                 controlling=self._is_controlling,
                 now=trio.current_time(),
@@ -410,8 +418,9 @@ class Dial:
                 send=lambda _: None,
                 keepalive_s=QUIC_KEEPALIVE_S,
                 idle_timeout_s=QUIC_IDLE_TIMEOUT_S,
+                swarm=dialler._swarm,
             )
-            keys = dialler._identity.probe_keys(self.peer_id)
+            keys = dialler._probe_keys(self.peer_id)
             self._paths = PathSet(connection, keys, main=dialler._main)
         # What others use as well may be older than we know.
         opened_at = -math.inf if pump is dialler._main else self._started_at

@@ -25,6 +25,7 @@ from natswarm.nat.votes import prefix_of
 from natswarm.net.budget import Budget, KeyedBudget
 from natswarm.net.inspection import AskNeighbour, InspectionDriver
 from natswarm.net.port import DatagramPort, Network
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 from natswarm.wire import NO_TOKEN, EchoReply, EchoRequest, decode_echo_request_untrusted
 
 __all__ = ["AskNeighbour", "EchoService"]
@@ -50,6 +51,7 @@ class EchoService:
         bind_ip: The address they are bound to.
         main_port: The node's port p.
         alternate_port: Its port q.
+        swarm: Whose key seals echoes; what comes in is opened by the caller.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class EchoService:
         bind_ip: str,
         main_port: DatagramPort,
         alternate_port: DatagramPort,
+        swarm: SwarmKey = OPEN_SWARM,
     ) -> None:
         self._identity = identity
         self._network = network
         self._bind_ip = bind_ip
         self._main_port = main_port
         self._alternate_port = alternate_port
+        self._swarm = swarm
         self._budget = Budget(per_s=ECHOES_PER_S)
         self._address_budgets = KeyedBudget(per_s=ECHOES_PER_ADDRESS_PER_S)
         self._prefix_budgets = KeyedBudget(per_s=ECHOES_PER_PREFIX_PER_S)
@@ -113,7 +117,7 @@ class EchoService:
         reply = self._reply(request, source, token, from_alternate=from_alternate)
         if len(reply) <= len(data):
             port = self._alternate_port if from_alternate else self._main_port
-            port.send(reply, destination)
+            port.send(self._swarm.seal(reply), destination)
 
     def _reply(
         self, request: EchoRequest, observed: Endpoint, token: bytes, *, from_alternate: bool
@@ -135,7 +139,7 @@ class EchoService:
             reply = EchoReply(
                 transaction, self._identity.peer_id, observed, is_unsolicited=True
             ).encode(self._identity)
-            self._main_port.send(reply, observed)
+            self._main_port.send(self._swarm.seal(reply), observed)
         else:
             self.refused_count += 1
 
@@ -181,7 +185,13 @@ class EchoService:
         )
         self.findings = machine.findings
         self._driver = InspectionDriver(
-            machine, self._identity, self._network, self._bind_ip, self._main_port, ask_neighbour
+            machine,
+            self._identity,
+            self._network,
+            self._bind_ip,
+            self._main_port,
+            ask_neighbour,
+            self._swarm,
         )
         try:
             await self._driver.run()

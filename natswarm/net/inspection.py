@@ -20,6 +20,7 @@ from natswarm.nat.measurement import (
 )
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.port import DatagramPort, Network, PortGroup
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 from natswarm.wire import (
     TFTP_READ_REQUEST,
     EchoReply,
@@ -77,6 +78,7 @@ class InspectionDriver:
         bind_ip: The address they are bound to.
         main_port: The port of index 0; whoever reads it passes replies to `receive_untrusted`.
         ask_neighbour: Asks a neighbour that a third peer send a reply to an endpoint of ours.
+        swarm: Whose key seals what goes out and opens what comes to fresh ports.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class InspectionDriver:
         bind_ip: str,
         main_port: DatagramPort,
         ask_neighbour: AskNeighbour,
+        swarm: SwarmKey = OPEN_SWARM,
     ) -> None:
         self._machine = machine
         self._identity = identity
@@ -94,6 +97,7 @@ class InspectionDriver:
         self._bind_ip = bind_ip
         self._main_port = main_port
         self._ask_neighbour = ask_neighbour
+        self._swarm = swarm
         self._fresh: list[_FreshPorts] = []
         self._used_ports = {main_port.local_endpoint.port}
         self._bound_count = 1
@@ -230,14 +234,15 @@ class InspectionDriver:
         own = self._identity.peer_id
         if isinstance(request, SendSelf):
             reply = EchoReply(request.transaction, own, request.destination)
-            return reply.encode(self._identity)
-        return EchoRequest(
+            return self._swarm.seal(reply.encode(self._identity))
+        asked = EchoRequest(
             request.transaction,
             own,
             from_alternate_port=request.from_alternate,
             deliver_to=request.deliver_to,
             token=request.token,
-        ).encode(self._identity)
+        )
+        return self._swarm.seal(asked.encode(self._identity))
 
     async def _ask(self, request: AskThirdPeer) -> None:
         try:
@@ -257,6 +262,7 @@ class InspectionDriver:
                 if port_index is None:
                     continue
                 try:
-                    self.receive_untrusted(port_index, arrival.data, arrival.source)
+                    data = self._swarm.open_untrusted(arrival.data)
+                    self.receive_untrusted(port_index, data, arrival.source)
                 except DecodeError:
                     continue

@@ -33,7 +33,7 @@ from typing import Protocol
 import trio
 
 from natswarm.address import AddressKind, Endpoint, address_kind
-from natswarm.discovery.beacon import OPEN_SWARM_KEY, BeaconCipher
+from natswarm.discovery.beacon import BeaconCipher
 from natswarm.discovery.beacon_schedule import (
     BeaconSchedule,
     BeaconStatistics,
@@ -45,6 +45,7 @@ from natswarm.identity import Identity, PeerId
 from natswarm.net.budget import Budget, KeyedBudget
 from natswarm.net.interfaces import Interface, InterfaceKind, inspect_interfaces
 from natswarm.net.udp import endpoint_of
+from natswarm.swarm_key import SwarmKey
 
 __all__ = ["Home", "Lan", "LanService"]
 
@@ -80,11 +81,9 @@ class Lan:
 
     Attributes:
         interface: The only one to use; None uses every one that leads to a LAN.
-        swarm_key: 32 bytes that only nodes of one swarm know; nodes of another do not hear us.
     """
 
     interface: str | None = None
-    swarm_key: bytes = OPEN_SWARM_KEY
 
 
 class Home(Protocol):
@@ -112,10 +111,18 @@ class LanService:
         local: Where the main port is bound; `0.0.0.0` or `::` is any address of its family.
         config: What to look for.
         rng: Draws the jitter.
+        swarm: Whose nodes alone hear us.
     """
 
     def __init__(
-        self, home: Home, *, identity: Identity, local: Endpoint, config: Lan, rng: random.Random
+        self,
+        home: Home,
+        *,
+        identity: Identity,
+        local: Endpoint,
+        config: Lan,
+        rng: random.Random,
+        swarm: SwarmKey,
     ) -> None:
         self._home = home
         self._local = local
@@ -124,7 +131,7 @@ class LanService:
         self._schedule = BeaconSchedule(
             identity,
             port=local.port,
-            cipher=BeaconCipher(config.swarm_key),
+            cipher=BeaconCipher(swarm),
             rng=rng,
             entropy=os.urandom,
         )

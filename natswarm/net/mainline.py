@@ -14,24 +14,29 @@ Nodes to start from are those that the user has: named, from files of BitTorrent
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import trio
 
 from natswarm.address import Endpoint
-from natswarm.discovery.beacon import OPEN_SWARM_KEY
-from natswarm.discovery.introduction import NodeRecord, decode_record_untrusted
+from natswarm.discovery.introduction import NodeRecord
 from natswarm.discovery.krpc import Contact
 from natswarm.discovery.mainline import LookupEnded, Mainline, MainlineStatistics
-from natswarm.discovery.mainline_files import FILE_BYTES_MAX, nodes_in_file_untrusted
-from natswarm.discovery.mainline_item import (
-    MutableItem,
-    meeting_salt,
+from natswarm.discovery.mainline_files import (
+    FILE_BYTES_MAX,
+    KnownNodes,
+    nodes_in_file_untrusted,
+)
+from natswarm.discovery.mainline_item import MutableItem
+from natswarm.discovery.mainline_meeting import (
+    Meeting,
+    meeting_place,
     open_meeting_untrusted,
     seal_meeting,
 )
@@ -39,6 +44,7 @@ from natswarm.errors import ConfigurationError, ConnectFailed, DecodeError, Peer
 from natswarm.identity import Identity, PeerId
 from natswarm.net.budget import Budget, KeyedBudget
 from natswarm.net.port import DatagramPort
+from natswarm.swarm_key import SwarmKey
 
 __all__ = ["Home", "MainlineConfig", "MainlineService", "read_mainline_nodes"]
 
@@ -52,6 +58,11 @@ QUERY_MARK = b"1:y1:q"  # in every query, and what has it by chance may count as
 
 LOOKUP_TIMEOUT_S = 60.0
 PUBLISH_S = 30 * 60.0  # nodes keep items for two hours (BEP 44)
+# What is to be published changes while a node joins, and when it moves.
+PUBLISH_FIRST_S = 5.0
+PUBLISH_CHANGED_S = 60.0
+LOOK_S = 5.0
+REMEMBER_S = 300.0
 NONCE_BYTES = 12
 
 
@@ -61,14 +72,13 @@ class MainlineConfig:
 
     Attributes:
         nodes: Where to start; of the address family of the main port, others are left out.
-        swarm_key: 32 bytes; meeting records are readable by those alone who know it.
-        publishes: Whether to put our meeting record there, anew each half hour: whoever knows our
-            PeerId, and the swarm's key, then finds out where we are.
+        publishes: Whether to put our meeting record there, anew each half hour and when it has
+            changed: whoever knows our PeerId, and in a private swarm its key, then finds out where
+            we are.
         answers: Whether to answer other nodes; None: if strangers can reach us.
     """
 
     nodes: tuple[Endpoint, ...]
-    swarm_key: bytes = field(default=OPEN_SWARM_KEY, repr=False)
     publishes: bool = False
     answers: bool | None = None
 
@@ -81,8 +91,12 @@ class Home(Protocol):
         """Whether a stranger's datagram reaches our main port."""
         ...
 
-    def sealed_record(self) -> bytes:
-        """Our own record as of now, signed."""
+    def record(self) -> NodeRecord:
+        """Our own record as of now."""
+        ...
+
+    def introducers(self) -> list[tuple[PeerId, Endpoint]]:
+        """Neighbours of ours that take strangers, each with where."""
         ...
 
 
@@ -94,6 +108,8 @@ class MainlineService:
         port: The main port.
         identity: Signs our meeting record.
         config: Where to start.
+        swarm: Who may find us.
+        known: Told which nodes answer, for the next start.
         rng: For refreshes.
         clock_s: Returns the seconds since 1970, for sequence numbers.
     """
@@ -105,6 +121,8 @@ class MainlineService:
         port: DatagramPort,
         identity: Identity,
         config: MainlineConfig,
+        swarm: SwarmKey,
+        known: KnownNodes,
         rng: random.Random,
         clock_s: Callable[[], float],
     ) -> None:
@@ -112,6 +130,8 @@ class MainlineService:
         self._port = port
         self._identity = identity
         self._config = config
+        self._swarm = swarm
+        self._known = known
         self._clock_s = clock_s
         self._machine = Mainline(
             is_ipv6=":" in port.local_endpoint.ip,
@@ -134,13 +154,27 @@ class MainlineService:
             await self._wait(self._machine.bootstrap(self._config.nodes, trio.current_time()))
             logger.info("%d mainline nodes answered", len(self.contacts()))
             self._bootstrapped.set()
-            while self._config.publishes:
+            if self._config.publishes:
+                nursery.start_soon(self._keep_published)
+            while True:
+                self._known.note([contact.endpoint for contact in self.contacts()])
+                await trio.sleep(REMEMBER_S)
+
+    async def _keep_published(self) -> None:
+        published: tuple[NodeRecord, list[tuple[PeerId, Endpoint]]] | None = None
+        published_at = -math.inf
+        await trio.sleep(PUBLISH_FIRST_S)
+        while True:
+            wanted = replace(self._home.record(), issued_at_s=0.0), self._home.introducers()
+            pause_s = PUBLISH_S if wanted == published else PUBLISH_CHANGED_S
+            if trio.current_time() >= published_at + pause_s:
+                published, published_at = wanted, trio.current_time()
                 try:
-                    count = await self.publish(self._home.sealed_record())
+                    count = await self.publish(self._home.record(), self._home.introducers())
                     logger.info("%d mainline nodes keep our record", count)
                 except (ConnectFailed, ConfigurationError) as error:
                     logger.warning("our record is not in the mainline: %s", error)
-                await trio.sleep(PUBLISH_S)
+            await trio.sleep(LOOK_S)
 
     def receive_untrusted(self, data: bytes, source: Endpoint) -> None:
         """Take a datagram that looks like KRPC."""
@@ -212,38 +246,45 @@ class MainlineService:
         await self.wait_bootstrapped()
         return self._answered(await self._wait(self._machine.get(owner, salt))).item
 
-    async def publish(self, sealed_record: bytes) -> int:
+    async def publish(
+        self, record: NodeRecord, introducers: Sequence[tuple[PeerId, Endpoint]] = ()
+    ) -> int:
         """Put our meeting record; return how many nodes keep it, for two hours.
+
+        Args:
+            record: What we say of ourselves.
+            introducers: Neighbours of ours that take strangers, each with where.
 
         Raises:
             ConnectFailed: No node answered.
             ConfigurationError: The record is too large for the mainline.
         """
-        sequence = int(self._clock_s())
-        nonce = os.urandom(NONCE_BYTES)
-        key = self._config.swarm_key
-        return await self.put_item(
-            seal_meeting(self._identity, key, sequence, sealed_record, nonce)
+        item = seal_meeting(
+            self._identity,
+            self._swarm,
+            int(self._clock_s()),
+            record.seal(self._identity),
+            introducers,
+            os.urandom(NONCE_BYTES),
         )
+        return await self.put_item(item)
 
-    async def find_record(self, peer_id: PeerId) -> NodeRecord:
+    async def find_meeting(self, peer_id: PeerId) -> Meeting:
         """Return the meeting record of a peer.
 
         Raises:
             PeerNotFound: Nobody keeps one, or it is not of our swarm.
             ConnectFailed: No node answered.
         """
-        key = self._config.swarm_key
-        item = await self.get_item(peer_id, meeting_salt(key))
+        item = await self.get_item(*meeting_place(self._swarm, peer_id))
         if item is None:
-            raise PeerNotFound(f"the mainline nodes near {peer_id.short} know nothing of it")
+            raise PeerNotFound(f"the mainline DHT knows nothing of {peer_id.short}")
         try:
-            record = decode_record_untrusted(open_meeting_untrusted(item, key))
+            return open_meeting_untrusted(item, self._swarm, peer_id)
         except DecodeError as error:
-            raise PeerNotFound(f"the record of {peer_id.short} cannot be read: {error}") from error
-        if record.peer_id != peer_id:
-            raise PeerNotFound(f"{peer_id.short} published the record of somebody else")
-        return record
+            raise PeerNotFound(
+                f"what the mainline DHT holds of {peer_id.short} cannot be read: {error}"
+            ) from error
 
     @staticmethod
     def _answered(ended: LookupEnded) -> LookupEnded:

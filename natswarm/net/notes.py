@@ -1,7 +1,8 @@
-"""Small things that a node remembers from run to run, each in a JSON file of the state folder.
+"""Small things that a node remembers from run to run, each in a file of the state folder.
 
     invites.json    which invites are out, which are used up     discovery/invite_book.py
     recipes.json    which strategy opened which networks         puncture/recipes.py
+    mainline.dat    mainline nodes that answered last time       discovery/mainline_files.py
 
 A file is written beside and moved into place, some seconds after a change and at the end, so a
 crash loses seconds and leaves no half a file. One that is damaged becomes `NAME.damaged`, with a
@@ -21,6 +22,7 @@ from typing import Protocol, Self, TypeVar
 import trio
 
 from natswarm.discovery.invite_book import InviteBook
+from natswarm.discovery.mainline_files import KnownNodes
 from natswarm.errors import DecodeError
 from natswarm.puncture.recipes import Recipes
 
@@ -62,11 +64,13 @@ class Notes:
         folder: Where; None: in memory alone.
         invites: Of ours that are out.
         recipes: What was learned of networks.
+        mainline: Nodes of the mainline DHT to start from.
     """
 
     folder: Path | None = None
     invites: InviteBook = field(default_factory=InviteBook)
     recipes: Recipes = field(default_factory=Recipes)
+    mainline: KnownNodes = field(default_factory=KnownNodes)
     _has_complained: bool = False
 
     @classmethod
@@ -76,6 +80,7 @@ class Notes:
             folder,
             invites=_read(folder / "invites.json", InviteBook),
             recipes=_read(folder / "recipes.json", Recipes),
+            mainline=_read(folder / "mainline.dat", KnownNodes),
         )
 
     async def run(self) -> None:
@@ -89,6 +94,7 @@ class Notes:
         books: tuple[tuple[str, _Book], ...] = (
             ("invites.json", self.invites),
             ("recipes.json", self.recipes),
+            ("mainline.dat", self.mainline),
         )
         for name, book in books:
             if self.folder is None or not book.is_changed:

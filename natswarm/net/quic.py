@@ -12,6 +12,8 @@ Identity. Both ends prove the Ed25519 key that is their PeerId, and no stream ex
        derive from the whole TLS transcript. Whoever sits in the middle has two transcripts.
     3. The server answers one byte, ACCEPTED, on stream 0.
 
+In a private swarm what precedes all that is sealed under the swarm's key (`swarm_key.py`).
+
     proof, client to server, 96 bytes:  key 32 | signature 64
     then on stream 0, both ways:        frames of multiplexer.py
 
@@ -43,6 +45,7 @@ from natswarm.identity import SIGNATURE_BYTES, Identity, PeerId
 from natswarm.net.multiplexer import QUIC_STREAM_ID, Multiplexer
 from natswarm.net.quic_engine import ENGINE_REFUSALS, PEER_ADDRESS, QuicEngine
 from natswarm.net.stream import ProtocolViolation, Stream
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 
 __all__ = ["Connection", "ConnectionStatistics", "Stream"]
 
@@ -130,6 +133,7 @@ class Connection:
         handshake_timeout_s: How long `run` waits for a proved peer.
         stream_window_bytes: How far a stream's sender may be ahead of its reader here. Bounds
             throughput to one window a round trip, and memory to one window a stream that is read.
+        swarm: Whose key it takes to shake hands.
     """
 
     def __init__(
@@ -145,8 +149,10 @@ class Connection:
         idle_timeout_s: float = 20.0,
         handshake_timeout_s: float = 10.0,
         stream_window_bytes: int = 4 * 1024 * 1024,
+        swarm: SwarmKey = OPEN_SWARM,
     ) -> None:
         self.send = send
+        self._swarm = swarm
         self._identity = identity
         self._peer_id = peer_id
         self._is_client = is_client
@@ -304,6 +310,7 @@ class Connection:
         now = trio.current_time()
         self._received_datagram_count += len(datagrams)
         self._received_bytes += sum(map(len, datagrams))
+        datagrams = self._swarm.open_quic_untrusted(datagrams)
         if self._is_encrypted:
             self._feed(datagrams, now)
         else:
@@ -482,7 +489,7 @@ class Connection:
             self._sent_datagram_count += len(datagrams)
             self._sent_bytes += sum(map(len, datagrams))
             try:
-                self.send(datagrams)
+                self.send(self._swarm.seal_quic(datagrams))
             except trio.ClosedResourceError:
                 self._lose("the port under it was closed")
         self._streams.on_flushed()

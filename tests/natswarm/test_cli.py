@@ -10,7 +10,9 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,11 @@ import trio
 from rich.console import Console
 
 from natswarm import (
+    ConfigurationError,
+    Endpoint,
     Identity,
     Invite,
+    InviteError,
     NodeConfig,
     NodeRecord,
     PeerNotFound,
@@ -28,16 +33,18 @@ from natswarm import (
 )
 from natswarm import cli as command_line
 from natswarm.cli import running
+from natswarm.cli.options import DhtOptions, make_config, with_node
 from natswarm.cli.show import event_as_text, show_qr
 from natswarm.cli.status_view import status_view
 from natswarm.nat.profile import NatProfile
 from natswarm.net.notes import Notes
 from natswarm.puncture.strategy import Strategy
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 
 # `natswarm.cli.app` is the module's name and, inside the package, that of the app in it.
 app_module = importlib.import_module("natswarm.cli.app")
 ASKING = ["status", "peers", "invite", "join", "find"]
-COMMANDS = ["id", "up", "inspect", "connect", "recipes", *ASKING]
+COMMANDS = ["id", "up", "inspect", "connect", "recipes", "swarm", *ASKING]
 MAIN = [sys.executable, "-c", "from natswarm.cli import main; main()"]
 
 
@@ -81,6 +88,63 @@ def test_recipes(run, tmp_path):
     assert exported["pairs"]["here x there"]["tftp-helper"] == {"opened": 0.0, "failed": 1.0}
     assert run("recipes", "clear", "--state", "{state}")[0] == 0
     assert json.loads(run("recipes", "export", "--state", "{state}")[1]) == {"pairs": {}}
+
+
+def invite_to(swarm: SwarmKey, **more) -> Invite:
+    key = b"" if swarm.is_open else swarm.secret
+    record = NodeRecord(Identity(b"m" * 32).peer_id, time.time(), "hub", NatProfile())
+    return Invite.of(record, Identity(b"m" * 32), swarm_key=key, **more)
+
+
+def test_a_private_swarm_is_made_and_joined(run, tmp_path):
+    assert run("swarm", "show", "--state", "{state}") == (0, "the open swarm\n", "")
+    status, out, err = run("swarm", "new", "--state", "{state}")
+    swarm = SwarmKey.load(tmp_path / "state" / "swarm")
+    assert (status, err) == (0, "")
+    assert str(swarm) in out
+    assert swarm.secret.hex() not in out
+    assert run("swarm", "show", "--state", "{state}")[1] == f"{swarm}\n"
+    assert "is in the private swarm" in run("swarm", "new", "--state", "{state}")[2]
+    config = make_config(tmp_path / "state")
+    assert config.swarm == swarm
+    # A new folder takes the swarm of its first invite, and keeps it.
+    for invites in ([invite_to(swarm)], [], [invite_to(swarm)]):
+        assert make_config(tmp_path / "guest", invites=invites).swarm == swarm
+    with pytest.raises(InviteError, match=r"and this node is in the private swarm"):
+        make_config(tmp_path / "guest", invites=[invite_to(OPEN_SWARM)])
+
+
+def test_a_folder_of_the_open_swarm_stays_there(run, tmp_path):
+    run("id", "--state", "{state}")
+    assert "which knows its PeerId" in run("swarm", "new", "--state", "{state}")[2]
+    private = invite_to(SwarmKey.generate())
+    for command in (["up", "--join"], ["inspect", "--join"], ["connect"]):
+        status, _, err = run(*command, str(private), "--state", "{state}")
+        assert (status, err.count("\n")) == (1, 1)
+        assert "and this node is in the open swarm" in err
+    assert make_config(tmp_path / "state", invites=[invite_to(OPEN_SWARM)]).swarm.is_open
+
+
+def test_an_old_invite_binds_no_new_folder(tmp_path):
+    old = replace(invite_to(SwarmKey.generate()), expires_at_s=0.0)
+    with pytest.raises(InviteError, match="expired"):
+        make_config(tmp_path / "state", invites=[old])
+    assert make_config(tmp_path / "state").swarm.is_open
+
+
+def test_the_dht_starts_from_what_the_user_has(tmp_path):
+    with pytest.raises(ConfigurationError, match="no mainline node is known from last time"):
+        make_config(tmp_path, dht=DhtOptions(is_wanted=True))
+    assert make_config(tmp_path).mainline is None
+    notes = Notes(tmp_path)
+    known = (Endpoint("203.0.113.5", 6881), Endpoint("2001:db8::5", 6881))
+    notes.mainline.note(known)
+    trio.run(notes.save)
+    config = make_config(tmp_path, dht=DhtOptions(is_wanted=True), publishes=True)
+    assert (config.mainline.nodes, config.mainline.publishes) == (known, True)
+    config = make_config(tmp_path, dht=DhtOptions(nodes=["198.51.100.7:1"]))
+    assert config.mainline.nodes == (Endpoint("198.51.100.7", 1), *known)
+    assert not config.mainline.publishes
 
 
 def test_the_qr_code_fits_or_says_so(monkeypatch, capsys):
@@ -396,9 +460,10 @@ async def test_what_a_command_prints_of_a_puncture(
     async with open_swarm() as swarm:
         await swarm.add_observers()
         await swarm.add_inspected("b", "kpn-nl")
-        invites = [str(await node.invite()) for node in swarm.observers()]
+        invites = [await node.invite() for node in swarm.observers()]
 
         async def body(node):
+            await app_module._meet(node, invites)
             peer = await node.connect(swarm.nodes["b"].peer_id)
             await peer.aclose()
             await trio.sleep(1)
@@ -407,7 +472,7 @@ async def test_what_a_command_prints_of_a_puncture(
 
         capsys.readouterr()
         config = config_on(swarm, "phone", "linux-home", as_json=as_json)
-        await app_module._joined(config, invites, body)
+        await with_node(config, body)
         out, err = capsys.readouterr()
         assert err == ""
         assert [record for record in caplog.records if record.name.startswith("natswarm")] == []

@@ -15,12 +15,9 @@ from natswarm.discovery.mainline_id import distance, is_secure_id, secure_id
 from natswarm.discovery.mainline_item import (
     MutableItem,
     item_target,
-    meeting_salt,
-    open_meeting_untrusted,
-    seal_meeting,
 )
 from natswarm.discovery.mainline_table import BUCKET_SIZE, GOOD_FOR_S, MainlineTable
-from natswarm.errors import ConfigurationError, DecodeError
+from natswarm.errors import DecodeError
 from natswarm.identity import Identity, PeerId
 
 ME, EVE = Identity(b"m" * 32), Identity(b"e" * 32)
@@ -195,21 +192,6 @@ def test_the_examples_of_bep_44(salt, target, signature):
         replace(item, sequence=2).verify_untrusted()
     with pytest.raises(DecodeError):
         replace(item, salt=b"other").verify_untrusted()
-
-
-def test_a_meeting_record_is_for_its_swarm():
-    item = seal_meeting(ME, b"k" * 32, 5, b"the record", b"n" * 12)
-    item.verify_untrusted()
-    assert open_meeting_untrusted(item, b"k" * 32) == b"the record"
-    assert b"the record" not in item.value
-    assert meeting_salt(b"k" * 32) != meeting_salt(b"q" * 32)
-    for swarm_key in (b"q" * 32, bytes(32)):
-        with pytest.raises(DecodeError):
-            open_meeting_untrusted(item, swarm_key)
-    with pytest.raises(DecodeError):
-        open_meeting_untrusted(MutableItem.sign(ME, b"", 1, 5), b"k" * 32)
-    with pytest.raises(ConfigurationError, match="1000 bytes"):
-        seal_meeting(ME, b"k" * 32, 5, bytes(1000), b"n" * 12)
 
 
 # A swarm ------------------------------------------------------------------------------------------

@@ -13,18 +13,22 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from natswarm.address import Endpoint
 from natswarm.discovery.introduction import NodeRecord
 from natswarm.discovery.krpc_bencode import bencode
-from natswarm.discovery.mainline_item import MutableItem, meeting_salt
+from natswarm.discovery.mainline_files import KnownNodes
+from natswarm.discovery.mainline_item import MutableItem
+from natswarm.discovery.mainline_meeting import Meeting, meeting_place
 from natswarm.errors import ConfigurationError, ConnectFailed, PeerNotFound
-from natswarm.identity import Identity
+from natswarm.identity import Identity, PeerId
 from natswarm.nat.profile import NatProfile
 from natswarm.net.mainline import MainlineConfig, MainlineService, read_mainline_nodes
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.pump import PortPump
 from natswarm.net.udp import UdpNetwork
+from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 
 ME, KIM = Identity(b"m" * 32), Identity(b"k" * 32)
 HASH = bytes(range(20))
@@ -33,13 +37,25 @@ HASH = bytes(range(20))
 class Anybody:
     accepts_strangers = True
 
-    def sealed_record(self) -> bytes:
-        return b"any"
+    def __init__(self) -> None:
+        self.said = NodeRecord(ME.peer_id, 1.0, "me", NatProfile())
+
+    def record(self) -> NodeRecord:
+        return self.said
+
+    def introducers(self) -> list[tuple[PeerId, Endpoint]]:
+        return []
 
 
 @asynccontextmanager
 async def open_service(
-    nodes: list[Endpoint], *, ip: str = "127.0.0.20", identity: Identity = ME, **config: Any
+    nodes: list[Endpoint],
+    *,
+    ip: str = "127.0.0.20",
+    identity: Identity = ME,
+    swarm: SwarmKey = OPEN_SWARM,
+    known: KnownNodes | None = None,
+    **config: Any,
 ) -> AsyncIterator[MainlineService]:
     port = UdpNetwork().bind(Endpoint(ip, 0))
     pump = PortPump(port, lambda _data, _source: None)
@@ -48,6 +64,8 @@ async def open_service(
         port=port,
         identity=identity,
         config=MainlineConfig(tuple(nodes), **config),
+        swarm=swarm,
+        known=known or KnownNodes(),
         rng=random.Random(1),
         clock_s=time.time,
     )
@@ -173,22 +191,47 @@ async def test_an_item_of_a_real_node_is_read_by_us(torrents, tmp_path):
 
 
 async def test_two_of_ours_meet_by_real_nodes(torrents):
+    """In a private swarm: others find nothing, and where they look there is nothing to see."""
     record = NodeRecord(KIM.peer_id, 5.0, "kim", NatProfile(main_endpoint=Endpoint("1.2.3.4", 5)))
-    key = b"s" * 32
+    friend = ME.peer_id, Endpoint("5.6.7.8", 9)
+    club = SwarmKey(b"s" * 32)
     async with (
-        open_service(torrents.endpoints, swarm_key=key) as service,
-        open_service(torrents.endpoints, ip="127.0.0.21", identity=KIM, swarm_key=key) as kim,
+        open_service(torrents.endpoints, swarm=club) as service,
+        open_service(torrents.endpoints, ip="127.0.0.21", identity=KIM, swarm=club) as kim,
         open_service(torrents.endpoints, ip="127.0.0.22") as outsider,
     ):
-        with pytest.raises(PeerNotFound, match="know nothing of it"):
-            await service.find_record(KIM.peer_id)
-        assert await kim.publish(record.seal(KIM)) >= 3
-        assert await service.find_record(KIM.peer_id) == record
+        with pytest.raises(PeerNotFound, match="knows nothing of"):
+            await service.find_meeting(KIM.peer_id)
+        assert await kim.publish(record, [friend]) >= 3
+        assert await service.find_meeting(KIM.peer_id) == Meeting(record, (friend,))
         with pytest.raises(PeerNotFound):
-            await outsider.find_record(KIM.peer_id)
-        item = await outsider.get_item(KIM.peer_id, meeting_salt(key))
+            await outsider.find_meeting(KIM.peer_id)
+        item = await outsider.get_item(*meeting_place(club, KIM.peer_id))
         assert item is not None
+        assert item.owner != KIM.peer_id
         assert b"kim" not in item.value
+
+
+async def test_an_open_swarm_shares_the_dht_with_private_ones(torrents):
+    async with (
+        open_service(torrents.endpoints, identity=KIM, swarm=SwarmKey(b"s" * 32)) as private,
+        open_service(torrents.endpoints, ip="127.0.0.21", identity=KIM) as opened,
+    ):
+        here = NodeRecord(KIM.peer_id, 5.0, "here", NatProfile())
+        there = NodeRecord(KIM.peer_id, 6.0, "there", NatProfile())
+        await private.publish(here)
+        await opened.publish(there)
+        assert (await private.find_meeting(KIM.peer_id)).record == here
+        assert (await opened.find_meeting(KIM.peer_id)).record == there
+
+
+async def test_nodes_that_answered_are_known_next_time(torrents):
+    known = KnownNodes()
+    async with open_service(torrents.endpoints[:1], known=known) as service:
+        await trio.testing.wait_all_tasks_blocked()
+        assert known.is_changed
+        assert set(known.endpoints) <= set(torrents.endpoints)
+        assert service.contacts()
 
 
 async def test_peers_are_announced_and_found(torrents):
