@@ -43,6 +43,7 @@ from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
 from natswarm.net.control import open_control
 from natswarm.node import Node, NodeEvent
+from natswarm.routing.table import LINKS_MAX
 
 __all__ = ["app"]
 
@@ -93,6 +94,10 @@ def up(
     port: PortOption = 0,
     join: JoinOption = None,
     lan: Annotated[bool, typer.Option(help="Find peers on the LAN by multicast.")] = True,
+    links: Annotated[
+        int,
+        typer.Option("--links", help="Connections to keep and route by, 16 to 128; 0: none."),
+    ] = LINKS_MAX,
     dht: DhtOption = False,
     dht_node: DhtNodeOption = None,
     dht_file: DhtFileOption = None,
@@ -106,7 +111,8 @@ def up(
 ) -> None:
     """Run a node until interrupted: print its invite, then what happens.
 
-    Meanwhile `natswarm status`, `peers`, `invite`, `join` and `find` ask this node.
+    Meanwhile `natswarm status`, `peers`, `invite`, `join` and `find` ask this node. It routes for
+    its swarm: it connects to some 30 others by itself, so that any peer finds any other.
 
     A node that others can reach (a public address, or a NAT that lets strangers in) is all that a
     new swarm needs: give its invite to the others.
@@ -121,6 +127,7 @@ def up(
         port=port,
         interface=interface,
         lan=lan,
+        links=links,
         dht=DhtOptions(dht, dht_node or (), dht_file),
         publishes=True,
         traces_path=True,

@@ -208,6 +208,7 @@ def test_a_peer_that_cannot_be_asked_is_a_warning(run):
         (["up", "--name", "bell\a"], "printable"),
         (["up", "--expires", "7w"], "'7w' is not a duration; write 90s, 30m, 12h or 7d"),
         (["up", "--expires", "0d"], "is not a duration"),
+        (["up", "--links", "3"], "links_max is 0 or 16 to 128, not 3"),
         (["connect", "a" * 52, "--by-clock"], "the peer cache knows nothing of aaaaaaaa"),
         (["status"], "no node runs with the state folder"),
         (["invite", "--expires", "1"], "is not a duration"),
@@ -395,6 +396,7 @@ def test_other_commands_ask_the_running_node(run, tmp_path):
         status, out, err = run("status", "--state", "{state}", "--json")
         found = json.loads(out)
         assert (status, err, found["name"], found["peers"]) == (0, "", "hub", [])
+        assert found["routing"] == {"links": 0, "buckets": {}, "swarm_size": 1.0}
         assert "nobody is connected" in run("status", "--state", "{state}")[1]
         assert "Nobody is connected" in run("peers", "--state", "{state}")[1]
         out = run("invite", "--state", "{state}", "--expires", "1h", "--one-time")[1]
