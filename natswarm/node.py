@@ -47,6 +47,7 @@ from natswarm.errors import (
     is_expected,
 )
 from natswarm.identity import Identity, PeerId
+from natswarm.nat.classify import Observation
 from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.inspection import QUICK
 from natswarm.nat.measurement import Observer
@@ -505,7 +506,7 @@ class Node:
         return self._echo.findings
 
     async def inspect(self, tests: Iterable[NatTest] = QUICK) -> NatProfile:
-        """Find out what our NAT does by asking the peers we can reach.
+        """Find out what our NAT does by asking the peers we can reach, and mainline nodes.
 
         Without any it is what the interfaces tell: a global address of our own, or nothing known.
         A test that cannot be carried out leaves unknowns, whose reasons are in `inspection`.
@@ -530,6 +531,7 @@ class Node:
         way_out: list[PathReport] = []
         async with self._inspecting:
             observers = await self._observers()
+            witnessed = await self._witnessed()
             # The outer one takes off the groups that the inner one wraps around errors.
             async with open_private_nursery(), trio.open_nursery() as nursery:
                 nursery.start_soon(self._trace_path, observers, way_out)
@@ -537,6 +539,7 @@ class Node:
                     observers,
                     tests=tests,
                     host_candidates=self._host_candidates(),
+                    witnessed=witnessed,
                     rng=self._rng,
                     ask_neighbour=self._ask_neighbour_to_echo,
                 )
@@ -552,6 +555,23 @@ class Node:
             profile = with_lifetimes_of(profile, self._profile)
         self._learn_profile(profile)
         return profile
+
+    async def _witnessed(self) -> list[Observation]:
+        """Return what mainline nodes see of us, where we know some."""
+        if self.mainline is None:
+            return []
+        return [
+            Observation(
+                port_index=0,
+                local_port=self.local_endpoint.port,
+                observer=None,
+                destination=sighting.voter,
+                observed=sighting.observed,
+                sent_at=sighting.at,
+                is_contiguous=False,
+            )
+            for sighting in await self.mainline.witness()
+        ]
 
     async def _trace_path(self, observers: Sequence[Observer], found: list[PathReport]) -> None:
         """Look at the way out while observers are asked; it takes no longer than they do."""
@@ -578,6 +598,8 @@ class Node:
     def forget_profile(self) -> None:
         """Know nothing of our NAT: we are somewhere else."""
         self._profile = None
+        if self.mainline is not None:
+            self.mainline.forget_sightings()
         for peer in self.peers():
             peer.paths.lifetimes = Lifetimes()
 
@@ -817,7 +839,8 @@ class Node:
         async with self._knowing:  # who waits for another's look needs none of its own
             profile = self._profile
             is_stale = trio.current_time() > self._looked_at + max_age_s
-            if profile is None or is_stale or (profile.is_translated is None and self.peers()):
+            has_anybody = bool(self.peers()) or self.mainline is not None
+            if profile is None or is_stale or (profile.is_translated is None and has_anybody):
                 profile = await self.look_again()
             return profile
 

@@ -218,5 +218,5 @@ async def _meet(node: Node, invites: Sequence[Invite]) -> None:
         await node.connect(each)
     if not invites:
         await node.rejoin()
-    if node.peers():
+    if node.peers() or node.mainline is not None:
         await node.inspect()

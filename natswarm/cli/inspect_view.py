@@ -279,7 +279,8 @@ def _observers(report: InspectionReport) -> RenderableType | None:
         return None
     grid = _grid("peer", "at", "answers that count")
     for each in report.observers:
-        grid.add_row(each.peer_id.short, str(each.endpoint), str(each.echo_count))
+        peer = "mainline" if each.peer_id is None else each.peer_id.short
+        grid.add_row(peer, str(each.endpoint), str(each.echo_count))
     return grid
 
 

@@ -49,9 +49,9 @@ from natswarm.discovery.mainline_server import MainlineServer
 from natswarm.discovery.mainline_table import MainlineTable
 from natswarm.errors import DecodeError
 from natswarm.identity import PeerId
-from natswarm.nat.votes import elect
+from natswarm.nat.votes import elect, prefix_of
 
-__all__ = ["LookupEnded", "Mainline", "MainlineStatistics"]
+__all__ = ["LookupEnded", "Mainline", "MainlineStatistics", "Sighting"]
 
 QUERY_TIMEOUT_S = 2.0
 QUERIES_PER_S = 10.0
@@ -88,6 +88,21 @@ class LookupEnded:
     peers: tuple[Endpoint, ...]
     item: MutableItem | None
     stored_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A node said where it sees us.
+
+    Attributes:
+        voter: Where the node is.
+        observed: Where it sees our port.
+        at: When it said so.
+    """
+
+    voter: Endpoint
+    observed: Endpoint
+    at: float
 
 
 @dataclass(slots=True)
@@ -139,7 +154,7 @@ class Mainline:
         self._entropy = entropy
         self._table = MainlineTable(entropy(ID_BYTES))
         self._server = MainlineServer(entropy, is_ipv6=is_ipv6)
-        self._votes: OrderedDict[str, Endpoint] = OrderedDict()
+        self._sightings: OrderedDict[str, Sighting] = OrderedDict()
         self._asked_back: OrderedDict[Endpoint, float] = OrderedDict()
         self._queue: deque[_Question] = deque()
         self._pending: OrderedDict[bytes, _Question] = OrderedDict()
@@ -169,12 +184,16 @@ class Mainline:
 
     def votes(self) -> dict[str, Endpoint]:
         """Return who says that we are where: address of the voter -> our endpoint it sees."""
-        return dict(self._votes)
+        return {voter: sighting.observed for voter, sighting in self._sightings.items()}
+
+    def sightings(self, since: float) -> list[Sighting]:
+        """Return who said since then where it sees us, of each address the latest word."""
+        return [each for each in self._sightings.values() if each.at >= since]
 
     @property
     def public_ip(self) -> str | None:
         """Our address as the voters elect it; None: not known."""
-        return elect({voter: endpoint.ip for voter, endpoint in self._votes.items()})
+        return elect({voter: endpoint.ip for voter, endpoint in self.votes().items()})
 
     # Commands -------------------------------------------------------------------------------------
 
@@ -202,6 +221,16 @@ class Mainline:
         """Have the closest nodes keep an item of ours; returns a handle."""
         purpose = Purpose(b"get", item.target, put=item, owner_key=item.owner.key, salt=item.salt)
         return self._start(purpose)
+
+    def ask_where(self, count: int) -> None:
+        """Ask at most so many nodes, of different networks, where they see us."""
+        chosen = {prefix_of(each.endpoint.ip): each.endpoint for each in self._table.contacts()}
+        for endpoint in self._rng.sample(list(chosen.values()), min(count, len(chosen))):
+            self._ask(endpoint, b"ping", {}, None)
+
+    def forget_sightings(self) -> None:
+        """Forget who saw us where: we are somewhere else."""
+        self._sightings.clear()
 
     def cancel(self, handle: int) -> None:
         """Give a lookup up; idempotent. What is under way is not waited for."""
@@ -348,10 +377,10 @@ class Mainline:
     def _note_vote(self, voter: Endpoint, observed: Endpoint, now: float) -> None:
         if (":" in observed.ip) != self._is_ipv6:
             return
-        self._votes[voter.ip] = observed
-        self._votes.move_to_end(voter.ip)
-        if len(self._votes) > VOTERS_MAX:
-            self._votes.popitem(last=False)
+        self._sightings[voter.ip] = Sighting(voter, observed, now)
+        self._sightings.move_to_end(voter.ip)
+        if len(self._sightings) > VOTERS_MAX:
+            self._sightings.popitem(last=False)
         ip = self.public_ip
         if ip is not None and not is_secure_id(self.own_id, ip):
             self._table = self._table.rebuilt(secure_id(ip, self._entropy(ID_BYTES)), now)

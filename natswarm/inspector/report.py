@@ -158,13 +158,13 @@ class ObserverReport:
     """Somebody who told us what they see of us.
 
     Attributes:
-        peer_id: Who.
+        peer_id: Who; None: a mainline node, which signs nothing.
         endpoint: Where, as we see it.
         echo_count: Echoes of it that count.
         is_neighbour: Whether we are connected.
     """
 
-    peer_id: PeerId
+    peer_id: PeerId | None
     endpoint: Endpoint
     echo_count: int
     is_neighbour: bool

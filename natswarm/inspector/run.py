@@ -186,7 +186,7 @@ class _Run:
             observers=_observers(findings),
             outcomes=tuple(self._outcomes.values()),
             warnings=evidences.warnings(),
-            advice=advise(profile, was_asked=bool(findings.observers)),
+            advice=advise(profile, was_asked=bool(findings.observers or findings.observations)),
             prospects=prospects(profile),
         )
 
@@ -378,7 +378,7 @@ def _observers(findings: Findings) -> tuple[ObserverReport, ...]:
     ]
     # In an order of their own: who was connected first is chance.
     ranked = sorted(findings.observers, key=lambda each: (not each.is_neighbour, each.endpoint))
-    return tuple(
+    peers = (
         ObserverReport(
             observer.peer_id,
             observer.endpoint,
@@ -387,3 +387,7 @@ def _observers(findings: Findings) -> tuple[ObserverReport, ...]:
         )
         for observer in ranked
     )
+    told = sorted({each.destination for each in findings.observations if each.observer is None})
+    counted = {each.destination for each in usable if each.observer is None}
+    mainline = (ObserverReport(None, each, int(each in counted), False) for each in told)
+    return (*peers, *mainline)

@@ -45,7 +45,7 @@ def report_as_json(report: InspectionReport) -> dict[str, Any]:
         "nat": {finding.name: _finding(finding) for finding in report.findings},
         "observers": [
             {
-                "peer_id": str(observer.peer_id),
+                "peer_id": None if observer.peer_id is None else str(observer.peer_id),
                 "endpoint": str(observer.endpoint),
                 "neighbour": observer.is_neighbour,
                 "echoes": observer.echo_count,

@@ -46,7 +46,7 @@ class Observation:
     Attributes:
         port_index: 0 for the main port, 1.. for fresh ones.
         local_port: Its UDP port.
-        observer: Who saw us.
+        observer: Who saw us; None: a mainline node, which signs nothing.
         destination: Where we sent to; its address has the vote.
         observed: What they saw.
         sent_at: When the request left, seconds.
@@ -56,7 +56,7 @@ class Observation:
 
     port_index: int
     local_port: int
-    observer: PeerId
+    observer: PeerId | None
     destination: Endpoint
     observed: Endpoint
     sent_at: float
@@ -266,7 +266,10 @@ def _mapping(main: Sequence[Observation]) -> tuple[Mapping | None, Endpoint | No
         if different_count:
             return Mapping.APDM, None, False
         return None, common, False  # EIM or ADM: it takes a second address to tell
-    if common is not None and sum(vote == elected for vote in votes.values()) > 1:
+    agreeing = sum(vote == elected for vote in votes.values())
+    # Of eight voters, each with a port of its own from a block of 256, two agree by chance one time
+    # in ten: they are elected, but no majority.
+    if common is not None and agreeing > 1 and 2 * agreeing > len(votes):
         return Mapping.EIM, common, False
     # With no observer that has two ports at one address it is APDM or ADM. APDM is the assumption:
     # it is what carriers that are not EIM do (Richter et al., IMC 2016).

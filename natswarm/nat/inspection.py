@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from natswarm.address import Endpoint
-from natswarm.nat.classify import classify
+from natswarm.nat.classify import Observation, classify
 from natswarm.nat.findings import Findings, NatTest, TestRun
 from natswarm.nat.hairpinning import HairpinningTest
 from natswarm.nat.lifetime import LifetimeTest
@@ -97,6 +97,7 @@ class NatInspection:
             are better than more ports: one address cannot tell EIM from ADM.
         tests: What to find out. `NatTest.BEHAVIOUR` is always among it: all others rest on it.
         local_endpoints: Host candidates: the main port at each of our own addresses.
+        witnessed: What others have told already.
         rng: Draws transactions; `random.SystemRandom` where strangers may guess.
         now: Seconds on the clock of all later calls.
 
@@ -110,6 +111,7 @@ class NatInspection:
         *,
         tests: Iterable[NatTest] = QUICK,
         local_endpoints: Sequence[Endpoint] = (),
+        witnessed: Sequence[Observation] = (),
         rng: random.Random,
         now: float,
     ) -> None:
@@ -117,7 +119,9 @@ class NatInspection:
         ranked = sorted(observers, key=lambda each: not each.is_neighbour)
         self.findings = Findings(
             observers=tuple(ranked[:OBSERVERS_MAX]),
-            profile=classify([], local_endpoints=local_endpoints),
+            profile=classify(witnessed, local_endpoints=local_endpoints),
+            observations=list(witnessed),
+            packet_counts={NatTest.BEHAVIOUR: len(witnessed)},
         )
         wanted = {NatTest.BEHAVIOUR, *tests}
         self._tests_left = [test for test in NatTest if test in wanted]

@@ -312,7 +312,7 @@ def _got_in(asked: _Trial, reply: Reply) -> bool:
 def _reasons(findings: Findings) -> dict[str, str]:
     """Return the quick part's fields that are not known -> why not."""
     profile = findings.profile
-    if not findings.observers:
+    if not findings.observers and not findings.observations:
         why = "there is no peer to ask: connect to one, by an invite for example"
     elif not findings.observations:
         why = "none of the peers we asked has answered"

@@ -18,6 +18,7 @@ import trio
 from natswarm.address import Endpoint
 from natswarm.identity import Identity
 from natswarm.nat.address_token import AddressTokens
+from natswarm.nat.classify import Observation
 from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.inspection import QUICK, NatInspection
 from natswarm.nat.measurement import Observer
@@ -160,6 +161,7 @@ class EchoService:
         *,
         tests: Iterable[NatTest] = QUICK,
         host_candidates: Sequence[Endpoint],
+        witnessed: Sequence[Observation] = (),
         rng: random.Random,
         ask_neighbour: AskNeighbour,
     ) -> Findings:
@@ -173,6 +175,7 @@ class EchoService:
             observers: Whom to ask.
             tests: What to find out.
             host_candidates: Our own addresses with the main port.
+            witnessed: What others than peers have just told.
             rng: Draws transactions.
             ask_neighbour: Asks a neighbour that a third peer send a reply to an endpoint of ours.
         """
@@ -180,6 +183,7 @@ class EchoService:
             observers,
             tests=tests,
             local_endpoints=host_candidates,
+            witnessed=witnessed,
             rng=rng,
             now=trio.current_time(),
         )

@@ -27,7 +27,7 @@ import trio
 from natswarm.address import Endpoint
 from natswarm.discovery.introduction import NodeRecord
 from natswarm.discovery.krpc import Contact
-from natswarm.discovery.mainline import LookupEnded, Mainline, MainlineStatistics
+from natswarm.discovery.mainline import LookupEnded, Mainline, MainlineStatistics, Sighting
 from natswarm.discovery.mainline_files import (
     FILE_BYTES_MAX,
     KnownNodes,
@@ -64,6 +64,13 @@ PUBLISH_CHANGED_S = 60.0
 LOOK_S = 5.0
 REMEMBER_S = 300.0
 NONCE_BYTES = 12
+
+# As many as the peers that an inspection asks. What is older than some seconds may be about a
+# mapping that the NAT has forgotten since.
+WITNESSES_MAX = 8
+WITNESSES_ENOUGH = 5
+WITNESS_TIMEOUT_S = 2.0
+WITNESS_FRESH_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +147,7 @@ class MainlineService:
             now=trio.current_time(),
         )
         self._changed = trio.Event()
+        self._heard = trio.Event()
         self._waiters: dict[int, tuple[trio.Event, list[LookupEnded]]] = {}
         self._bootstrapped = trio.Event()
         self._budget = Budget(per_s=MESSAGES_PER_S)
@@ -185,6 +193,8 @@ class MainlineService:
             return
         self._machine.receive_untrusted(data, source, now)
         self._changed.set()
+        self._heard.set()
+        self._heard = trio.Event()
 
     # What is known --------------------------------------------------------------------------------
 
@@ -198,6 +208,24 @@ class MainlineService:
         Votes for `natswarm.nat.votes.elect`; they are not signed, as those of our own peers are.
         """
         return self._machine.votes()
+
+    async def witness(self) -> list[Sighting]:
+        """Ask some nodes, unless enough have just told, where they see our main port.
+
+        Takes a round trip, or 2 s where few answer. At most 8, the latest; nobody signs them.
+        """
+        since = trio.current_time() - WITNESS_FRESH_S
+        if len(self._machine.sightings(since)) < WITNESSES_ENOUGH:
+            self._machine.ask_where(WITNESSES_MAX)
+            self._changed.set()
+        with trio.move_on_after(WITNESS_TIMEOUT_S):
+            while len(self._machine.sightings(since)) < WITNESSES_ENOUGH:
+                await self._heard.wait()
+        return self._machine.sightings(since)[-WITNESSES_MAX:]
+
+    def forget_sightings(self) -> None:
+        """Forget who saw us where: we are somewhere else."""
+        self._machine.forget_sightings()
 
     def statistics(self) -> MainlineStatistics:
         """Return the counters so far."""

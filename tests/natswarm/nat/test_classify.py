@@ -56,6 +56,15 @@ def classified(*observations: Observation, trials: list[FilterTrial] | None = No
         ([seen(P1_P, 9), seen(P2_P, 1), seen(P3_P, 1)], Mapping.EIM, 1),
         ([seen(P1_P, 1), seen(P2_P, 9), seen(P3_P, 1)], Mapping.EIM, 1),
         ([seen(P1_P, 1), seen(P1_Q, 8), seen(P2_P, 1), seen(P3_P, 1)], Mapping.EIM, 1),
+        # of six that see a small block, two see the same port by chance
+        (
+            [
+                seen(Endpoint(f"198.51.100.{n}", 1), port)
+                for n, port in enumerate([5, 6, 7, 8, 9, 5])
+            ],
+            Mapping.APDM,
+            None,
+        ),
         # a liar with two ports cannot vote twice
         ([seen(P1_P, 9), seen(P1_Q, 9), seen(P2_P, 1), seen(P3_P, 1)], Mapping.EIM, 1),
     ],
