@@ -21,9 +21,9 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from llmload.config import GPT2Config
 from llmload.engine.generate import generate_tokens
-from llmload.engine.kv_cache import CachePool, KVCache
+from llmload.engine.kv_cache import CachePool, KVArena, KVCache
 from llmload.engine.sampler import SamplingParameters
-from llmload.engine.session import StageEngine
+from llmload.engine.session import BatchStep, StageEngine
 from llmload.errors import (
     CacheFull,
     LearningFailed,
@@ -43,10 +43,12 @@ from llmload.weights import bundled_model_path
 
 __all__ = [
     "AdamWSettings",
+    "BatchStep",
     "CacheFull",
     "CachePool",
     "GPT2Config",
     "Generation",
+    "KVArena",
     "KVCache",
     "LearningFailed",
     "LearningPartner",

@@ -8,15 +8,18 @@ hence a pool with a bound.
 Nothing here is precious. A cache can be computed again from the tokens (or hidden states) that went
 through the stage, and the client keeps those; so the pool may evict whatever is idle.
 
-This file does not know ONNX Runtime, and nothing here is thread-safe: a pool belongs to one event
-loop, a borrowed cache to whoever borrowed it.
+This file does not know ONNX Runtime, and nothing here is thread-safe: pools and arenas belong to
+one event loop, a borrowed cache to whoever borrowed it.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -25,15 +28,84 @@ from numpy.typing import NDArray
 from llmload.config import GPT2Config
 from llmload.errors import CacheFull
 
-__all__ = ["CachePool", "KVCache", "cache_bytes"]
+__all__ = ["CachePool", "KVArena", "KVCache", "cache_bytes"]
+
+_FLOAT32_BYTES = 4
+# Gives pages back to the system; None where there is no such call.
+_DISCARD: int | None = getattr(mmap, "MADV_DONTNEED", None)
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 def cache_bytes(config: GPT2Config, blocks: range, batch: int, positions: int) -> int:
     """Return the size in bytes of the keys and values of a stage at some number of positions."""
-    float32_bytes = 4
-    return 2 * len(blocks) * batch * positions * config.n_embd * float32_bytes
+    return 2 * len(blocks) * batch * positions * config.n_embd * _FLOAT32_BYTES
+
+
+class KVArena:
+    """Room for the keys and values of several sequences, side by side in one array per tensor.
+
+    Sequences of one arena can take a step together without a copy: the runtime is given the array,
+    or the part of it in which they lie, and works in place. The room is address space for whole
+    contexts; the system gives it memory page by page, as positions are written.
+
+    Args:
+        config: The shape of the model.
+        blocks: The blocks of the stage.
+        slot_count: Sequences that find room.
+    """
+
+    def __init__(self, config: GPT2Config, blocks: range, slot_count: int) -> None:
+        config.check_blocks(blocks)
+        if slot_count < 1:
+            raise ValueError(f"a cache is for at least one sequence, not {slot_count}")
+        self.config = config
+        self.blocks = blocks
+        self.slot_count = slot_count
+        shape = (slot_count, config.n_head, config.n_ctx, config.head_size)
+        self._slot_bytes = math.prod(shape[1:]) * _FLOAT32_BYTES
+        self._maps = [_map_memory(slot_count * self._slot_bytes) for _ in range(2 * len(blocks))]
+        self._arrays = tuple(
+            np.frombuffer(memory, dtype=np.float32).reshape(shape) for memory in self._maps
+        )
+        self._free = list(range(slot_count))
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.float32], ...]:
+        """Key, value, key, value, ... in the order of the blocks, of all slots.
+
+        Each is float32 (slot_count, n_head, n_ctx, head_size).
+        """
+        return self._arrays
+
+    @property
+    def free_count(self) -> int:
+        """How many sequences still find room."""
+        return len(self._free)
+
+    def new_cache(self) -> KVCache:
+        """Return the empty cache of a new sequence. Its slot is free again when it is dropped.
+
+        Raises:
+            CacheFull: All slots are taken.
+        """
+        if not self._free:
+            raise CacheFull(f"all {self.slot_count} slots of this arena are taken; try again later")
+        # The lowest: slots in use stay close together, and so do those of one step.
+        slot = min(self._free)
+        self._free.remove(slot)
+        cache = KVCache(self.config, self.blocks, arena=self, first_slot=slot)
+        weakref.finalize(cache, self._release, slot)
+        return cache
+
+    def _release(self, slot: int) -> None:
+        # Whole pages only; what is left at the ends is less than a page.
+        start = -(-slot * self._slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (slot + 1) * self._slot_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        if _DISCARD is not None and end > start:
+            for memory in self._maps:
+                memory.madvise(_DISCARD, start, end - start)
+        self._free.append(slot)
 
 
 class KVCache:
@@ -43,73 +115,84 @@ class KVCache:
         config: The shape of the model.
         blocks: The blocks of the stage.
         batch: Sequences that advance together, position by position.
+        arena: Where they lie; None for an arena of their own.
+        first_slot: The first of the `batch` slots in the arena that are theirs.
     """
 
-    def __init__(self, config: GPT2Config, blocks: range, *, batch: int = 1) -> None:
-        config.check_blocks(blocks)
-        if batch < 1:
-            raise ValueError(f"a cache is for at least one sequence, not {batch}")
+    def __init__(
+        self,
+        config: GPT2Config,
+        blocks: range,
+        *,
+        batch: int = 1,
+        arena: KVArena | None = None,
+        first_slot: int = 0,
+    ) -> None:
         self.config = config
         self.blocks = blocks
         self.batch = batch
-        empty = np.zeros((batch, config.n_head, 0, config.head_size), dtype=np.float32)
-        self._arrays: tuple[NDArray[np.float32], ...] = (empty,) * (2 * len(blocks))
+        self.arena = KVArena(config, blocks, batch) if arena is None else arena
+        self.first_slot = first_slot
+        self._position = 0
+        self._touched_count = 0  # positions that have memory, also those that were taken back
 
     @property
     def position(self) -> int:
         """How many positions are held, which is also the position of the next token."""
-        return int(self._arrays[0].shape[2])
+        return self._position
 
     @property
     def room(self) -> int:
         """How many positions may still come."""
-        return self.config.n_ctx - self.position
+        return self.config.n_ctx - self._position
 
     @property
     def byte_size(self) -> int:
-        """Memory that the keys and values take, in bytes."""
-        return cache_bytes(self.config, self.blocks, self.batch, self.position)
+        """Memory that the keys and values take, in bytes; what was taken back keeps its memory."""
+        return cache_bytes(self.config, self.blocks, self.batch, self._touched_count)
 
     @property
     def arrays(self) -> tuple[NDArray[np.float32], ...]:
         """Key, value, key, value, ... in the order of the blocks.
 
-        Each is float32 (batch, n_head, position, head_size). They are replaced, never written to.
+        Each is float32 (batch, n_head, position, head_size), a view that later steps do not change
+        unless positions are taken back.
         """
-        return self._arrays
+        slots = slice(self.first_slot, self.first_slot + self.batch)
+        return tuple(array[slots, :, : self._position] for array in self.arena.arrays)
 
-    def replace(self, arrays: Sequence[NDArray[np.float32]]) -> None:
-        """Take over the extended arrays that a step has computed, in the order of `arrays`.
-
-        While a step runs, old and new arrays exist: it needs twice the memory of one sequence.
+    def advance(self, count: int) -> None:
+        """Count in `count` positions that a step has written behind those held.
 
         Raises:
-            ValueError: They are not what one step of this stage can give.
+            ValueError: There is no room for so many.
         """
-        config = self.config
-        if len(arrays) != len(self._arrays):
-            raise ValueError(f"{len(self._arrays)} arrays were expected, got {len(arrays)}")
-        position = arrays[0].shape[2]
-        if not self.position <= position <= config.n_ctx:
-            raise ValueError(f"position {position} is not in {self.position}..{config.n_ctx}")
-        expected = (self.batch, config.n_head, position, config.head_size)
-        if any(array.shape != expected for array in arrays):
-            raise ValueError(f"not all arrays have the shape {expected}")
-        self._arrays = tuple(arrays)
+        if not 0 <= count <= self.room:
+            raise ValueError(f"{count} new positions, there is room for {self.room}")
+        self._position += count
+        self._touched_count = max(self._touched_count, self._position)
 
     def truncate(self, position: int) -> None:
         """Forget everything from `position` on, as if those tokens had never come.
 
-        Wrong guesses of speculative decoding are taken back so; 0 starts a new sequence.
+        Wrong guesses of speculative decoding are taken back so; 0 starts a new sequence. It costs
+        nothing: what comes next is written over it.
 
         Raises:
             ValueError: `position` is negative or beyond what is held.
         """
-        if not 0 <= position <= self.position:
-            raise ValueError(f"position {position} is not in 0..{self.position}")
-        if position < self.position:
-            # A copy, because a view would keep the memory of what is forgotten.
-            self._arrays = tuple(array[:, :, :position].copy() for array in self._arrays)
+        if not 0 <= position <= self._position:
+            raise ValueError(f"position {position} is not in 0..{self._position}")
+        self._position = position
+
+
+def _map_memory(byte_count: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, byte_count)
+    # With huge pages the first position of a head would take 2 MB.
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages does not know the advice
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
 
 class CachePool(Generic[Key]):
@@ -119,8 +202,7 @@ class CachePool(Generic[Key]):
     it gone (`KeyError`) and sends its history again.
 
     Args:
-        max_bytes: Bound on the keys and values of all sequences. While steps run, their own
-            sequences take up to twice their size: see `KVCache.replace`.
+        max_bytes: Bound on the keys and values of all sequences.
     """
 
     def __init__(self, *, max_bytes: int) -> None:

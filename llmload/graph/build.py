@@ -7,13 +7,12 @@ the operators are few, and each that lies on the path of a gradient has a simple
 
 There are two layers. `GraphBuilder` collects nodes and knows nothing of GPT-2. The emitters
 (`embed`, `block`, `final_norm`, `lm_head` and what they consist of) take a builder and names of
-tensors, append nodes, and return the names of the results; `build_stage_graph` puts them together.
-Another graph, such as a loss with its parameters as inputs, is another function over the same
-emitters.
+tensors, append nodes, and return the names of the results. Graphs are functions over them: a loss
+with its parameters as inputs in `training`, a stage with a cache in `stage`.
 
-Operators on the path of a gradient: Add, Concat (only with a cache), Gather, LayerNormalization,
-MatMul, Mul, Reshape, Softmax, Split, Tanh, Transpose.
-Operators that only see positions and sizes: LessOrEqual, Neg, Reshape, Shape, Slice, Where.
+Operators on the path of a gradient: Add, Gather, LayerNormalization, MatMul, Mul, Reshape, Softmax,
+Split, Tanh, Transpose.
+Operators that only see positions: LessOrEqual, Reshape, Where.
 
 Source: the model is that of `llmload.reference`, which explains it; operators as in
 https://onnx.ai/onnx/operators/ at opset 17.
@@ -25,33 +24,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
-from llmload.config import GPT2Config, parameter_shapes
+from llmload.config import GPT2Config
 
 __all__ = [
     "IR_VERSION",
     "OPSET",
     "GraphBuilder",
-    "KeyValue",
     "attend",
     "attention",
     "block",
-    "build_stage_graph",
     "causal_mask",
     "embed",
     "embed_weights",
     "final_norm",
+    "gelu_new",
     "layer_norm",
     "linear",
     "lm_head",
     "mlp",
-    "past_names",
-    "present_names",
 ]
 
 # The oldest opset with LayerNormalization. Older runtimes (phones) read it, and axes of reductions
@@ -64,13 +60,6 @@ ParametersAs = Literal["external", "input"]
 Dimension = int | str | None
 
 
-class KeyValue(NamedTuple):
-    """Names of the keys and values of one block: float32 (batch, n_head, length, head_size)."""
-
-    key: str
-    value: str
-
-
 class GraphBuilder:
     """Collects the nodes of one graph, in the order in which they are computed.
 
@@ -79,6 +68,7 @@ class GraphBuilder:
     Args:
         name: Name of the graph.
         parameter_shapes: Shape of each parameter that may be used, as of `config.parameter_shapes`.
+        parameter_types: Element type of those that are not float32, as of `onnx.TensorProto`.
         parameters_as: What `parameter` declares. "external": initializers without content, which
             the runtime is given as arrays when it opens the graph; so the graph is some KB for any
             model, protobuf's bound of 2 GB does not matter, and no weight is copied on its way.
@@ -90,6 +80,7 @@ class GraphBuilder:
         name: str,
         parameter_shapes: Mapping[str, tuple[int, ...]],
         *,
+        parameter_types: Mapping[str, int] | None = None,
         parameters_as: ParametersAs = "external",
     ) -> None:
         self.name = name
@@ -100,6 +91,7 @@ class GraphBuilder:
         self.initializers: list[TensorProto] = []
         self.parameter_names: list[str] = []  # those in use, in order of their first use
         self._parameter_shapes = parameter_shapes
+        self._parameter_types = parameter_types or {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._name_counts: dict[str, int] = {}
         self._output_names: dict[str, str] = {}  # inner name -> name of the output
@@ -140,7 +132,10 @@ class GraphBuilder:
         output_count: int,
         **attributes: Any,
     ) -> tuple[str, ...]:
-        """Append a node with several outputs (Split) and return the names of its results."""
+        """Append a node with several outputs (Split) and return the names of its results.
+
+        An attribute `domain` names whose operator it is, where it is none of ONNX itself.
+        """
         name = self._fresh_name(op)
         outputs = (
             (name,) if output_count == 1 else tuple(f"{name}.{i}" for i in range(output_count))
@@ -170,16 +165,20 @@ class GraphBuilder:
             KeyError: The model (or this stage of it) has no such parameter.
         """
         shape = self._parameter_shapes[name]
+        element_type = self._parameter_types.get(name, TensorProto.FLOAT)
         if name not in self.parameter_names:
             self.parameter_names.append(name)
             if self.parameters_as == "input":
-                self.input(name, shape)
+                self.input(name, shape, element_type)
             else:
-                self.initializers.append(_external_initializer(name, shape))
+                self.initializers.append(_external_initializer(name, shape, element_type))
         return name
 
-    def model(self) -> ModelProto:
+    def model(self, *, opset: int = OPSET) -> ModelProto:
         """Return the graph as an ONNX model.
+
+        Args:
+            opset: Version of the standard operators; nodes of other domains bring theirs along.
 
         Raises:
             onnx.checker.ValidationError: The nodes do not form a valid graph.
@@ -195,9 +194,11 @@ class GraphBuilder:
         used = {name for node in nodes for name in node.input}
         initializers = [tensor for tensor in self.initializers if tensor.name in used]
         graph = helper.make_graph(nodes, self.name, self.inputs, self.outputs, initializers)
+        # Contributed operators have one version each, 1.
+        domains = {"": opset} | {node.domain: 1 for node in nodes if node.domain}
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid(*version) for version in domains.items()],
             ir_version=IR_VERSION,
             producer_name="llmload",
         )
@@ -212,10 +213,10 @@ class GraphBuilder:
         return f"{stem}_{count}"
 
 
-def _external_initializer(name: str, shape: tuple[int, ...]) -> TensorProto:
+def _external_initializer(name: str, shape: tuple[int, ...], element_type: int) -> TensorProto:
     tensor = TensorProto(
         name=name,
-        data_type=TensorProto.FLOAT,
+        data_type=element_type,
         dims=shape,
         data_location=TensorProto.EXTERNAL,
     )
@@ -329,14 +330,7 @@ def attend(
     return builder.node("MatMul", [shares, value])  # (b, n_head, time, head_size)
 
 
-def attention(
-    builder: GraphBuilder,
-    config: GPT2Config,
-    name: str,
-    x: str,
-    mask: str,
-    past: KeyValue | None = None,
-) -> tuple[str, KeyValue]:
+def attention(builder: GraphBuilder, config: GPT2Config, name: str, x: str, mask: str) -> str:
     """Emit the attention layer `name` (such as "h.0.attn"), heads and both projections included.
 
     Args:
@@ -344,12 +338,10 @@ def attention(
         config: The shape of the model.
         name: Prefix of the parameters.
         x: float32 (batch, time, n_embd), after the layer norm.
-        mask: float32 (time, total), of `causal_mask`.
-        past: Keys and values of earlier positions (batch, n_head, past, head_size); None in a
-            graph without a cache.
+        mask: float32 (time, time), of `causal_mask`.
 
     Returns:
-        float32 (batch, time, n_embd), and the keys and values of all positions so far.
+        float32 (batch, time, n_embd).
     """
     # 0 means: keep this dimension. So batch and time stay dynamic without any Shape node.
     split_heads = builder.ints(0, 0, config.n_head, config.head_size)
@@ -361,24 +353,20 @@ def attention(
         part = builder.node("Reshape", [part, split_heads])  # (b, t, n_head, head_size)
         heads.append(builder.node("Transpose", [part], perm=[0, 2, 1, 3]))  # (b, n_head, t, hs)
     query, key, value = heads
-    if past is not None:
-        key = builder.node("Concat", [past.key, key], axis=2)  # (b, n_head, total, head_size)
-        value = builder.node("Concat", [past.value, value], axis=2)
-
     y = attend(builder, config, query, key, value, mask)  # (b, n_head, t, head_size)
     y = builder.node("Transpose", [y], perm=[0, 2, 1, 3])  # (b, t, n_head, head_size)
     y = builder.node("Reshape", [y, merge_heads])  # (b, t, n_embd)
-    return linear(builder, f"{name}.c_proj", y), KeyValue(key, value)
+    return linear(builder, f"{name}.c_proj", y)
 
 
 def mlp(builder: GraphBuilder, name: str, x: str) -> str:
     """Emit the feed-forward layer `name` (such as "h.0.mlp"): (batch, time, n_embd) to the same."""
     x = linear(builder, f"{name}.c_fc", x)  # (b, t, 4 * n_embd)
-    x = _gelu_new(builder, x)  # (b, t, 4 * n_embd)
+    x = gelu_new(builder, x)  # (b, t, 4 * n_embd)
     return linear(builder, f"{name}.c_proj", x)  # (b, t, n_embd)
 
 
-def _gelu_new(builder: GraphBuilder, x: str) -> str:
+def gelu_new(builder: GraphBuilder, x: str) -> str:
     """Emit 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), factored as ONNX Runtime expects it.
 
     x + 0.044715 x^3 = x (1 + 0.044715 x^2). In exactly this form the runtime recognises the nodes
@@ -400,24 +388,17 @@ def _gelu_new(builder: GraphBuilder, x: str) -> str:
     return builder.node("Mul", [half, gate])
 
 
-def block(
-    builder: GraphBuilder,
-    config: GPT2Config,
-    index: int,
-    x: str,
-    mask: str,
-    past: KeyValue | None = None,
-) -> tuple[str, KeyValue]:
+def block(builder: GraphBuilder, config: GPT2Config, index: int, x: str, mask: str) -> str:
     """Emit block `index`: attention and feed-forward, each on a normed copy of the residual stream.
 
     Args, returns: as `attention`, with the residual stream float32 (batch, time, n_embd) as `x`.
     """
     name = f"h.{index}"
     normed = layer_norm(builder, config, f"{name}.ln_1", x)
-    y, present = attention(builder, config, f"{name}.attn", normed, mask, past)
+    y = attention(builder, config, f"{name}.attn", normed, mask)
     x = builder.node("Add", [x, y])  # (b, t, n_embd)
     y = mlp(builder, f"{name}.mlp", layer_norm(builder, config, f"{name}.ln_2", x))
-    return builder.node("Add", [x, y]), present  # (b, t, n_embd)
+    return builder.node("Add", [x, y])  # (b, t, n_embd)
 
 
 def final_norm(builder: GraphBuilder, config: GPT2Config, x: str) -> str:
@@ -433,92 +414,3 @@ def lm_head(builder: GraphBuilder, config: GPT2Config, x: str) -> str:
     weight = builder.parameter(config.lm_head_name)  # (vocab_size, n_embd)
     weight = builder.node("Transpose", [weight], perm=[1, 0])  # (n_embd, vocab_size)
     return builder.node("MatMul", [x, weight])
-
-
-# --- The inference graph of a stage ------------------------------------------------------------
-
-
-def past_names(index: int) -> KeyValue:
-    """Return the names of the inputs with which a stage gets the cache of block `index`."""
-    return KeyValue(f"past.{index}.key", f"past.{index}.value")
-
-
-def present_names(index: int) -> KeyValue:
-    """Return the names of the outputs in which a stage gives the extended cache of a block."""
-    return KeyValue(f"present.{index}.key", f"present.{index}.value")
-
-
-def build_stage_graph(config: GPT2Config, blocks: range) -> ModelProto:
-    """Build the inference graph of a stage: the given blocks, with a cache, for any batch and time.
-
-    The same graph does prefill (past = 0, time = length of the prompt), chunked prefill and decode
-    (past > 0, time = 1): all of them extend a cache of `past` positions by `time` positions.
-
-    Inputs, with the names that the engine uses:
-        token_ids: int64 (batch, time), in the first stage; or
-        hidden: float32 (batch, time, n_embd), in later ones.
-        past.{i}.key, past.{i}.value: float32 (batch, n_head, past, head_size), for each block i.
-        logits_count: int64 (1,), in the last stage: for how many of the last positions logits are
-            wanted. 1 for generation; k + 1 to verify k guessed tokens; `time` or more to score a
-            text. A large part of all work is in the head, so a prefill must not compute them all.
-    Outputs:
-        hidden_out: float32 (batch, time, n_embd), in all stages but the last; or
-        logits: float32 (batch, min(logits_count, time), vocab_size), in the last.
-        present.{i}.key, present.{i}.value: float32 (batch, n_head, past + time, head_size).
-
-    Args:
-        config: The shape of the model.
-        blocks: Contiguous range of block indexes; the first one of the model brings the embeddings
-            along, the last one the final norm and the output layer.
-
-    Returns:
-        A model whose weights are external initializers: see `GraphBuilder`, `embed_weights`.
-        past + time <= n_ctx is the caller's duty; the graph fails with a shape error beyond.
-
-    Raises:
-        ValueError: `blocks` is not a contiguous part of the model.
-    """
-    builder = GraphBuilder(
-        f"gpt2-blocks-{blocks.start}-{blocks.stop}", parameter_shapes(config, blocks)
-    )
-    is_first, is_last = blocks.start == 0, blocks.stop == config.n_layer
-
-    if is_first:
-        source = builder.input("token_ids", ("batch", "time"), TensorProto.INT64)
-    else:
-        source = builder.input("hidden", ("batch", "time", config.n_embd))
-    cache_shape = ("batch", config.n_head, "past", config.head_size)
-    pasts = {
-        index: KeyValue(*(builder.input(name, cache_shape) for name in past_names(index)))
-        for index in blocks
-    }
-
-    # Positions need no input of their own: the length of the cache is the position.
-    past_count = builder.node("Shape", [pasts[blocks.start].key], start=2, end=3)  # (1,)
-    time_count = builder.node("Shape", [source], start=1, end=2)  # (1,)
-    total_count = builder.node("Add", [past_count, time_count])  # (1,)
-    # Slices of one constant instead of Range, which would want scalars.
-    all_positions = builder.constant(np.arange(config.n_ctx, dtype=np.int64))
-    new_positions = builder.node("Slice", [all_positions, past_count, total_count])  # (time,)
-    key_positions = builder.node("Slice", [all_positions, builder.ints(0), total_count])  # (total,)
-    mask = causal_mask(builder, new_positions, key_positions)  # (time, total)
-
-    x = embed(builder, source, new_positions) if is_first else source  # (b, t, n_embd)
-    presents = {}
-    for index in blocks:
-        x, presents[index] = block(builder, config, index, x, mask, pasts[index])  # (b, t, n_embd)
-
-    if is_last:
-        logits_count = builder.input("logits_count", (1,), TensorProto.INT64)
-        start = builder.node("Neg", [logits_count])
-        end = builder.ints(np.iinfo(np.int64).max)
-        x = builder.node("Slice", [x, start, end, builder.ints(1)])  # (b, count, n_embd)
-        x = lm_head(builder, config, final_norm(builder, config, x))  # (b, count, vocab_size)
-        builder.output(x, "logits", ("batch", "count", config.vocab_size))
-    else:
-        builder.output(x, "hidden_out", ("batch", "time", config.n_embd))
-    present_shape = ("batch", config.n_head, "total", config.head_size)
-    for index, present in presents.items():
-        for tensor, name in zip(present, present_names(index), strict=True):
-            builder.output(tensor, name, present_shape)
-    return builder.model()

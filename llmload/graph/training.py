@@ -114,7 +114,7 @@ class _Stage:
         else:
             self.source = x = builder.input("hidden", self.hidden_shape)
         for index in blocks:
-            x, _ = block(builder, config, index, x, mask)  # (batch, time, n_embd)
+            x = block(builder, config, index, x, mask)  # (batch, time, n_embd)
 
         self.result, self.result_name = x, "hidden_out"
         self.result_shape: tuple[int, ...] = self.hidden_shape

@@ -1,4 +1,4 @@
-"""The ONNX graphs compute what the NumPy reference computes, layer by layer and cut anywhere."""
+"""The emitters of ONNX graphs compute what the NumPy reference computes, layer by layer."""
 
 from __future__ import annotations
 
@@ -11,65 +11,11 @@ import pytest
 from onnx import TensorProto
 
 from llmload import reference
-from llmload.config import GPT2Config, parameter_shapes
-from llmload.engine.session import StageEngine
+from llmload.config import parameter_shapes
 from llmload.graph import build
-from llmload.graph.build import GraphBuilder, build_stage_graph, embed_weights
+from llmload.graph.build import GraphBuilder, embed_weights
 
 TOLERANCE = 2e-5  # float32 against float32; measured 3e-6, with logits up to 4
-
-SPLITS = [
-    [range(3)],
-    [range(1), range(1, 3)],
-    [range(2), range(2, 3)],
-    [range(1), range(1, 2), range(2, 3)],
-]
-
-
-def run_stages(stages, caches, x, logits_count):
-    for stage, cache in zip(stages, caches, strict=True):
-        x = stage.run(x, cache, logits_count=logits_count)
-    return x
-
-
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_stages_equal_the_reference(config, weights, split):
-    """Prefill, decode and a chunk, for a batch of two: logits of every position."""
-    rng = np.random.default_rng(1)
-    stages = [StageEngine(config, weights, blocks) for blocks in split]
-    caches = [stage.new_cache(batch=2) for stage in stages]
-    past = None
-    for time in (9, 1, 1, 4, 1):
-        tokens = rng.integers(0, config.vocab_size, (2, time))
-        expected, past = reference.forward(config, weights, tokens, past)
-        actual = run_stages(stages, caches, tokens, logits_count=time)
-        assert actual.shape == expected.shape
-        assert abs(actual - expected).max() < TOLERANCE
-    held = [array for cache in caches for array in cache.arrays]
-    for actual, expected in zip(held, [array for pair in past for array in pair], strict=True):
-        assert abs(actual - expected).max() < TOLERANCE
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"n_head": 1},
-        {"n_head": 32},
-        {"n_layer": 1},
-        {"tie_word_embeddings": False},
-        {"layer_norm_epsilon": 0.1},
-    ],
-    ids=str,
-)
-def test_other_shapes_equal_the_reference(trained_looking_weights, shape):
-    fields = {"vocab_size": 60, "n_ctx": 20, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    config = GPT2Config(**fields | shape)
-    weights = trained_looking_weights(config, seed=2)
-    tokens = np.random.default_rng(2).integers(0, 60, (1, 20))
-    engine = StageEngine(config, weights)
-    actual = engine.run(tokens, engine.new_cache(), logits_count=20)
-    expected, _ = reference.forward(config, weights, tokens)
-    assert abs(actual - expected).max() < TOLERANCE
 
 
 def evaluate(builder, tensor, weights, feeds):
@@ -106,11 +52,11 @@ def test_every_emitter_equals_its_layer(config, weights):
             reference.mlp(weights, "h.1.mlp", x),
         ),
         "attention": (
-            lambda b: build.attention(b, config, "h.1.attn", "x", masked(b))[0],
+            lambda b: build.attention(b, config, "h.1.attn", "x", masked(b)),
             reference.attention(config, weights, "h.1.attn", x)[0],
         ),
         "block": (
-            lambda b: build.block(b, config, 2, "x", masked(b))[0],
+            lambda b: build.block(b, config, 2, "x", masked(b)),
             reference.block(config, weights, 2, x)[0],
         ),
         "head": (
@@ -126,19 +72,22 @@ def test_every_emitter_equals_its_layer(config, weights):
         assert abs(actual - expected).max() < TOLERANCE, name
 
 
-def test_parameters_as_inputs_give_the_same(config, weights):
+def training_graph(config, blocks):
     """The form that the trainer uses: static time, no cache, parameters fed."""
-    builder = GraphBuilder(
-        "training", parameter_shapes(config, config.blocks), parameters_as="input"
-    )
-    tokens = np.random.default_rng(4).integers(0, config.vocab_size, (2, 8))
+    builder = GraphBuilder("training", parameter_shapes(config, blocks), parameters_as="input")
     positions = builder.constant(np.arange(8))
     mask = build.causal_mask(builder, positions, positions)
     x = build.embed(builder, builder.input("token_ids", (2, 8), TensorProto.INT64), positions)
-    for index in config.blocks:
-        x, _ = build.block(builder, config, index, x, mask)
+    for index in blocks:
+        x = build.block(builder, config, index, x, mask)
     x = build.lm_head(builder, config, build.final_norm(builder, config, x))
     builder.output(x, "logits", (2, 8, config.vocab_size))
+    return builder
+
+
+def test_parameters_as_inputs_give_the_same(config, weights):
+    builder = training_graph(config, config.blocks)
+    tokens = np.random.default_rng(4).integers(0, config.vocab_size, (2, 8))
     model = builder.model()
     assert sorted(builder.parameter_names) == sorted(weights)
     assert [value.name for value in model.graph.input] == ["token_ids", *builder.parameter_names]
@@ -153,24 +102,27 @@ def test_parameters_as_inputs_give_the_same(config, weights):
 
 def test_graph_has_only_the_operators_that_it_says(config):
     """Autodiff needs a rule for each; a new one must be added knowingly."""
-    model = build_stage_graph(config, config.blocks)
+    model = training_graph(config, config.blocks).model()
     documented = set()
     for line in build.__doc__.split("Operators ")[1:]:
-        names = line.partition(":")[2].partition(".\n")[0].replace("(only with a cache)", "")
+        names = line.partition(":")[2].partition(".\n")[0]
         documented |= {name.strip() for name in names.split(",")}
     counts = Counter(node.op_type for node in model.graph.node)
     assert set(counts) == documented
     assert {node.domain for node in model.graph.node} == {""}
 
 
-def test_graph_carries_no_weights_and_is_a_valid_model_with_them(config, weights):
-    model = build_stage_graph(config, range(1, 3))
-    assert model.ByteSize() < 50_000
+def test_parameters_are_carried_by_the_graph_or_not(config, weights):
+    builder = GraphBuilder("block", parameter_shapes(config, range(1, 3)))
+    builder.input("x", ("batch", "time", config.n_embd))
+    builder.output(build.mlp(builder, "h.1.mlp", "x"), "y", ("batch", "time", config.n_embd))
+    model = builder.model()
+    assert model.ByteSize() < 10_000
     whole = embed_weights(model, weights)
     onnx.checker.check_model(whole, full_check=True)
-    assert model.ByteSize() < 50_000  # the original is as it was
+    assert model.ByteSize() < 10_000  # the original is as it was
     carried = {t.name: onnx.numpy_helper.to_array(t) for t in whole.graph.initializer}
-    for name in parameter_shapes(config, range(1, 3)):
+    for name in builder.parameter_names:
         np.testing.assert_array_equal(carried[name], weights[name])
 
 
