@@ -307,10 +307,10 @@ def _filtering(
     """Return the filter, and whether it is inferred."""
     by_stranger = [trial.was_answered for trial in trials if trial.by_stranger]
     stranger_count = len(by_stranger)
-    # Half of them, since one alone may be no stranger to the NAT: a port of an earlier run, drawn
-    # again within minutes, has its session still, and lets in whom that run talked to. At 10 % loss
-    # three of four are lost once in 270. (An answer that came late counts as silence, too.)
-    if 0 < stranger_count <= 2 * sum(by_stranger):
+    # Of a NAT half of them, since one alone may be no stranger to it: a port of an earlier run,
+    # drawn again within minutes, has its session still, and lets in whom that run talked to. At
+    # 10 % loss three of four are lost once in 270. (A late answer counts as silence, too.)
+    if sum(by_stranger) >= (stranger_count / 2 if is_translated else 1) > 0:
         return Filtering.EIF, False
     if any(trial.was_answered for trial in trials if not trial.by_stranger):
         # Or EIF, where no third peer could be asked: ADF is the part that was seen. Without a NAT

@@ -106,6 +106,16 @@ def test_filtering(tried: list[FilterTrial], filtering: Filtering | None) -> Non
     assert classified(seen(P1_P, 1), seen(P2_P, 1), trials=tried).filtering is filtering
 
 
+def test_a_host_without_a_nat_is_open_as_soon_as_one_stranger_got_in() -> None:
+    own = Endpoint(WAN, LOCAL.port)
+    for marks, filtering in (("---+", Filtering.EIF), ("----", Filtering.APDF)):
+        seen_here = [seen(P1_P, own.port), seen(P2_P, own.port)]
+        profile = classify(
+            seen_here, local_endpoints=[own], filter_trials=trials("----", third=marks)
+        )
+        assert (profile.is_translated, profile.filtering) == (False, filtering)
+
+
 def test_one_liar_does_not_overwrite_our_address() -> None:
     lie = seen(P1_P, 1, ip="203.0.113.66")
     profile = classified(lie, seen(P2_P, 1), seen(P3_P, 1))
