@@ -35,7 +35,8 @@ from llmload.errors import (
 from llmload.learn.exchange import LearningPartner, LearningResult, learn_with
 from llmload.learn.trainer import AdamWSettings, Trainer
 from llmload.model_folder import Model, load_model
-from llmload.swarm.client import Generation, SwarmClient
+from llmload.swarm.blocks import BlockStack
+from llmload.swarm.client import Generation, SwarmClient, SwarmTimeouts
 from llmload.swarm.route import NoRoute, StageOffer
 from llmload.swarm.stage import StageLimits, StageServer
 from llmload.tokenizer import TextStream, Tokenizer
@@ -44,6 +45,7 @@ from llmload.weights import bundled_model_path
 __all__ = [
     "AdamWSettings",
     "BatchStep",
+    "BlockStack",
     "CacheFull",
     "CachePool",
     "GPT2Config",
@@ -65,6 +67,7 @@ __all__ = [
     "StageOffer",
     "StageServer",
     "SwarmClient",
+    "SwarmTimeouts",
     "TextStream",
     "Tokenizer",
     "Trainer",

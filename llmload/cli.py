@@ -33,6 +33,7 @@ from llmload.engine.session import StageEngine
 from llmload.errors import LlmloadError
 from llmload.model_folder import Model, load_model
 from llmload.swarm.beside import beside
+from llmload.swarm.blocks import BlockStack
 from llmload.swarm.client import SwarmClient, prompt_token_ids
 from llmload.swarm.route import format_blocks, parse_blocks, stage_service
 from llmload.swarm.stage import StageLimits, StageServer
@@ -280,7 +281,11 @@ async def _generate_on_peers(
             way = " -> ".join(map(str, route))
             screen.tell(f"opening {way}")
             async with client.generate(
-                prompt_ids, sampling=sampling, max_new_tokens=max_new_tokens, route=route
+                prompt_ids,
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                route=route,
+                tell=screen.tell,
             ) as generation:
                 screen.tell(f"waiting for the first token from {way}")
                 async for token in generation:
@@ -352,7 +357,7 @@ def serve(
         )
     invites = [Invite.parse(text) for text in join or ()]
     loaded = load_model(folder, held)
-    engine = StageEngine(loaded.config, loaded.weights, held, intra_op_threads=threads)
+    stack = BlockStack.open(loaded.config, loaded.weights, held, intra_op_threads=threads)
     config = NodeConfig(
         identity=Identity.load_or_create(state / "identity"),
         swarm=_swarm_of(invites),
@@ -364,7 +369,7 @@ def serve(
         on_event=partial(_show_event, as_json),
     )
     limits = StageLimits(session_count_max=sessions, cache_bytes_max=cache_mb * 2**20)
-    _run(_serve, engine, loaded.content_hash, config, limits, invites, as_json)
+    _run(_serve, stack, loaded.content_hash, config, limits, invites, as_json)
 
 
 def _swarm_of(invites: Sequence[Invite]) -> SwarmKey:
@@ -372,7 +377,7 @@ def _swarm_of(invites: Sequence[Invite]) -> SwarmKey:
 
 
 async def _serve(
-    engine: StageEngine,
+    stack: BlockStack,
     model_hash: str,
     config: NodeConfig,
     limits: StageLimits,
@@ -381,7 +386,9 @@ async def _serve(
 ) -> None:
     async with open_node(config) as node:
         # Before joining: the first record that peers get names the service already.
-        server = StageServer(node, engine, model_hash, limits=limits)
+        server = StageServer(
+            node, stack, model_hash, limits=limits, block_s=stack.measure_block_s()
+        )
         server.start()
         await _join(node, invites)
         invite = str(await node.invite())
@@ -396,7 +403,7 @@ async def _serve(
             )
         else:
             output.print(
-                f"Serving blocks {format_blocks(engine.blocks)} of model {model_hash[:16]} as "
+                f"Serving blocks {format_blocks(stack.blocks)} of model {model_hash[:16]} as "
                 f"{node.peer_id.short}.\nInvite  {invite}\nPress Ctrl-C to stop."
             )
         try:

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from llmload.demo_report import DemoDevice, DemoPuncture, DemoReport
 from llmload.demo_screen import DemoScreen
 from llmload.engine.sampler import SamplingParameters
-from llmload.engine.session import StageEngine
 from llmload.errors import LlmloadError
 from llmload.learn.exchange import LearningPartner, RoundReport, learn_with
 from llmload.learn.trainer import AdamWSettings, Trainer
 from llmload.model_folder import Model, load_model
+from llmload.swarm.blocks import BlockStack
 from llmload.swarm.client import SwarmClient, prompt_token_ids
 from llmload.swarm.route import format_blocks
 from llmload.swarm.stage import StageServer
@@ -182,8 +182,8 @@ async def _ask(report: DemoReport, nodes: dict[str, Node], model: Model) -> None
     cuts = np.linspace(0, model.config.n_layer, len(STAGES) + 1).astype(int)
     for name, first, end in zip(STAGES, cuts, cuts[1:], strict=False):
         blocks = range(first, end)
-        engine = await trio.to_thread.run_sync(StageEngine, model.config, model.weights, blocks)
-        server = StageServer(nodes[name], engine, model.content_hash)
+        stack = await trio.to_thread.run_sync(BlockStack.open, model.config, model.weights, blocks)
+        server = StageServer(nodes[name], stack, model.content_hash)
         server.start()
         await nodes[name].announce([server.service])
     client = SwarmClient(nodes[ASKER], model)

@@ -20,7 +20,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,27 @@ from numpy.typing import NDArray
 from llmload.config import GPT2Config
 from llmload.errors import CacheFull
 
-__all__ = ["CachePool", "KVArena", "KVCache", "cache_bytes"]
+__all__ = ["CachePool", "KVArena", "KVCache", "SequenceCache", "cache_bytes"]
 
 _FLOAT32_BYTES = 4
 # Gives pages back to the system; None where there is no such call.
 _DISCARD: int | None = getattr(mmap, "MADV_DONTNEED", None)
 
+
+
+class SequenceCache(Protocol):
+    """What a pool has to know of a cache."""
+
+    @property
+    def byte_size(self) -> int:
+        """Memory that it takes, in bytes."""
+
+    def growth_bytes(self, positions: int) -> int:
+        """Return how much more it takes with so many more positions."""
+
+
 Key = TypeVar("Key", bound=Hashable)
+CacheT = TypeVar("CacheT", bound=SequenceCache)
 
 
 def cache_bytes(config: GPT2Config, blocks: range, batch: int, positions: int) -> int:
@@ -151,6 +165,10 @@ class KVCache:
         """Memory that the keys and values take, in bytes; what was taken back keeps its memory."""
         return cache_bytes(self.config, self.blocks, self.batch, self._touched_count)
 
+    def growth_bytes(self, positions: int) -> int:
+        """Return how much more memory so many more positions take, in bytes."""
+        return cache_bytes(self.config, self.blocks, self.batch, positions)
+
     @property
     def arrays(self) -> tuple[NDArray[np.float32], ...]:
         """Key, value, key, value, ... in the order of the blocks.
@@ -195,7 +213,7 @@ def _map_memory(byte_count: int) -> mmap.mmap:
     return memory
 
 
-class CachePool(Generic[Key]):
+class CachePool(Generic[Key, CacheT]):
     """The caches of many sequences, together never larger than a bound.
 
     When room is needed, the cache that has been idle longest goes. Whoever comes back for it finds
@@ -210,7 +228,7 @@ class CachePool(Generic[Key]):
             raise ValueError(f"max_bytes must be positive, got {max_bytes}")
         self.max_bytes = max_bytes
         self.evicted_count = 0
-        self._idle: OrderedDict[Key, KVCache] = OrderedDict()  # longest idle first
+        self._idle: OrderedDict[Key, CacheT] = OrderedDict()  # longest idle first
         self._idle_bytes = 0
         self._borrowed_bytes: dict[Key, int] = {}  # with the growth that was asked for
         self._closed_while_borrowed: set[Key] = set()
@@ -226,7 +244,7 @@ class CachePool(Generic[Key]):
         """Bytes held or reserved; never more than `max_bytes`."""
         return self._idle_bytes + sum(self._borrowed_bytes.values())
 
-    def open(self, key: Key, cache: KVCache) -> None:
+    def open(self, key: Key, cache: CacheT) -> None:
         """Add the cache of a new sequence.
 
         Raises:
@@ -246,7 +264,7 @@ class CachePool(Generic[Key]):
             self._drop_idle(key)
 
     @contextmanager
-    def borrow(self, key: Key, growth: int) -> Iterator[KVCache]:
+    def borrow(self, key: Key, growth: int) -> Iterator[CacheT]:
         """Lend a cache for one step that adds up to `growth` positions.
 
         The memory is reserved before the step starts, so the bound holds whatever else runs.
@@ -261,7 +279,7 @@ class CachePool(Generic[Key]):
         if growth < 0:
             raise ValueError(f"growth must not be negative, got {growth}")
         cache = self._idle[key]
-        reserved = cache.byte_size + cache_bytes(cache.config, cache.blocks, cache.batch, growth)
+        reserved = cache.byte_size + cache.growth_bytes(growth)
         self._drop_idle(key)
         try:
             self._make_room(reserved)
@@ -290,7 +308,7 @@ class CachePool(Generic[Key]):
             self._drop_idle(next(iter(self._idle)))
             self.evicted_count += 1
 
-    def _put_idle(self, key: Key, cache: KVCache) -> None:
+    def _put_idle(self, key: Key, cache: CacheT) -> None:
         self._idle[key] = cache
         self._idle_bytes += cache.byte_size
 

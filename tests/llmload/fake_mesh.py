@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import trio
 import trio.testing
 
-from natswarm import ConnectFailed, NatswarmError, PeerId
+from natswarm import ConfigurationError, ConnectFailed, NatswarmError, PeerId
 from natswarm.net.call import CallHandler, answering
 from natswarm.net.caller import Caller
 
 QUIET_TIMEOUT_S = 10
+# What connections say; a memory stream takes no time.
+RTT_S = 0.05
 
 
 class FakeMesh:
@@ -26,6 +29,7 @@ class FakeMesh:
     Attributes:
         send_count: How often any stream has been sent on.
         cut_at_send: Number of the send at which its stream is cut; None for never.
+        cut_in_send_over: The same for any send of more bytes than this.
         cut_bytes: How much of the data of that send still gets through.
     """
 
@@ -35,6 +39,7 @@ class FakeMesh:
         self.wires: list[FakeWire] = []
         self.send_count = 0
         self.cut_at_send: int | None = None
+        self.cut_in_send_over: int | None = None
         self.cut_bytes = 0
         self.contained: list[Exception] = []
         self._running = 0
@@ -107,6 +112,14 @@ class FakeNode:
         self.connected.append(peer_id)
         return FakePeer(self, self.mesh.nodes[peer_id])
 
+    def peers(self) -> list[FakePeer]:
+        """Whom we have connected to, as long as they live."""
+        alive = dict.fromkeys(peer_id for peer_id in self.connected if peer_id in self.mesh.nodes)
+        return [FakePeer(self, self.mesh.nodes[peer_id]) for peer_id in alive]
+
+    async def lookup(self, key):
+        raise ConfigurationError("this node takes no part in routing")
+
     async def find_peers(self) -> list[FakeRecord]:
         await trio.lowlevel.checkpoint()
         return [
@@ -122,7 +135,6 @@ class FakePeer:
 
     us: FakeNode
     them: FakeNode
-    is_reachable: bool = True
     is_lost: bool = False
 
     def __post_init__(self) -> None:
@@ -139,6 +151,13 @@ class FakePeer:
     @property
     def peer_id(self) -> PeerId:
         return self.them.peer_id
+
+    @property
+    def is_reachable(self) -> bool:
+        return self.us.mesh.nodes.get(self.them.peer_id) is self.them
+
+    def statistics(self):
+        return SimpleNamespace(rtt_s=RTT_S)
 
     async def open_stream(self, protocol: str) -> FakeStream:
         await trio.lowlevel.checkpoint()
@@ -200,7 +219,8 @@ class FakeStream(trio.abc.HalfCloseableStream):
         mesh = self.wire.mesh
         send = mesh.send_count
         mesh.send_count += 1
-        if send == mesh.cut_at_send:
+        is_large = mesh.cut_in_send_over is not None and len(data) > mesh.cut_in_send_over
+        if send == mesh.cut_at_send or is_large:
             if mesh.cut_bytes:
                 await self.inner.send_all(bytes(data)[: mesh.cut_bytes])
             await trio.testing.wait_all_tasks_blocked()  # who reads has read what there was

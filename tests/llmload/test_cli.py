@@ -20,6 +20,7 @@ from llmload.engine.sampler import SamplingParameters
 from llmload.engine.session import StageEngine
 from llmload.errors import StageFailed
 from llmload.model_folder import load_model
+from llmload.swarm.blocks import BlockStack
 from llmload.swarm.route import NoRoute, stage_service
 from natswarm import (
     ConnectFailed,
@@ -209,7 +210,7 @@ async def test_peers_serve_what_generate_asks_for(nursery, model_folder, monkeyp
             services=(stage_service(model.content_hash, blocks),),
             on_event=partial(cli._show_event, True),
         )
-        engine = StageEngine(model.config, model.weights, blocks)
+        engine = BlockStack.open(model.config, model.weights, blocks)
         nursery.start_soon(
             cli._serve, engine, model.content_hash, config, cli.DEFAULT_LIMITS, invites, True
         )

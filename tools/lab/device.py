@@ -13,8 +13,8 @@ import hashlib
 
 import trio
 
-from llmload.engine.session import StageEngine
 from llmload.model_folder import load_model
+from llmload.swarm.blocks import BlockStack
 from llmload.swarm.route import parse_blocks
 from llmload.swarm.stage import StageServer
 from llmload.weights import bundled_model_path
@@ -28,7 +28,7 @@ __all__ = ["main"]
 async def serve(name: str, blocks: range, invite: Invite, seed: int) -> None:
     """Join by `invite` and serve `blocks` until killed."""
     model = load_model(bundled_model_path(), blocks)
-    engine = StageEngine(model.config, model.weights, blocks)
+    stack = BlockStack.open(model.config, model.weights, blocks)
     config = NodeConfig(
         identity=Identity(hashlib.sha256(f"lab/{seed}/{name}".encode()).digest()),
         name=name,
@@ -37,7 +37,7 @@ async def serve(name: str, blocks: range, invite: Invite, seed: int) -> None:
         on_event=lambda event: print_json(event_as_json(event)),
     )
     async with open_node(config) as node:
-        server = StageServer(node, engine, model.content_hash)
+        server = StageServer(node, stack, model.content_hash)
         server.start()
         await node.connect(invite)
         await node.inspect()

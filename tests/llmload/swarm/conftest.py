@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
 
 from llmload.engine.session import StageEngine
 from llmload.model_folder import load_model
-from llmload.swarm import client as client_module
-from llmload.swarm import stage as stage_module
+from llmload.swarm.blocks import BlockStack
 from llmload.swarm.client import SwarmClient, SwarmTimeouts
 from llmload.swarm.route import StageOffer
 from llmload.swarm.stage import StageLimits, StageServer
@@ -19,16 +19,18 @@ from llmload.swarm.stage import StageLimits, StageServer
 sys.path.append(str(Path(__file__).parents[1]))
 from fake_mesh import FakeMesh
 
-# Nothing here takes a second: who waits longer hangs.
-IMPATIENT = SwarmTimeouts(open_s=10, step_s=10)
+# Whoever finds nobody gives up at once.
+IMPATIENT = SwarmTimeouts(open_s=10, step_s=10, replica_s=0)
 SPLITS = {2: (range(1), range(1, 3)), 3: (range(1), range(1, 2), range(2, 3))}
 
 
-@pytest.fixture(autouse=True)
-def _short_grace(monkeypatch):
-    """Who waits for a better reason waits in vain in many of these tests."""
-    monkeypatch.setattr(client_module, "REASON_GRACE_S", 0.05)
-    monkeypatch.setattr(stage_module, "REASON_GRACE_S", 0.05)
+STEP_S = 0.01
+
+
+async def compute_here(work, *arguments):
+    """Compute on the loop: a mock clock would not wait for a thread."""
+    await trio.sleep(STEP_S)
+    return work(*arguments)
 
 
 @pytest.fixture
@@ -42,8 +44,16 @@ def model(model_folder):
 def engines(config, weights):
     """Engines by their blocks; one serves any number of tests."""
     without_eos = dataclasses.replace(config, eos_token_id=None)
-    ranges = {blocks for split in SPLITS.values() for blocks in split} | {config.blocks}
-    return {blocks: StageEngine(without_eos, weights, blocks) for blocks in ranges}
+    ranges = [range(index, index + 1) for index in config.blocks]
+    return {
+        blocks: StageEngine(without_eos, weights, blocks) for blocks in [*ranges, config.blocks]
+    }
+
+
+@pytest.fixture(scope="session")
+def stack(engines):
+    """A function that makes the stack of some blocks."""
+    return lambda blocks: BlockStack([engines[range(index, index + 1)] for index in blocks])
 
 
 @dataclasses.dataclass
@@ -57,6 +67,8 @@ class Pipeline:
         return [stage.offer for stage in self.stages]
 
     async def tokens(self, prompt, **options) -> list[int]:
+        # Without guesses the number of steps is known.
+        options.setdefault("speculate", False)
         async with self.client.generate(prompt, **options) as answer:
             return [token.token_id async for token in answer]
 
@@ -64,24 +76,30 @@ class Pipeline:
         await self.mesh.wait_quiet()
         assert [stage.session_count for stage in self.stages] == [0] * len(self.stages)
         assert [stage.cache_bytes for stage in self.stages] == [0] * len(self.stages)
-        assert not self.client._inboxes
+        assert self.client.session_count == 0
 
 
 @pytest.fixture
-def pipeline(engines, model, nursery):
-    """A function that makes a mesh with a client and the stages of a split."""
+def pipeline(stack, model, nursery):
+    """A function that makes a mesh with a client and the stages of a split.
+
+    Its tests take `autojump_clock`: nothing here needs real time.
+    """
 
     def make(
         stage_count: int = 2,
         *,
         limits: StageLimits | None = None,
         timeouts: SwarmTimeouts | None = None,
+        replicas: int = 1,
     ) -> Pipeline:
         mesh = FakeMesh(nursery)
         stages = []
-        for index, blocks in enumerate(SPLITS[stage_count]):
+        for index, blocks in enumerate(SPLITS[stage_count] * replicas):
             node = mesh.node(f"stage {index}")
-            stage = StageServer(node, engines[blocks], model.content_hash, limits=limits)
+            stage = StageServer(
+                node, stack(blocks), model.content_hash, limits=limits, compute=compute_here
+            )
             stage.start()
             node.services = (stage.service,)
             stages.append(stage)

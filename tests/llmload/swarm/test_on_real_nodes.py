@@ -48,22 +48,22 @@ async def open_mesh():
             yield first, second, home
 
 
-async def start_stages(engines, model, running, *nodes) -> list[StageServer]:
+async def start_stages(stack, model, running, *nodes) -> list[StageServer]:
     stages = []
     for node, blocks in zip(nodes, (range(1), range(1, 3)), strict=True):
-        stage = StageServer(node, engines[blocks], model.content_hash)
+        stage = StageServer(node, stack(blocks), model.content_hash)
         node.serve(SESSION_PROTOCOL, partial(running.handle, stage.handle))
         await node.announce([stage.service])
         stages.append(stage)
     return stages
 
 
-async def test_stages_on_real_streams(engines, model, config, nursery):
+async def test_stages_on_real_streams(engines, stack, model, config, nursery):
     expected = list(generate_tokens([engines[config.blocks]], PROMPT, max_new_tokens=40))
     running = FakeMesh(nursery)  # only to wait for the handlers
     async with open_mesh() as (first, second, home):
-        stages = await start_stages(engines, model, running, first, second)
-        client = SwarmClient(home, model, timeouts=SwarmTimeouts(open_s=10, step_s=10))
+        stages = await start_stages(stack, model, running, first, second)
+        client = SwarmClient(home, model, timeouts=SwarmTimeouts(open_s=10, step_s=10, replica_s=0))
 
         async with client.generate(PROMPT, max_new_tokens=40) as answer:
             assert [offer.peer_id for offer in answer.route] == [first.peer_id, second.peer_id]
@@ -83,7 +83,8 @@ async def test_stages_on_real_streams(engines, model, config, nursery):
             await anext(answer)
             await second.aclose()
             with pytest.raises(StageFailed, match=r"blocks 1-2\)"):
-                await anext(answer)
+                async for _ in answer:
+                    pass
         await running.wait_quiet()
         assert [stage.cache_bytes for stage in stages] == [0, 0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import msgspec
 import numpy as np
@@ -23,14 +24,15 @@ from llmload.swarm.protocol import (
     SessionFailed,
     SessionOpened,
     Step,
-    Token,
+    Tokens,
     TokensOf,
     WireSampling,
+    checksum,
     pack_token_ids,
 )
 from llmload.swarm.route import NoRoute, StageOffer
 from llmload.swarm.stage import StageLimits
-from natswarm import ConnectionLost, MessageStream, RequestRefused
+from natswarm import ConnectionLost, MessageStream
 
 PROMPT = [5, 17, 3, 250, 17]
 SAMPLED = SamplingParameters(temperature=0.9, top_k=50, top_p=0.95, seed=11)
@@ -42,7 +44,7 @@ SAMPLED = SamplingParameters(temperature=0.9, top_k=50, top_p=0.95, seed=11)
 @pytest.mark.parametrize("stage_count", [2, 3])
 @pytest.mark.parametrize("sampling", [SamplingParameters(temperature=0), SAMPLED])
 async def test_split_model_gives_the_tokens_of_the_whole(
-    pipeline, engines, config, stage_count, sampling
+    autojump_clock, pipeline, engines, config, stage_count, sampling
 ):
     whole = engines[config.blocks]
     expected = list(generate_tokens([whole], PROMPT, sampling=sampling, max_new_tokens=64))
@@ -54,26 +56,29 @@ async def test_split_model_gives_the_tokens_of_the_whole(
     assert [stage.statistics.position_count for stage in swarm.stages] == [68] * stage_count
 
 
-async def test_activations_go_from_stage_to_stage(pipeline):
+async def test_activations_go_from_stage_to_stage(autojump_clock, pipeline):
     swarm = pipeline(3)
     await swarm.tokens(PROMPT, max_new_tokens=2)
     first, second, third = (stage.offer.peer_id for stage in swarm.stages)
-    client = swarm.client._node.peer_id
+    client = swarm.client._desk._node.peer_id
     nodes = swarm.mesh.nodes
-    assert nodes[client].connected == [first]
+    # The client asks all of them how they are; sessions go the shortest way.
+    assert set(nodes[client].connected) == {first, second, third}
     assert nodes[first].connected == [second]
     assert nodes[second].connected == [third]
     assert nodes[third].connected == [client]
 
 
-async def test_answer_ends_with_the_context(pipeline, config):
+async def test_answer_ends_with_the_context(autojump_clock, pipeline, config):
     swarm = pipeline()
     prompt = [7] * (config.n_ctx - 3)
     assert len(await swarm.tokens(prompt)) == 3
     assert len(await swarm.tokens(prompt, max_new_tokens=2)) == 2
 
 
-async def test_answer_ends_where_the_model_ends_the_document(pipeline, engines, config, model):
+async def test_answer_ends_where_the_model_ends_the_document(
+    autojump_clock, pipeline, engines, config, model
+):
     expected = list(generate_tokens([engines[config.blocks]], PROMPT, max_new_tokens=10))
     swarm = pipeline()
     # The stages need not know the end token, only the client does.
@@ -89,7 +94,7 @@ async def test_answer_ends_where_the_model_ends_the_document(pipeline, engines, 
             await anext(answer)
 
 
-async def test_text_goes_in_and_comes_out(pipeline, model):
+async def test_text_goes_in_and_comes_out(autojump_clock, pipeline, model):
     swarm = pipeline()
     async with swarm.client.generate("the mesh", max_new_tokens=20) as answer:
         pieces = [token.text async for token in answer]
@@ -99,14 +104,15 @@ async def test_text_goes_in_and_comes_out(pipeline, model):
         assert len("".join(pieces)) > 0
 
 
-async def test_empty_prompt_starts_a_document(pipeline, config):
+async def test_empty_prompt_starts_a_document(autojump_clock, pipeline, config):
     async with pipeline().client.generate("", max_new_tokens=1) as answer:
         assert answer.prompt_ids == (config.bos_token_id,)
         assert (await anext(answer)).position == 1
 
 
-async def test_statistics_add_up(pipeline):
-    async with pipeline(3).client.generate(PROMPT, max_new_tokens=5) as answer:
+async def test_statistics_add_up(autojump_clock, pipeline):
+    generation = pipeline(3).client.generate(PROMPT, max_new_tokens=5, speculate=False)
+    async with generation as answer:
         assert answer.statistics().token_count == 0
         assert answer.statistics().tokens_per_s == 0
         async for _ in answer:
@@ -118,10 +124,10 @@ async def test_statistics_add_up(pipeline):
     assert statistics.tokens_per_s == pytest.approx(4 / statistics.decode_s)
     per_token_s = sum(statistics.stage_s) + statistics.network_s
     assert per_token_s == pytest.approx(statistics.decode_s / 4)
-    assert statistics.network_s > 0
+    assert statistics.network_s == pytest.approx(0, abs=1e-9)  # memory streams take no time
 
 
-async def test_many_generations_at_once_do_not_mix(pipeline, engines, config):
+async def test_many_generations_at_once_do_not_mix(autojump_clock, pipeline, engines, config):
     prompts = [[1 + i, 2 + i, 30 + i] for i in range(6)]
     swarm = pipeline()
     answers = {}
@@ -141,7 +147,7 @@ async def test_many_generations_at_once_do_not_mix(pipeline, engines, config):
 # --- Mistakes of the caller --------------------------------------------------------------------
 
 
-async def test_prompt_that_fills_the_context_goes_nowhere(pipeline, config):
+async def test_prompt_that_fills_the_context_goes_nowhere(autojump_clock, pipeline, config):
     swarm = pipeline()
     with pytest.raises(PromptTooLong, match=f"{config.n_ctx} tokens"):
         await swarm.tokens([1] * config.n_ctx)
@@ -152,14 +158,14 @@ async def test_prompt_that_fills_the_context_goes_nowhere(pipeline, config):
     ("prompt", "options"),
     [([300], {}), ([-1], {}), ([1], {"max_new_tokens": 0}), ([1], {"route": []})],
 )
-async def test_mistakes_are_value_errors(pipeline, prompt, options):
+async def test_mistakes_are_value_errors(autojump_clock, pipeline, prompt, options):
     swarm = pipeline()
     with pytest.raises(ValueError, match=r"token ids|max_new_tokens|route"):
         await swarm.tokens(prompt, **options)
     assert swarm.mesh.send_count == 0
 
 
-async def test_error_in_the_callers_block_comes_out_as_it_is(pipeline):
+async def test_error_in_the_callers_block_comes_out_as_it_is(autojump_clock, pipeline):
     swarm = pipeline()
 
     async def fail() -> None:
@@ -175,14 +181,14 @@ async def test_error_in_the_callers_block_comes_out_as_it_is(pipeline):
 # --- Refusals ----------------------------------------------------------------------------------
 
 
-async def test_missing_blocks_are_named(pipeline):
+async def test_missing_blocks_are_named(autojump_clock, pipeline):
     swarm = pipeline(3)
     swarm.mesh.kill(swarm.mesh.nodes[swarm.stages[1].offer.peer_id])
     with pytest.raises(NoRoute, match="serves block 1 of this model's 0-2"):
         await swarm.tokens(PROMPT)
 
 
-async def test_stage_of_another_model_refuses(pipeline):
+async def test_stage_of_another_model_refuses(autojump_clock, pipeline):
     swarm = pipeline()
     swarm.stages[1]._model_hash = "f" * 64
     with pytest.raises(StageFailed, match=r"blocks 1-2\): serves model ffffffffffffffff, not"):
@@ -191,7 +197,7 @@ async def test_stage_of_another_model_refuses(pipeline):
     assert swarm.stages[1].statistics.refused_session_count == 1
 
 
-async def test_stage_refuses_blocks_that_it_does_not_serve(pipeline):
+async def test_stage_refuses_blocks_that_it_does_not_serve(autojump_clock, pipeline):
     swarm = pipeline(3)
     first, second, third = swarm.route
     wrong = dataclasses.replace(second, last=2)
@@ -204,18 +210,18 @@ async def test_stage_refuses_blocks_that_it_does_not_serve(pipeline):
     await swarm.check_nothing_is_left()
 
 
-async def test_stage_takes_so_many_sessions_and_no_more(pipeline):
+async def test_stage_takes_so_many_sessions_and_no_more(autojump_clock, pipeline):
     swarm = pipeline(limits=StageLimits(session_count_max=1))
     async with swarm.client.generate(PROMPT, route=swarm.route) as first:
         await anext(first)
-        with pytest.raises(StageFailed, match=r"refused.*has 1 sessions already"):
+        with pytest.raises(StageFailed, match=r"has 1 sessions already"):
             await swarm.tokens(PROMPT, route=swarm.route)
         await anext(first)
     await swarm.check_nothing_is_left()
     assert len(await swarm.tokens(PROMPT, max_new_tokens=3)) == 3
 
 
-async def test_sequence_that_would_never_fit_is_refused_at_once(pipeline, config):
+async def test_sequence_that_would_never_fit_is_refused_at_once(autojump_clock, pipeline, config):
     bytes_max = cache_bytes(config, range(1, 3), 1, 20)
     swarm = pipeline(limits=StageLimits(cache_bytes_max=bytes_max))
     with pytest.raises(StageFailed, match="not enough memory for 21 positions"):
@@ -223,7 +229,7 @@ async def test_sequence_that_would_never_fit_is_refused_at_once(pipeline, config
     assert len(await swarm.tokens(PROMPT, max_new_tokens=15)) == 15
 
 
-async def test_idle_sequence_makes_room_and_is_told_so(pipeline, config):
+async def test_idle_sequence_makes_room_and_is_told_so(autojump_clock, pipeline, config):
     bytes_max = cache_bytes(config, range(1, 3), 1, 20)
     swarm = pipeline(limits=StageLimits(cache_bytes_max=bytes_max))
     async with swarm.client.generate(PROMPT, max_new_tokens=15) as idle:
@@ -236,7 +242,7 @@ async def test_idle_sequence_makes_room_and_is_told_so(pipeline, config):
     await swarm.check_nothing_is_left()
 
 
-async def test_idle_session_is_closed_after_a_while(pipeline):
+async def test_idle_session_is_closed_after_a_while(autojump_clock, pipeline):
     swarm = pipeline(limits=StageLimits(idle_timeout_s=0.02))
     async with swarm.client.generate(PROMPT) as answer:
         await anext(answer)
@@ -246,14 +252,14 @@ async def test_idle_session_is_closed_after_a_while(pipeline):
     await swarm.check_nothing_is_left()
 
 
-async def test_nobody_may_have_a_third_party_called(pipeline):
+async def test_nobody_may_have_a_third_party_called(autojump_clock, pipeline):
     swarm = pipeline()
     victim = swarm.mesh.node("victim")
     request = open_session(swarm, client=victim.peer_id.key)
-    peer = await swarm.client._node.connect(swarm.route[0].peer_id)
+    peer = await swarm.client._desk._node.connect(swarm.route[0].peer_id)
     async with MessageStream(await peer.open_stream(SESSION_PROTOCOL)) as stream:
-        with pytest.raises(RequestRefused, match="by its client alone"):
-            await stream.call(request, SessionOpened)
+        refusal = await stream.call(request, SessionFailed)
+        assert "by its client alone" in refusal.reason
 
 
 # --- What comes over the wire ------------------------------------------------------------------
@@ -264,7 +270,7 @@ def open_session(swarm, **changes) -> OpenSession:
         session=b"s" * 16,
         model_hash=swarm.client._model.content_hash,
         route=tuple(offer.hop for offer in swarm.route),
-        client=swarm.client._node.peer_id.key,
+        client=swarm.client._desk._node.peer_id.key,
         position_count=20,
         sampling=WireSampling(0.0, None, 1.0, 0),
         budget_s=5.0,
@@ -282,43 +288,55 @@ def open_session(swarm, **changes) -> OpenSession:
         ({"route": (Hop(b"x" * 32, 5, 2),)}, "is not"),
     ],
 )
-async def test_request_that_can_not_be_served_is_refused(pipeline, changes, reason):
+async def test_request_that_can_not_be_served_is_refused(autojump_clock, pipeline, changes, reason):
     swarm = pipeline()
-    peer = await swarm.client._node.connect(swarm.route[0].peer_id)
+    peer = await swarm.client._desk._node.connect(swarm.route[0].peer_id)
     async with MessageStream(await peer.open_stream(SESSION_PROTOCOL)) as stream:
-        with pytest.raises(RequestRefused, match=reason):
-            await stream.call(open_session(swarm, **changes), SessionOpened)
+        refusal = await stream.call(open_session(swarm, **changes), SessionFailed)
+        assert re.search(reason, refusal.reason)
     await swarm.check_nothing_is_left()
 
 
 IDS = pack_token_ids(np.array(PROMPT))
+NOTE = bytes(32)
+
+
+def step(index, position, row_count, codec, stage_s=(), payload=IDS) -> Step:
+    return Step(index, position, row_count, 1, codec, checksum(payload), stage_s)
 
 
 @pytest.mark.parametrize(
-    ("step", "payload", "reason"),
+    ("bad", "payload", "reason"),
     [
-        (Step(0, 0, 5, "int32"), IDS[:-1], "5 rows has 20 bytes, not 19"),
-        (Step(0, 0, 4, "int32"), IDS, "4 rows has 16 bytes, not 20"),
-        (Step(0, 0, 5, "float32"), IDS, "this stage takes int32"),
-        (Step(0, 1, 5, "int32"), IDS, "step 0 at position 0 was due"),
-        (Step(1, 0, 5, "int32"), IDS, "step 0 at position 0 was due"),
-        (Step(0, 0, 1, "int32"), pack_token_ids(np.array([300])), "outside of 0..299"),
-        (Step(0, 0, 1, "int32"), pack_token_ids(np.array([-1])), "outside of 0..299"),
-        (Step(0, 0, 21, "int32"), pack_token_ids(np.arange(21)), "opened for 20"),
+        (step(0, 0, 5, "int32"), IDS[:-1], "5 rows has 20 bytes, not 19"),
+        (step(0, 0, 4, "int32"), IDS, "4 rows has 16 bytes, not 20"),
+        (step(0, 0, 5, "float32"), IDS, "this stage takes int32"),
+        (step(0, 1, 5, "int32"), IDS, "step at position 1 came, 0 are held"),
+        (step(1, 0, 5, "int32"), IDS, "step 0 was due"),
+        (step(0, 0, 5, "int32"), IDS[:-1] + b"!", "do not have its checksum"),
+        (msgspec.structs.replace(step(0, 0, 5, "int32"), draw_count=6), IDS, "6 tokens were asked"),
+        (step(0, 0, 1, "int32"), pack_token_ids(np.array([300])), "outside of 0..299"),
+        (step(0, 0, 1, "int32"), pack_token_ids(np.array([-1])), "outside of 0..299"),
+        (step(0, 0, 21, "int32"), pack_token_ids(np.arange(21)), "opened for 20"),
         (SessionOpened(), b"", "instead of a step"),
-        (Step(0, -1, 5, "int32"), IDS, "instead of a step"),
-        (Step(0, 0, 5, "int8"), IDS, "instead of a step"),
-        (Step(0, 0, 5, "int32", (float("nan"),)), IDS, "instead of a step"),
-        (Step(0, 0, 97, "int32"), pack_token_ids(np.zeros(97, int)), "over the bounds"),
+        (step(0, -1, 5, "int32"), IDS, "instead of a step"),
+        (step(0, 0, 5, "int8"), IDS, "this stage takes int32"),
+        (step(0, 0, 5, "int4"), IDS, "instead of a step"),
+        (step(0, 0, 5, "int32", (float("nan"),)), IDS, "instead of a step"),
+        (step(0, 0, 3073, "int32"), bytes(12292), "over the bounds"),
     ],
 )
-async def test_bad_step_ends_the_session_with_a_reason(pipeline, step, payload, reason):
+async def test_bad_step_ends_the_session_with_a_reason(
+    autojump_clock, pipeline, bad, payload, reason
+):
     swarm = pipeline()
-    swarm.client._node.serve(TOKENS_PROTOCOL, hold_open)
-    peer = await swarm.client._node.connect(swarm.route[0].peer_id)
+    swarm.client._desk._node.serve(TOKENS_PROTOCOL, hold_open)
+    peer = await swarm.client._desk._node.connect(swarm.route[0].peer_id)
     async with MessageStream(await peer.open_stream(SESSION_PROTOCOL)) as stream:
         await stream.call(open_session(swarm), SessionOpened)
-        await stream.send(step, payload)
+        if isinstance(bad, Step) and "checksum" not in reason:
+            bad = msgspec.structs.replace(bad, checksum=checksum(payload))
+        await stream.send(bad, payload)
         failure, _ = await stream.receive(SessionFailed)
         assert reason in failure.reason
         assert failure.hop == swarm.route[0].hop
@@ -332,26 +350,28 @@ async def hold_open(stream, peer):
             pass
 
 
-async def test_repeated_step_is_dropped(pipeline):
+async def test_repeated_step_is_dropped(autojump_clock, pipeline):
     swarm = pipeline()
-    swarm.client._node.serve(TOKENS_PROTOCOL, hold_open)
-    peer = await swarm.client._node.connect(swarm.route[0].peer_id)
+    swarm.client._desk._node.serve(TOKENS_PROTOCOL, hold_open)
+    peer = await swarm.client._desk._node.connect(swarm.route[0].peer_id)
     async with MessageStream(await peer.open_stream(SESSION_PROTOCOL)) as stream:
         await stream.call(open_session(swarm), SessionOpened)
-        for step in (Step(0, 0, 5, "int32"), Step(0, 0, 5, "int32")):
-            await stream.send(step, IDS)
+        for _ in range(2):
+            await stream.send(step(0, 0, 5, "int32"), IDS)
         await stream.send_eof()
     await swarm.check_nothing_is_left()
     assert [stage.statistics.step_count for stage in swarm.stages] == [1, 1]
     assert [stage.statistics.repeated_step_count for stage in swarm.stages] == [1, 0]
 
 
-async def test_hidden_states_that_are_not_finite_are_refused(pipeline, engines, monkeypatch):
+async def test_hidden_states_that_are_not_finite_are_refused(
+    autojump_clock, pipeline, engines, monkeypatch
+):
     swarm = pipeline()
     run = engines[range(1)].run
 
-    def spoilt(rows, cache):
-        hidden = run(rows, cache)
+    def spoilt(rows, cache, **options):
+        hidden = run(rows, cache, **options)
         hidden[0, -1, 3] = np.nan
         return hidden
 
@@ -361,10 +381,10 @@ async def test_hidden_states_that_are_not_finite_are_refused(pipeline, engines, 
     await swarm.check_nothing_is_left()
 
 
-async def test_engine_that_fails_names_its_stage(pipeline, engines, monkeypatch):
+async def test_engine_that_fails_names_its_stage(autojump_clock, pipeline, engines, monkeypatch):
     swarm = pipeline(3)
 
-    def out_of_memory(rows, cache):
+    def out_of_memory(rows, cache, **options):
         raise StageFailed("out of memory")
 
     monkeypatch.setattr(engines[range(1, 2)], "run", out_of_memory)
@@ -376,17 +396,22 @@ async def test_engine_that_fails_names_its_stage(pipeline, engines, monkeypatch)
 @pytest.mark.parametrize(
     ("token", "reason"),
     [
-        (Token(0, 5, 300, (0.1,)), "which the model does not have"),
-        (Token(1, 5, 3, (0.1,)), "answered step 1"),
-        (Token(0, 4, 3, (0.1,)), "position 4"),
-        (Token(0, 5, 3, ()), "0 stages instead of 1"),
-        (Token(0, 5, -3, (0.1,)), "something else than a token"),
-        (TokensOf(b"s" * 16), "something else than a token"),
-        (SessionFailed(Hop(b"x" * 32, 9, 2), "\x1b[2J fire"), r"blocks 9-2\):  \[2J fire"),
+        (Tokens(0, (300,), (0.1,), (NOTE,)), "which the model does not have"),
+        (Tokens(1, (3,), (0.1,), (NOTE,)), "answered step 1"),
+        (Tokens(0, (3, 4), (0.1,), (NOTE,)), "drew 2 tokens instead of 1"),
+        (Tokens(0, (), (0.1,), (NOTE,)), "drew 0 tokens instead of 1"),
+        (Tokens(0, (3,), (), (NOTE,)), "0 stages instead of 1"),
+        (Tokens(0, (3,), (0.1,), (b"",)), "something else than tokens"),
+        (Tokens(0, (-3,), (0.1,), (NOTE,)), "something else than tokens"),
+        (TokensOf(b"s" * 16), "something else than tokens"),
+        (
+            SessionFailed(Hop(b"x" * 32, 9, 2), "\x1b[2J fire"),
+            r"blocks 0-2\): blames .*blocks 9-2\):  \[2J fire",
+        ),
         (None, "closed the stream of tokens"),
     ],
 )
-async def test_lying_stage_is_named(nursery, pipeline, token, reason):
+async def test_lying_stage_is_named_and_left(nursery, autojump_clock, pipeline, token, reason):
     swarm = pipeline()
     liar = swarm.mesh.node("liar")
 
@@ -402,25 +427,28 @@ async def test_lying_stage_is_named(nursery, pipeline, token, reason):
                     await tokens.aclose()
                 else:
                     await tokens.send(token)
-                with pytest.raises(trio.EndOfChannel):
+                with pytest.raises((trio.EndOfChannel, trio.BrokenResourceError)):
                     await upstream.receive(Step)
 
     liar.serve(SESSION_PROTOCOL, lie)
-    with pytest.raises(StageFailed, match=reason):
-        await swarm.tokens(PROMPT, route=[StageOffer(0, 2, liar.peer_id)])
+    expected = await swarm.tokens(PROMPT, max_new_tokens=3)
+    told = []
+    route = [StageOffer(0, 2, liar.peer_id)]
+    assert await swarm.tokens(PROMPT, max_new_tokens=3, route=route, tell=told.append) == expected
+    assert any(re.search(reason, text) for text in told), told
     await swarm.check_nothing_is_left()
 
 
-async def test_tokens_from_anybody_else_are_not_taken(pipeline):
+async def test_tokens_from_anybody_else_are_not_taken(autojump_clock, pipeline):
     swarm = pipeline()
     stranger = swarm.mesh.node("stranger")
     async with swarm.client.generate(PROMPT, max_new_tokens=3) as answer:
-        (session,) = swarm.client._inboxes
-        client = await stranger.connect(swarm.client._node.peer_id)
+        (session,) = swarm.client._desk._inboxes
+        client = await stranger.connect(swarm.client._desk._node.peer_id)
         async with MessageStream(await client.open_stream(TOKENS_PROTOCOL)) as forged:
             await forged.send(TokensOf(session))
             with pytest.raises(trio.EndOfChannel):  # closed on us
-                await forged.receive(Token)
+                await forged.receive(Tokens)
         assert len([token async for token in answer]) == 3
 
 
@@ -434,25 +462,27 @@ async def send_count(pipeline, stage_count: int) -> int:
     return swarm.mesh.send_count
 
 
-@pytest.mark.parametrize("stage_count", [2, 3])
-@pytest.mark.parametrize("cut_bytes", [0, 3])
-async def test_stream_cut_anywhere_is_told_and_leaves_nothing(pipeline, stage_count, cut_bytes):
+@pytest.mark.parametrize(("stage_count", "cut_bytes"), [(2, 3), (3, 0)])
+async def test_stream_cut_anywhere_is_told_and_leaves_nothing(
+    autojump_clock, pipeline, stage_count, cut_bytes
+):
     """At every message boundary, between header and payload, and inside of both."""
     sends = await send_count(pipeline, stage_count)
     assert sends > 6 * stage_count
     for send in range(sends):
         swarm = pipeline(stage_count)
         swarm.mesh.cut_at_send, swarm.mesh.cut_bytes = send, cut_bytes
-        with pytest.raises(StageFailed, match=r"lost|closed|damaged|reach"):
-            await swarm.tokens(PROMPT, max_new_tokens=3)
+        try:
+            # What was cut may have been a question how a stage is.
+            assert len(await swarm.tokens(PROMPT, max_new_tokens=3)) == 3
+        except StageFailed as failure:
+            assert re.search("lost|closed|damaged|reach", str(failure))  # noqa: PT017 - not always
         await swarm.check_nothing_is_left()
 
 
-async def test_stream_cut_inside_of_an_activation(pipeline, config):
+async def test_stream_cut_inside_of_an_activation(autojump_clock, pipeline, config):
     swarm = pipeline()
-    # Opening takes 2 requests, 2 answers and TokensOf, of one send each; then the client's step and
-    # the stage's.
-    swarm.mesh.cut_at_send = 6
+    swarm.mesh.cut_in_send_over = 5 * config.n_embd * 4
     swarm.mesh.cut_bytes = 5 * config.n_embd * 4 - 1
     with pytest.raises(StageFailed, match=r"lost"):
         await swarm.tokens(PROMPT, max_new_tokens=3)
@@ -461,7 +491,7 @@ async def test_stream_cut_inside_of_an_activation(pipeline, config):
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-async def test_stage_that_dies_is_named(pipeline, victim):
+async def test_stage_that_dies_is_named(autojump_clock, pipeline, victim):
     swarm = pipeline(3)
     async with swarm.client.generate(PROMPT) as answer:
         await anext(answer)
@@ -471,47 +501,47 @@ async def test_stage_that_dies_is_named(pipeline, victim):
     await swarm.check_nothing_is_left()
 
 
-async def test_stage_that_is_gone_is_named(pipeline):
+async def test_stage_that_is_gone_is_named(autojump_clock, pipeline):
     swarm = pipeline(3)
     route = swarm.route
     swarm.mesh.kill(swarm.mesh.nodes[route[2].peer_id])
-    with pytest.raises(StageFailed, match=r"can't reach .*blocks 2-2\)"):
+    with pytest.raises(StageFailed, match=r"blocks 2-2\): can't be reached"):
         await swarm.tokens(PROMPT, route=route)
     swarm.mesh.kill(swarm.mesh.nodes[route[0].peer_id])
-    with pytest.raises(StageFailed, match=r"can't reach .*blocks 0-0\)"):
+    with pytest.raises(StageFailed, match=r"blocks 0-0\): can't be reached"):
         await swarm.tokens(PROMPT, route=route)
     await swarm.check_nothing_is_left()
 
 
-async def test_stage_that_never_answers_is_named(pipeline):
-    swarm = pipeline(3, timeouts=SwarmTimeouts(open_s=1, step_s=5))
+async def test_stage_that_never_answers_is_named(autojump_clock, pipeline):
+    swarm = pipeline(3, timeouts=SwarmTimeouts(open_s=1, step_s=5, replica_s=0))
     swarm.mesh.nodes[swarm.route[2].peer_id].serve(SESSION_PROTOCOL, hold_open)
-    with pytest.raises(StageFailed, match=r"blocks 2-2\) did not answer in 0\.\d s"):
+    with pytest.raises(StageFailed, match=r"blocks 2-2\): did not answer in 0\.\d s"):
         await swarm.tokens(PROMPT, route=swarm.route)
     await swarm.check_nothing_is_left()
 
 
-async def test_first_stage_that_never_answers_is_named(pipeline):
-    swarm = pipeline(timeouts=SwarmTimeouts(open_s=0.05, step_s=5))
+async def test_first_stage_that_never_answers_is_named(autojump_clock, pipeline):
+    swarm = pipeline(timeouts=SwarmTimeouts(open_s=0.05, step_s=5, replica_s=0))
     swarm.mesh.nodes[swarm.route[0].peer_id].serve(SESSION_PROTOCOL, hold_open)
-    with pytest.raises(StageFailed, match=r"blocks 0-0\) did not open a session in 0\.05 s"):
+    with pytest.raises(StageFailed, match=r"blocks 0-0\): did not open a session in 0\.05 s"):
         await swarm.tokens(PROMPT, route=swarm.route)
     await swarm.check_nothing_is_left()
 
 
-async def test_token_that_never_comes_is_a_clear_error(pipeline, monkeypatch):
-    swarm = pipeline(timeouts=SwarmTimeouts(open_s=5, step_s=0.1))
+async def test_token_that_never_comes_is_a_clear_error(autojump_clock, pipeline, monkeypatch):
+    swarm = pipeline(timeouts=SwarmTimeouts(open_s=5, step_s=0.1, replica_s=0))
 
     async def stall(*_):
         await trio.sleep_forever()
 
-    monkeypatch.setattr(swarm.stages[1], "_compute", stall)
-    with pytest.raises(StageFailed, match=r"no token came in 0\.1 s from .* -> .*blocks 1-2"):
+    monkeypatch.setattr(swarm.stages[1]._shop, "compute", stall)
+    with pytest.raises(StageFailed, match=r"no token came in 0\.1 s by way of .* -> .*blocks 1-2"):
         await swarm.tokens(PROMPT)
     await swarm.check_nothing_is_left()
 
 
-async def test_cancelled_client_frees_all_stages(pipeline):
+async def test_cancelled_client_frees_all_stages(autojump_clock, pipeline):
     swarm = pipeline(3)
     with trio.CancelScope() as scope:
         async with swarm.client.generate(PROMPT) as answer:
@@ -523,7 +553,7 @@ async def test_cancelled_client_frees_all_stages(pipeline):
     await swarm.check_nothing_is_left()
 
 
-async def test_cancelled_while_opening_frees_all_stages(pipeline):
+async def test_cancelled_while_opening_frees_all_stages(autojump_clock, pipeline):
     swarm = pipeline(3)
     waiting = trio.Event()
 
@@ -542,7 +572,7 @@ async def test_cancelled_while_opening_frees_all_stages(pipeline):
 
 
 async def test_stage_that_is_cancelled_while_computing_frees_its_cache(
-    nursery, engines, model, pipeline
+    nursery, engines, model, autojump_clock, pipeline
 ):
     swarm = pipeline()
     stage = swarm.stages[0]
@@ -555,14 +585,16 @@ async def test_stage_that_is_cancelled_while_computing_frees_its_cache(
     assert stage.session_count == 0
 
 
-async def test_connection_lost_while_connecting_is_a_stage_failure(pipeline, monkeypatch):
+async def test_connection_lost_while_connecting_is_a_stage_failure(
+    autojump_clock, pipeline, monkeypatch
+):
     swarm = pipeline()
 
     async def lost(self, peer_id):
         raise ConnectionLost("the path is gone")
 
-    monkeypatch.setattr(type(swarm.client._node), "connect", lost)
-    with pytest.raises(StageFailed, match=r"can't reach .*: the path is gone"):
+    monkeypatch.setattr(type(swarm.mesh.nodes[swarm.route[0].peer_id]), "connect", lost)
+    with pytest.raises(StageFailed, match=r"can't be reached: the path is gone"):
         await swarm.tokens(PROMPT)
 
 
@@ -570,7 +602,8 @@ def test_fake_mesh_is_a_mesh():
     """The fake has the methods of the real node that are used here."""
     from natswarm import Node, Peer
 
-    for name in ("serve", "connect", "find_peers", "announce"):
+    for name in ("serve", "connect", "find_peers", "announce", "peers", "lookup"):
         assert hasattr(Node, name)
-    assert hasattr(Peer, "open_stream")
+    for name in ("open_stream", "is_reachable", "statistics"):
+        assert hasattr(Peer, name)
     assert FakeMesh

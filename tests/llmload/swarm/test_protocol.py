@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 
 from llmload.config import GPT2Config
 from llmload.swarm.protocol import (
+    DescribeStage,
     Hop,
+    Link,
     OpenSession,
     SessionFailed,
     SessionOpened,
+    StageDescription,
     Step,
-    Token,
+    Tokens,
     TokensOf,
     WireSampling,
-    pack_hidden,
+    checksum,
     pack_token_ids,
     printable_reason,
     unpack_hidden_untrusted,
@@ -41,9 +44,11 @@ MESSAGES = [
     ),
     SessionOpened(),
     SessionFailed(Hop(b"p" * 32, 0, 1), "why"),
-    Step(1, 5, 1, "float32", (0.25,)),
+    Step(1, 5, 1, 1, "float32", 77, (0.25,), (b"r" * 32,)),
     TokensOf(b"s" * 16),
-    Token(1, 6, 42, (0.25, 0.5)),
+    Tokens(1, (42, 7), (0.25, 0.5), (b"r" * 32, b"s" * 32)),
+    DescribeStage(),
+    StageDescription(0, 5, 0.001, 0.0, 3, 1000, (Link(b"p" * 32, 0.05),)),
 ]
 
 
@@ -69,18 +74,19 @@ async def test_message_arrives_as_it_was_sent(message: Message):
 
 
 async def test_step_and_token_are_pinned():
-    step = await sent(Step(1, 5, 1, "float32", (0.25,)), b"\x01\x02")
+    step = await sent(Step(1, 5, 1, 1, "float32", 77, (0.25,)), b"\x01\x02")
     assert step.hex() == (
-        "0000004600000002"
-        "86a474797065a453746570a47374657001a8706f736974696f6e05a9726f775f636f756e7401"
-        "a5636f646563a7666c6f61743332a773746167655f7391cb3fd0000000000000"
+        "0000006600000002"
+        "89a474797065a453746570a47374657001a8706f736974696f6e05a9726f775f636f756e7401"
+        "aa647261775f636f756e7401a5636f646563a7666c6f61743332a8636865636b73756d4d"
+        "a773746167655f7391cb3fd0000000000000a8726563656970747390"
         "0102"
     )
-    token = await sent(Token(1, 6, 42, ()))
+    token = await sent(Tokens(1, (42,), (), ()))
     assert token.hex() == (
-        "0000002f00000000"
-        "85a474797065a5546f6b656ea47374657001a8706f736974696f6e06a8746f6b656e5f69642a"
-        "a773746167655f7390"
+        "0000003200000000"
+        "85a474797065a6546f6b656e73a47374657001a9746f6b656e5f696473912a"
+        "a773746167655f7390a8726563656970747390"
     )
 
 
@@ -88,15 +94,19 @@ async def test_step_and_token_are_pinned():
     "message",
     [
         OpenSession(b"s" * 15, "0" * 64, (Hop(b"p" * 32, 0, 1),), b"c" * 32, 20, None, 60.0),
-        Step(-1, 5, 1, "float32"),
-        Step(1, 2**40, 1, "float32"),
-        Step(1, 5, 0, "float32"),
-        Step(1, 5, 1, "float64"),
-        Step(1, 5, 1, "float32", (float("nan"),)),
-        Step(1, 5, 1, "float32", (-1.0,)),
-        Step(1, 5, 1, "float32", (0.0,) * 65),
-        Token(1, 6, -1, ()),
-        Token(1, 6, 2**31, ()),
+        Step(-1, 5, 1, 1, "float32", 0),
+        Step(1, 2**40, 1, 1, "float32", 0),
+        Step(1, 5, 0, 1, "float32", 0),
+        Step(1, 5, 1, 1, "float64", 0),
+        Step(1, 5, 1, 1, "float32", 0, (float("nan"),)),
+        Step(1, 5, 1, 1, "float32", 0, (-1.0,)),
+        Step(1, 5, 1, 1, "float32", 0, (0.0,) * 65),
+        Tokens(1, (-1,), (), ()),
+        Tokens(1, (2**31,), (), ()),
+        Tokens(1, (1,) * 65, (), ()),
+        Tokens(1, (1,), (), (b"short",)),
+        Step(1, 5, 1, 65, "float32", 0),
+        Step(1, 5, 1, 1, "float32", 2**32),
         SessionFailed(Hop(b"p" * 31, 0, 1), "why"),
         SessionFailed(Hop(b"p" * 32, 0, 1), "x" * 501),
         TokensOf(b""),
@@ -124,36 +134,36 @@ async def test_damaged_message_is_a_decode_error_or_another_message(message: Mes
 
 @given(st.lists(st.integers(0, 299), min_size=1, max_size=20))
 def test_token_ids_arrive_as_they_were(ids: list[int]):
-    step = Step(0, 0, len(ids), "int32")
-    rows = unpack_token_ids_untrusted(step, pack_token_ids(np.array(ids)), CONFIG)
+    payload = pack_token_ids(np.array(ids))
+    step = Step(0, 0, len(ids), 1, "int32", checksum(payload))
+    rows = unpack_token_ids_untrusted(step, payload, CONFIG)
     assert rows.dtype == np.int64
     assert rows.tolist() == [ids]
 
 
-@given(st.binary(min_size=32, max_size=32 * 4))
-def test_hidden_states_arrive_to_the_bit_or_are_refused(data: bytes):
-    payload = data[: len(data) // 32 * 32]
-    step = Step(0, 0, len(payload) // 32, "float32")
-    sent_rows = np.frombuffer(payload, dtype="<f4").reshape(1, -1, 8)
-    if np.isfinite(sent_rows).all():
-        rows = unpack_hidden_untrusted(step, payload, CONFIG)
-        assert rows.shape == (1, step.row_count, 8)
-        assert rows.dtype == np.float32
-        assert bytes(pack_hidden(rows)) == payload
-    else:
-        with pytest.raises(DecodeError, match="NaN"):
-            unpack_hidden_untrusted(step, payload, CONFIG)
-
-
-@given(st.binary(max_size=100), st.integers(1, 2**24), st.sampled_from(["int32", "float32"]))
+@given(
+    st.binary(max_size=100),
+    st.integers(1, 2**24),
+    st.sampled_from(["int32", "float32", "float16", "int8"]),
+)
 def test_any_payload_is_rows_or_a_decode_error(payload: bytes, row_count: int, codec: str):
-    step = Step(0, 0, row_count, codec)
+    step = Step(0, 0, row_count, 1, codec, checksum(payload))
     for unpack in (unpack_token_ids_untrusted, unpack_hidden_untrusted):
         try:
             rows = unpack(step, payload, CONFIG)
         except DecodeError:
             continue
         assert rows.shape[:2] == (1, row_count)
+
+
+@given(st.binary(min_size=4, max_size=40), st.integers(0, 319))
+def test_damage_is_found(payload: bytes, bit: int):
+    payload = payload[: len(payload) // 4 * 4]
+    step = Step(0, 0, len(payload) // 4, 1, "int32", checksum(payload))
+    damaged = bytearray(payload)
+    damaged[bit // 8 % len(payload)] ^= 1 << bit % 8
+    with pytest.raises(DecodeError, match="checksum"):
+        unpack_token_ids_untrusted(step, bytes(damaged), CONFIG)
 
 
 def test_reason_of_a_stranger_can_not_paint_the_screen():

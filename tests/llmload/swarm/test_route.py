@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from llmload.swarm.route import (
     NoRoute,
+    RouteCosts,
     StageOffer,
     choose_route,
     format_blocks,
@@ -85,28 +87,64 @@ def test_missing_blocks_are_named():
         choose_route([], layer_count=12)
 
 
-def test_ranges_that_overlap_but_do_not_follow_each_other_are_explained():
-    with pytest.raises(NoRoute, match="do not follow each other") as caught:
-        choose_route([offer(0, 6), offer(5, 11)], layer_count=12)
-    assert caught.value.missing == ()
+def test_a_stage_is_used_in_part_where_ranges_overlap():
+    assert choose_route([offer(0, 6, "a"), offer(5, 11, "b")], layer_count=12) in (
+        (offer(0, 6, "a"), offer(7, 11, "b")),
+        (offer(0, 5, "a"), offer(6, 11, "b")),
+        (offer(0, 4, "a"), offer(5, 11, "b")),
+    )
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
-def test_route_is_the_shortest_of_all(pairs: list[tuple[int, int]]):
-    offers = {offer(min(pair), max(pair)) for pair in pairs}
-    lengths = [
-        count
-        for count in range(1, 7)
-        for some in itertools.combinations(sorted(offers), count)
-        if [block for one in some for block in one.blocks] == list(range(6))
-    ]
+def test_distance_speed_and_doubt_decide():
+    offers = [offer(0, 5, "near"), offer(0, 5, "far"), offer(0, 5, "fast")]
+    rtt_s = {(peer("us"), peer("near")): 0.01, (peer("us"), peer("far")): 0.2}
+    rtt_s[peer("fast"), peer("us")] = 0.06  # either order will do
+    costs = RouteCosts(client=peer("us"), rtt_s=rtt_s, default_block_s=0.01)
+    assert choose_route(offers, layer_count=6, costs=costs) == (offer(0, 5, "near"),)
+    costs.block_s[peer("fast")] = 0.001
+    assert choose_route(offers, layer_count=6, costs=costs) == (offer(0, 5, "fast"),)
+    costs.enter_s[peer("fast")] = 0.5
+    assert choose_route(offers, layer_count=6, costs=costs) == (offer(0, 5, "near"),)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_route_is_the_quickest_of_all(pairs: list[tuple[int, int]], rng: random.Random):
+    names = "abcd"[: len(pairs)]
+    offers = [offer(min(pair), max(pair), name) for pair, name in zip(pairs, names, strict=True)]
+    peers = [peer(name) for name in names]
+    ends = [*peers, peer("us")]
+    costs = RouteCosts(
+        client=peer("us"),
+        block_s={one: rng.random() for one in peers},
+        enter_s={one: rng.random() for one in peers},
+        rtt_s={pair: rng.random() for pair in itertools.combinations(ends, 2)},
+    )
+
+    def seconds(holders: tuple[StageOffer, ...]) -> float:
+        total, at = 0.0, peer("us")
+        for one in holders:
+            if one.peer_id != at:
+                total += costs.hop_s(at, one.peer_id) + costs.enter_s[one.peer_id]
+            total += costs.block_s[one.peer_id]
+            at = one.peer_id
+        return total + costs.hop_s(at, peer("us"))
+
+    # Every way to say who computes each of the four blocks.
+    serving = [[one for one in offers if block in one.blocks] for block in range(4)]
+    ways = [seconds(holders) for holders in itertools.product(*serving)]
     try:
-        route = choose_route(offers, layer_count=6)
+        route = choose_route(offers, layer_count=4, costs=costs)
     except NoRoute:
-        assert not lengths
+        assert not ways
     else:
-        assert [block for one in route for block in one.blocks] == list(range(6))
-        assert len(route) == min(lengths)
+        assert [block for one in route for block in one.blocks] == list(range(4))
+        by_peer = {one.peer_id: one for one in offers}
+        assert all(set(one.blocks) <= set(by_peer[one.peer_id].blocks) for one in route)
+        chosen = tuple(by_peer[one.peer_id] for one in route for _ in one.blocks)
+        assert seconds(chosen) == pytest.approx(min(ways))
 
 
 @given(st.integers(0, 99), st.integers(0, 99))
