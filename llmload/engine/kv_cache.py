@@ -35,7 +35,6 @@ _FLOAT32_BYTES = 4
 _DISCARD: int | None = getattr(mmap, "MADV_DONTNEED", None)
 
 
-
 class SequenceCache(Protocol):
     """What a pool has to know of a cache."""
 
