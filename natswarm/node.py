@@ -1068,7 +1068,7 @@ class Node:
                 case DatagramType.ECHO_REPLY:
                     self._echo.receive_reply_untrusted(data, source)
                 case DatagramType.HELLO:
-                    self._connector.receive_hello_untrusted(data)
+                    self._connector.receive_hello_untrusted(data, source)
         except DecodeError:
             self.rejected_count += 1
 

@@ -50,6 +50,7 @@ __all__ = [
     "decode_hello_untrusted",
     "decode_probe_untrusted",
     "encode_probe",
+    "hello_target_untrusted",
     "probe_attempt_untrusted",
 ]
 
@@ -58,6 +59,7 @@ ATTEMPT_BYTES = 8
 TRANSACTION_BYTES = 8
 ECHO_TOKEN_BYTES = 20
 MAC_BYTES = 16
+PEER_ID_BYTES = 32
 
 NO_TOKEN = bytes(ECHO_TOKEN_BYTES)
 
@@ -295,6 +297,16 @@ def decode_hello_untrusted(data: bytes) -> Hello:
     sender = PeerId.decode_untrusted(sender_key)
     _verify_untrusted(data, HELLO_LAYOUT.size, sender)
     return Hello(attempt, sender, PeerId.decode_untrusted(target_key))
+
+
+def hello_target_untrusted(data: bytes) -> bytes:
+    """Return the key of whom a HELLO claims to be for: cheap, before anything is verified.
+
+    Raises:
+        DecodeError: Not a hello.
+    """
+    _check_head(data, DatagramType.HELLO, HELLO_LAYOUT.size + SIGNATURE_BYTES)
+    return data[HELLO_LAYOUT.size - PEER_ID_BYTES : HELLO_LAYOUT.size]
 
 
 def _decode_echo_untrusted(

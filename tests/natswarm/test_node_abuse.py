@@ -217,14 +217,17 @@ async def test_a_newcomer_gets_in_during_a_flood_of_knocks(open_swarm, autojump_
         node = (await swarm.add_observers(1))[0]
         late = await swarm.add("late", "linux-home")
         invite = await node.invite()
-        attacker = swarm.internet.add_host("attacker").open_port(6000)
+        # One address would not get its knocks looked at.
+        attackers = [swarm.internet.add_host(f"attacker{i}").open_port(6000) for i in range(4)]
         rng = random.Random(12)
 
         async def flood() -> None:
             for index in range(400):
                 stranger = swarm.identity(str(index))
                 hello = Hello(rng.randbytes(8), stranger.peer_id, node.peer_id)
-                attacker.send(hello.encode(stranger), invite.record.profile.main_endpoint)
+                attackers[index % 4].send(
+                    hello.encode(stranger), invite.record.profile.main_endpoint
+                )
                 await trio.sleep(1 / 40)
 
         async with trio.open_nursery() as nursery:
