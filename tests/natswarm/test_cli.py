@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
@@ -386,12 +388,22 @@ def test_other_commands_ask_the_running_node(run, tmp_path):
     }  # fmt: skip
     options = ["--bind", "127.0.0.1", "--no-lan", "--name", "hub"]
     ours, theirs = pty.openpty()
-    shown = b""
+    shown = bytearray()
+
+    def read() -> None:  # to the end, or the node would wait for its terminal
+        with contextlib.suppress(OSError):
+            while True:
+                shown.extend(os.read(ours, 65_536))
+
+    reader = threading.Thread(target=read)
     with subprocess.Popen(
         [*MAIN, "up", *options, "--state", str(folder)], stdout=theirs, env=environment
     ) as process:
+        os.close(theirs)
+        reader.start()
         while b"nobody is connected" not in shown:
-            shown += os.read(ours, 65_536)
+            assert process.poll() is None
+            time.sleep(0.05)
         assert stat.S_IMODE((folder / "control.sock").stat().st_mode) == 0o600
         status, out, err = run("status", "--state", "{state}", "--json")
         found = json.loads(out)
@@ -410,8 +422,8 @@ def test_other_commands_ask_the_running_node(run, tmp_path):
         assert "a node runs already with the state folder" in err
         process.send_signal(signal.SIGINT)
         process.wait(timeout=20)
+    reader.join()
     os.close(ours)
-    os.close(theirs)
     assert process.returncode == 130
     assert not (folder / "control.sock").exists()
 
