@@ -68,6 +68,7 @@ from natswarm.net.dialler import Dialler, PunctureEnded, PunctureStarted
 from natswarm.net.echo import EchoService
 from natswarm.net.introducer import Introducer, Neighbour
 from natswarm.net.lan import Lan, LanService
+from natswarm.net.mailbox import MailboxService
 from natswarm.net.mainline import MainlineConfig, MainlineService
 from natswarm.net.mainline_contact import connect_by_mainline
 from natswarm.net.notes import Notes
@@ -326,6 +327,7 @@ class Node:
             config.swarm,
         )
         self.mainline: MainlineService | None = None
+        self._mailbox: MailboxService | None = None
         if config.mainline is not None:
             self.mainline = MainlineService(
                 self,
@@ -338,6 +340,7 @@ class Node:
                 clock_s=config.utc,
             )
             self._main.on_krpc = self.mainline.receive_untrusted
+            self._mailbox = MailboxService(self, self.mainline, self._connector, config.utc)
         self._handlers: dict[str, StreamHandler] = {}
         self._introducer.start()
         if self._overlay is not None:
@@ -362,6 +365,8 @@ class Node:
             self._nursery.start_soon(self._rejoiner.run)
         if self.mainline is not None:
             self._nursery.start_soon(self.mainline.run)
+        if self._mailbox is not None:
+            self._nursery.start_soon(self._mailbox.run)
         if self._config.lan is not None:
             lan = LanService(
                 self,
@@ -475,6 +480,8 @@ class Node:
         if not 1 <= lifetime_s < 2**32:
             raise InviteError(f"an invite holds for a second to a century, not {lifetime_s:g} s")
         await self.known_profile()
+        if self._mailbox is not None:
+            self._mailbox.note_invited()
         now_s, book, swarm = self._config.utc(), self._config.notes.invites, self.swarm
         return Invite.of(
             self.record(),
@@ -615,7 +622,7 @@ class Node:
         among our neighbours' neighbours otherwise; then in the mainline DHT, if we take part in
         that (`mainline`). An Invite is dialled where the
         invited node takes strangers; otherwise both sides puncture, which needs the other side to
-        connect with our invite at the same time.
+        connect with our invite at the same time, or both to take part in the mainline DHT.
 
         Cancelled, it leaves nothing behind; a connection that was ready by then stays.
 
@@ -633,18 +640,25 @@ class Node:
             target.check(self._config.utc())
             target.check_swarm(self.swarm)
             ticket = b"" if self.is_connected(target.record.peer_id) else target.ticket
-        try:
-            peer = await self._connector.connect(target)
-        except PeerNotFound:
-            if self.mainline is None or isinstance(target, Invite):
-                raise
-            peer = await connect_by_mainline(self.mainline, self._connector, target)
+        peer = await self._connect(target)
         if ticket:
             await self._hand_in(ticket, peer)
         if self._overlay is not None:
             self._overlay.keep(peer.peer_id)
         await peer.wait_introduced()
         return peer
+
+    async def _connect(self, target: PeerId | Invite) -> Peer:
+        if self.mainline is None or self._mailbox is None:
+            return await self._connector.connect(target)
+        if isinstance(target, Invite):
+            if target.dialled_endpoints or self.is_connected(target.record.peer_id):
+                return await self._connector.connect(target)
+            return await self._mailbox.connect(target)
+        try:
+            return await self._connector.connect(target)
+        except PeerNotFound:
+            return await connect_by_mainline(self.mainline, self._connector, target)
 
     # Routing --------------------------------------------------------------------------------------
 

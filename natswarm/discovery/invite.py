@@ -106,6 +106,14 @@ class Invite:
         return self.text
 
     @property
+    def dialled_endpoints(self) -> tuple[Endpoint, ...]:
+        """Where the inviting node takes a HELLO from anybody; empty if it does nowhere."""
+        profile = self.record.profile
+        if profile.accepts_strangers and profile.main_endpoint is not None:
+            return (profile.main_endpoint,)
+        return profile.local_endpoints if profile.is_translated is None else ()
+
+    @property
     def qr_text(self) -> str:
         """The same in capitals, of which a QR code holds half as many again."""
         return self.text.upper()

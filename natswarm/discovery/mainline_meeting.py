@@ -3,9 +3,9 @@
 A mutable item with the peer's own signed record, and with some of its neighbours that take
 strangers: whoever looks for a peer behind a closed NAT dials one of those, and is introduced.
 
-    value   version 1 | nonce 12 | sealed [record, [[PeerId 32, endpoint], ...]] | MAC 16
+    sealed   [record, [[PeerId 32, endpoint], ...]]
 
-Sealed with ChaCha20-Poly1305 under a key derived from the swarm's and the PeerId. In the open swarm
+Sealed (`sealed_value.py`) under a key derived from the swarm's and the PeerId. In the open swarm
 the item stands under the PeerId itself, so that the peer alone can write it; whoever knows the
 PeerId can read it, and so can the nodes that keep it. In a private swarm it stands under a key
 derived from the swarm's and the PeerId, without a salt: for others an item like any, which names
@@ -20,17 +20,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-
 from natswarm.address import Endpoint
 from natswarm.discovery.introduction import (
     NodeRecord,
     decode_endpoint_untrusted,
     decode_record_untrusted,
 )
-from natswarm.discovery.krpc_bencode import bdecode_untrusted, bencode
+from natswarm.discovery.krpc_bencode import bencode
 from natswarm.discovery.mainline_item import VALUE_BYTES_MAX, MutableItem
+from natswarm.discovery.sealed_value import open_value_untrusted, seal_value
 from natswarm.errors import DecodeError
 from natswarm.identity import Identity, PeerId
 from natswarm.message import Message, decode_message_untrusted, encode_message
@@ -38,9 +36,6 @@ from natswarm.swarm_key import SwarmKey
 
 __all__ = ["INTRODUCERS_MAX", "Meeting", "meeting_place", "open_meeting_untrusted", "seal_meeting"]
 
-VERSION = 1
-NONCE_BYTES = 12
-MAC_BYTES = 16
 OPEN_SALT = b"natswarm"
 
 # One that is still there is enough; of a usual record some four have room beside it.
@@ -111,16 +106,7 @@ def open_meeting_untrusted(item: MutableItem, swarm: SwarmKey, peer_id: PeerId) 
     Raises:
         DecodeError: It is not a meeting record of this peer and swarm.
     """
-    value = bdecode_untrusted(item.value)
-    if not isinstance(value, bytes) or value[:1] != bytes([VERSION]):
-        raise DecodeError("not a meeting record of a version that is known here")
-    if len(value) < 1 + NONCE_BYTES + MAC_BYTES:
-        raise DecodeError("too short for a meeting record")
-    nonce, sealed = value[1 : 1 + NONCE_BYTES], value[1 + NONCE_BYTES :]
-    try:
-        opened = _cipher(swarm, peer_id).decrypt(nonce, sealed, None)
-    except InvalidTag as error:
-        raise DecodeError("a meeting record of another swarm, or a damaged one") from error
+    opened = open_value_untrusted(_value_key(swarm, peer_id), item)
     body = decode_message_untrusted(opened, _Body)
     record = decode_record_untrusted(body.record)
     if record.peer_id != peer_id:
@@ -140,11 +126,11 @@ def _value(
     nonce: bytes,
 ) -> bytes:
     body = encode_message(_Body(sealed_record, tuple(introducers)))
-    return bytes([VERSION]) + nonce + _cipher(swarm, identity.peer_id).encrypt(nonce, body, None)
+    return seal_value(_value_key(swarm, identity.peer_id), body, nonce)
 
 
-def _cipher(swarm: SwarmKey, peer_id: PeerId) -> ChaCha20Poly1305:
-    return ChaCha20Poly1305(swarm.derive(b"dhtvalue", peer_id.key))
+def _value_key(swarm: SwarmKey, peer_id: PeerId) -> bytes:
+    return swarm.derive(b"dhtvalue", peer_id.key)
 
 
 def _hidden_identity(swarm: SwarmKey, peer_id: PeerId) -> Identity:

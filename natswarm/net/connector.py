@@ -220,7 +220,7 @@ class Connector:
     async def connect(self, target: PeerId | Invite) -> Peer:
         """Return the connection to a peer, making it first if there is none; see `Node.connect`."""
         if isinstance(target, Invite):
-            asks_peer = bool(_dialled_endpoints(target))
+            asks_peer = bool(target.dialled_endpoints)
             how = partial(self._connect_by_invite, target)
             return await self._connect(target.record.peer_id, how, asks_peer=asks_peer)
         return await self._connect(target, partial(self._connect_by_introduction, target))
@@ -297,7 +297,7 @@ class Connector:
 
     async def _connect_by_invite(self, invite: Invite) -> Peer:
         peer_id, profile = invite.record.peer_id, invite.record.profile
-        if endpoints := _dialled_endpoints(invite):
+        if endpoints := invite.dialled_endpoints:
             return await self._dial_at(peer_id, endpoints)
         # Both hold the other's invite: the attempt has the one name that both can derive.
         try:
@@ -580,11 +580,3 @@ class Connector:
 
     def _new_attempt_id(self) -> bytes:
         return self._rng.randbytes(ATTEMPT_BYTES)
-
-
-def _dialled_endpoints(invite: Invite) -> tuple[Endpoint, ...]:
-    """Return where the inviting node takes a HELLO from anybody; empty if it does nowhere."""
-    profile = invite.record.profile
-    if profile.accepts_strangers and profile.main_endpoint is not None:
-        return (profile.main_endpoint,)
-    return profile.local_endpoints if profile.is_translated is None else ()

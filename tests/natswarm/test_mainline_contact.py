@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from natswarm import ConnectFailed, PeerNotFound
+from natswarm import ConnectFailed, Invite, PeerNotFound, PunctureFailed
 from natswarm.net.mainline import MainlineConfig
 from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 
@@ -85,3 +85,42 @@ async def test_two_that_have_nothing_but_the_dht_meet_by_the_clock(open_swarm, a
             for ours, theirs in ((0, 1), (1, 0)):
                 nursery.start_soon(nodes[ours].meet_again, nodes[theirs].peer_id)
         await swarm.check_talk("a", "b")
+
+
+@pytest.mark.parametrize(
+    "kinds", [("linux-home", "kpn-nl"), ("vodafone-nl", "linux-home")], ids=str
+)
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_one_invite_is_enough_for_two_behind_closed_nats(
+    open_swarm, autojump_clock, kinds, seed
+):
+    """The guest's own invite comes back by the DHT. Which PeerId is lower differs by the seed."""
+    async with open_swarm(seed=seed) as swarm:
+        dht = await add_dht(swarm)
+        host, guest = [
+            await swarm.add(name, kind, mainline=dht)
+            for name, kind in zip(("host", "guest"), kinds, strict=True)
+        ]
+        for node in (host, guest):
+            await node.mainline.wait_bootstrapped()
+            await node.inspect()
+        invite = Invite.parse(str(await host.invite()))
+        assert invite.dialled_endpoints == ()
+        await trio.sleep(30)
+        begun = trio.current_time()
+        assert (await guest.connect(invite)).record.name == "host"
+        assert trio.current_time() - begun < 10
+        await swarm.check_talk("guest", "host")
+
+
+async def test_a_host_that_has_gone_ends_in_words(open_swarm, autojump_clock):
+    async with open_swarm() as swarm:
+        dht = await add_dht(swarm)
+        host = await swarm.add("host", "linux-home", mainline=dht)
+        guest = await swarm.add("guest", "linux-home", mainline=dht)
+        await host.mainline.wait_bootstrapped()
+        invite = await host.invite()
+        assert invite.record.profile.is_translated
+        await swarm.stop("host")
+        with pytest.raises(PunctureFailed, match="nothing from the peer"):
+            await guest.connect(invite)
