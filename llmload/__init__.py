@@ -7,9 +7,10 @@
         print(text.push(token), end="")
 
 The modules, from the inside out: `config`, `weights`, `tokenizer`, `model_folder` (a model on disk,
-in Hugging Face layout), `reference` (the model in NumPy: what is right), `graph` (the model as
-ONNX), `engine` (ONNX graphs running on this device), `swarm` (stages on peers and the client that
-asks them), `learn` (training here, and rounds of averaged gradients with a peer).
+in Hugging Face layout), `model_store` (the models of this device), `reference` (the model in NumPy:
+what is right), `graph` (the model as ONNX), `engine` (ONNX graphs running on this device), `swarm`
+(stages on peers and the client that asks them), `learn` (training here, and rounds of averaged
+gradients with a peer).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 from llmload.config import GPT2Config
 from llmload.engine.generate import generate_tokens
 from llmload.engine.kv_cache import CachePool, KVArena, KVCache
+from llmload.engine.prepared import open_stage
 from llmload.engine.sampler import SamplingParameters
 from llmload.engine.session import BatchStep, StageEngine
+from llmload.engine.tuning import EngineSettings
 from llmload.errors import (
     CacheFull,
     LearningFailed,
@@ -35,6 +38,7 @@ from llmload.errors import (
 from llmload.learn.exchange import LearningPartner, LearningResult, learn_with
 from llmload.learn.trainer import AdamWSettings, Trainer
 from llmload.model_folder import Model, load_model
+from llmload.model_store import ModelStore
 from llmload.swarm.blocks import BlockStack
 from llmload.swarm.client import Generation, SwarmClient, SwarmTimeouts
 from llmload.swarm.route import NoRoute, StageOffer
@@ -48,6 +52,7 @@ __all__ = [
     "BlockStack",
     "CacheFull",
     "CachePool",
+    "EngineSettings",
     "GPT2Config",
     "Generation",
     "KVArena",
@@ -58,6 +63,7 @@ __all__ = [
     "LlmloadError",
     "Model",
     "ModelFolderError",
+    "ModelStore",
     "NoRoute",
     "PromptTooLong",
     "SamplingParameters",
@@ -75,4 +81,5 @@ __all__ = [
     "generate_tokens",
     "learn_with",
     "load_model",
+    "open_stage",
 ]

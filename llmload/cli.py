@@ -1,4 +1,4 @@
-"""The `llmload` command: look at a model, generate text, serve blocks to others.
+"""The `llmload` command: look at models, generate text, serve blocks to others.
 
 No logic of its own: it loads a model, opens a node and prints what they say. Text goes to standard
 output, everything about it to standard error, so that the text can be piped. Expected errors are
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import secrets
 import signal
 import sys
@@ -25,13 +24,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from llmload import cli_model
 from llmload.answer_screen import AnswerScreen
-from llmload.config import GPT2Config, parameter_shapes
+from llmload.cli_model import show_model
+from llmload.config import GPT2Config
 from llmload.engine.generate import generate_tokens
 from llmload.engine.sampler import SamplingParameters
 from llmload.engine.session import StageEngine
 from llmload.errors import LlmloadError
 from llmload.model_folder import Model, load_model
+from llmload.model_store import ModelStore
 from llmload.swarm.beside import beside
 from llmload.swarm.blocks import BlockStack
 from llmload.swarm.client import SwarmClient, prompt_token_ids
@@ -72,6 +74,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_model.app)
 
 DEFAULT_STATE = platformdirs.user_state_path("llmload", appauthor=False)
 
@@ -79,9 +82,9 @@ ModelOption = Annotated[
     Path | None,
     typer.Option(
         "--model",
-        metavar="DIR",
-        help="Folder with config.json, model.safetensors and tokenizer.json of a GPT-2. "
-        "Without it, the small model that is shipped.",
+        metavar="NAME|DIR",
+        help="A model of this device (`llmload model list`), or the folder of a GPT-2 in Hugging "
+        "Face layout. Without it, the small model that is shipped.",
         show_default=False,
     ),
 ]
@@ -126,23 +129,7 @@ def main() -> None:
 @app.command()
 def info(model: ModelOption = None, as_json: JsonOption = False) -> None:
     """Show the shape of a model, its size, and the hash by which peers know it."""
-    loaded = load_model(_folder(model))
-    config = loaded.config
-    facts: dict[str, Any] = {
-        "folder": str(loaded.folder),
-        "hash": loaded.content_hash,
-        "parameters": sum(
-            math.prod(shape) for shape in parameter_shapes(config, config.blocks).values()
-        ),
-        "blocks": format_blocks(config.blocks),
-        **dataclasses.asdict(config),
-    }
-    if as_json:
-        _print_json(facts)
-        return
-    for name, value in facts.items():
-        shown = f"{value:,}" if type(value) is int else str(value)
-        output.print(f"{name:<21}{shown}", markup=False)
+    show_model(_folder(model), as_json)
 
 
 # --- generate ----------------------------------------------------------------------------------
@@ -456,7 +443,7 @@ def _show_event(as_json: bool, event: NodeEvent) -> None:
 
 
 def _folder(model: Path | None) -> Path:
-    return bundled_model_path() if model is None else model
+    return bundled_model_path() if model is None else ModelStore().find(str(model))
 
 
 async def _join(node: Node, invites: Sequence[Invite]) -> None:

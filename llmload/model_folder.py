@@ -1,6 +1,7 @@
 """Open a model folder: configuration, tokenizer, weights and the hash that names the model.
 
-The folder is in Hugging Face layout: `config.json`, `model.safetensors`, `tokenizer.json`.
+The folder is in Hugging Face layout: `config.json`; `model.safetensors`, or several files and their
+index; `tokenizer.json`, or `vocab.json` and `merges.txt`.
 
 This file does not know how any of the three is read; it only ties them together.
 """
@@ -9,22 +10,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from llmload.config import CONFIG_FILE_NAME, GPT2Config
+from llmload.model_cache import ModelCache
 from llmload.tokenizer import Tokenizer
-from llmload.weights import (
-    Weights,
-    content_hash,
-    content_hash_of_folder,
-    load_weights,
-    replace_file,
-)
+from llmload.weights import Weights, content_hash_of_folder, load_weights, replace_file
 
-__all__ = ["Model", "load_model", "save_config"]
+__all__ = ["Model", "load_model", "remember_hash", "save_config"]
+
+_HASH_FACT = "content_hash"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
     """A model, or the part of it that a stage holds.
 
@@ -33,7 +32,6 @@ class Model:
         config: The shape of the whole model.
         tokenizer: Text to ids and back.
         blocks: The blocks that this process holds.
-        weights: Parameters of those blocks, float32 by name.
         content_hash: SHA-256 of configuration and values of the WHOLE model, in hexadecimal:
             holders of different parts of one model have the same.
     """
@@ -42,15 +40,24 @@ class Model:
     config: GPT2Config
     tokenizer: Tokenizer
     blocks: range
-    weights: Weights
     content_hash: str
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Parameters of the blocks, float32 by name; read when they are first asked for.
+
+        Raises:
+            ModelFolderError: The file was removed or damaged since the model was loaded.
+        """
+        return load_weights(self.folder, self.blocks, config=self.config)
 
 
 def load_model(folder: Path, blocks: range | None = None) -> Model:
     """Read a model folder, or the part of it that a stage needs.
 
-    The content hash needs one pass over the whole file even where few blocks are wanted: about a
-    second for GPT-2 124M, with one tensor in memory at a time.
+    The content hash needs one pass over the whole file, about a second for GPT-2 124M, with one
+    tensor in memory at a time. It is remembered (`ModelCache`) until a file of the folder changes,
+    and with it that all values were read and checked.
 
     Args:
         folder: Model folder; `weights.bundled_model_path()` is the one that is shipped.
@@ -64,12 +71,16 @@ def load_model(folder: Path, blocks: range | None = None) -> Model:
     held = config.blocks if blocks is None else blocks
     config.check_blocks(held)
     tokenizer = Tokenizer.from_folder(folder, config)
-    weights = load_weights(folder, held, config=config)
-    if held == config.blocks:
-        identity = content_hash(config, weights.items())
-    else:
+    identity = ModelCache(folder).recall(_HASH_FACT)
+    if type(identity) is not str:
         identity = content_hash_of_folder(folder, config=config)
-    return Model(folder, config, tokenizer, held, weights, identity)
+        remember_hash(folder, identity)
+    return Model(folder, config, tokenizer, held, identity)
+
+
+def remember_hash(folder: Path, identity: str) -> None:
+    """Spare `load_model` the pass over a folder whose values were just read and checked."""
+    ModelCache(folder).remember(_HASH_FACT, identity)
 
 
 def save_config(folder: Path, config: GPT2Config) -> Path:

@@ -21,14 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders
+from tokenizers import decoders, models, pre_tokenizers
 
 from llmload.config import GPT2Config
 from llmload.errors import ModelFolderError
 
-__all__ = ["TOKENIZER_FILE_NAME", "TextStream", "Tokenizer"]
+__all__ = ["TOKENIZER_FILE_NAME", "TextStream", "Tokenizer", "byte_tokenizer"]
 
 TOKENIZER_FILE_NAME = "tokenizer.json"
+# The two files of OpenAI's own layout, which older folders have instead.
+VOCABULARY_FILE_NAME = "vocab.json"
+MERGES_FILE_NAME = "merges.txt"
+_END_OF_TEXT = "<|endoftext|>"
 
 # GPT-2's has 1.3 MB, that of a vocabulary of 256 thousand about 20 MB.
 MAX_TOKENIZER_BYTES = 100_000_000
@@ -55,15 +59,19 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, config: GPT2Config) -> Tokenizer:
-        """Read `tokenizer.json` of a model folder.
+        """Read `tokenizer.json` of a model folder, or else `vocab.json` and `merges.txt`.
 
         Raises:
             ModelFolderError: The file is missing, damaged, no byte-level BPE, or has tokens that
                 the model does not know.
         """
         file = folder / TOKENIZER_FILE_NAME
+        parts = [folder / VOCABULARY_FILE_NAME, folder / MERGES_FILE_NAME]
+        files = [file]
+        if not file.exists() and all(part.exists() for part in parts):
+            file, files = parts[0], parts
         try:
-            size_bytes = file.stat().st_size
+            size_bytes = sum(part.stat().st_size for part in files)
         except OSError as error:
             raise ModelFolderError(
                 file,
@@ -76,7 +84,10 @@ class Tokenizer:
                 file, f"{size_bytes} bytes are too large", "This is no tokenizer of a GPT-2."
             )
         try:
-            tokenizer = cls(tokenizers.Tokenizer.from_file(str(file)))
+            if files == parts:
+                tokenizer = cls(_from_parts(*parts))
+            else:
+                tokenizer = cls(tokenizers.Tokenizer.from_file(str(file)))
         # The library raises bare `Exception` for whatever is wrong with the file.
         except Exception as error:
             raise ModelFolderError(
@@ -88,7 +99,7 @@ class Tokenizer:
                 file,
                 f"has the token id {tokenizer.largest_id}, but the model only {config.vocab_size} "
                 f"tokens",
-                "Take tokenizer.json and config.json from the same model.",
+                f"Take {file.name} and config.json from the same model.",
             )
         return tokenizer
 
@@ -117,6 +128,10 @@ class Tokenizer:
         stream = self.stream()
         return "".join(stream.push(token_id) for token_id in token_ids) + stream.finish()
 
+    def to_json(self) -> str:
+        """Return the content of a `tokenizer.json`, which `transformers` reads as well."""
+        return self._library.to_str()
+
     def stream(self) -> TextStream:
         """Return a decoder for one sequence of tokens that arrive one at a time."""
         return TextStream(self._token_bytes)
@@ -136,6 +151,25 @@ class TextStream:
     def finish(self) -> str:
         """Return what is left at the end: U+FFFD if the last character never got complete."""
         return self._decoder.decode(b"", final=True)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return a tokenizer whose tokens are the 256 bytes: for models that never saw any text."""
+    return Tokenizer(_library_of({name: byte for byte, name in _byte_alphabet().items()}, []))
+
+
+def _from_parts(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
+    """Build the tokenizer that `tokenizer.json` would hold, with the settings of GPT-2."""
+    return _library_of(*models.BPE.read_file(str(vocabulary), str(merges)))
+
+
+def _library_of(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    library = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    if library.token_to_id(_END_OF_TEXT) is not None:
+        library.add_special_tokens([_END_OF_TEXT])
+    return library
 
 
 def _bytes_of_tokens(library: tokenizers.Tokenizer) -> dict[int, bytes]:

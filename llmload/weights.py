@@ -23,7 +23,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,18 +37,27 @@ from llmload.config import GPT2Config, parameter_shapes
 from llmload.errors import ModelFolderError
 
 __all__ = [
+    "SHARDS_FILE_NAME",
     "WEIGHTS_FILE_NAME",
     "Weights",
     "bundled_model_path",
     "content_hash",
     "content_hash_of_folder",
     "load_weights",
+    "open_weights",
     "random_weights",
     "replace_file",
     "save_weights",
+    "weights_files",
 ]
 
 WEIGHTS_FILE_NAME = "model.safetensors"
+# Large models are saved in several files; this one says which tensor is in which.
+SHARDS_FILE_NAME = f"{WEIGHTS_FILE_NAME}.index.json"
+
+# That of GPT-2 XL has 60 KB; and saving writes a file for every 5 GB.
+MAX_SHARDS_FILE_BYTES = 10_000_000
+MAX_SHARDS = 1000
 
 # Name of a parameter -> its values, float32, shapes as in `config.parameter_shapes`.
 Weights: TypeAlias = Mapping[str, NDArray[np.float32]]
@@ -82,7 +91,7 @@ def load_weights(
     if config is None:
         config = GPT2Config.from_folder(folder)
     shapes = parameter_shapes(config, config.blocks if blocks is None else blocks)
-    with _open_weights(folder, config) as tensors:
+    with open_weights(folder, config) as tensors:
         return {name: tensors.read(name) for name in shapes}
 
 
@@ -121,7 +130,7 @@ def content_hash_of_folder(folder: Path, *, config: GPT2Config | None = None) ->
     """
     if config is None:
         config = GPT2Config.from_folder(folder)
-    with _open_weights(folder, config) as tensors:
+    with open_weights(folder, config) as tensors:
         names = parameter_shapes(config, config.blocks)
         return content_hash(config, ((name, tensors.read(name)) for name in names))
 
@@ -213,23 +222,24 @@ def bundled_model_path() -> Path:
     return folder
 
 
-class _WeightsFile:
-    """An open safetensors file, whose header has been checked against the configuration."""
+class WeightsReader:
+    """Open safetensors files, whose headers have been checked against the configuration."""
 
-    def __init__(self, file: Path, tensors: Any, config: GPT2Config) -> None:
-        self._file = file
-        self._tensors = tensors
+    def __init__(self, files: Mapping[Path, Any], config: GPT2Config) -> None:
         self._config = config
         self._shapes = parameter_shapes(config, config.blocks)
-        self._stored_names: dict[str, str] = {}  # name of the parameter -> name in the file
-        for stored_name in tensors.keys():  # noqa: SIM118 (the object is no mapping)
-            name = stored_name.removeprefix(_PREFIX)
-            if _MASK_NAME.fullmatch(name):
-                continue
-            if name in self._stored_names:
-                raise self._error(f"tensor {name} is there twice, with and without {_PREFIX!r}")
-            self._stored_names[name] = stored_name
-            self._check_header(name, stored_name)
+        # Name of the parameter -> its file, the tensors of that file, its name there.
+        self._stored: dict[str, tuple[Path, Any, str]] = {}
+        self._folder = next(iter(files)).parent
+        for file, tensors in files.items():
+            for stored_name in tensors.keys():  # noqa: SIM118 (the object is no mapping)
+                name = stored_name.removeprefix(_PREFIX)
+                if _MASK_NAME.fullmatch(name):
+                    continue
+                if name in self._stored:
+                    raise _error(file, f"tensor {name} is there twice, with or without {_PREFIX!r}")
+                self._stored[name] = (file, tensors, stored_name)
+                self._check_header(name)
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return one parameter as float32.
@@ -238,71 +248,119 @@ class _WeightsFile:
             ModelFolderError: It is missing, or holds NaN or infinity.
         """
         values = self._read_stored(name)
-        if name == "wte.weight" and "lm_head.weight" in self._stored_names:
+        if name == "wte.weight" and "lm_head.weight" in self._stored:
             self._check_tied(values)
         return values
 
     def _read_stored(self, name: str) -> NDArray[np.float32]:
-        if name not in self._stored_names:
-            raise self._error(f"tensor {name} is missing")
-        stored = self._tensors.get_tensor(self._stored_names[name])
+        if name not in self._stored:
+            raise _error(self._folder, f"tensor {name} is missing")
+        file, tensors, stored_name = self._stored[name]
+        try:
+            stored = tensors.get_tensor(stored_name)
+        except SafetensorError as error:
+            raise _damaged_weights(file, error) from error
         values: NDArray[np.float32] = stored.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
-            raise self._error(f"tensor {name} holds NaN or infinity")
+            raise _error(file, f"tensor {name} holds NaN or infinity")
         return values
 
-    def _check_header(self, name: str, stored_name: str) -> None:
+    def _check_header(self, name: str) -> None:
+        file, tensors, stored_name = self._stored[name]
         expected = self._shapes.get(name)
         if name == "lm_head.weight":  # a copy of wte, where the embeddings are tied
             expected = (self._config.vocab_size, self._config.n_embd)
         if expected is None:
-            raise self._error(f"tensor {stored_name} is no parameter of this model")
-        header = self._tensors.get_slice(stored_name)
+            raise _error(file, f"tensor {stored_name} is no parameter of this model")
+        header = tensors.get_slice(stored_name)
         if (shape := tuple(header.get_shape())) != expected:
-            raise self._error(
-                f"tensor {stored_name} has the shape {shape}, config.json asks for {expected}"
+            raise _error(
+                file,
+                f"tensor {stored_name} has the shape {shape}, config.json asks for {expected}",
             )
         if (stored_type := header.get_dtype()) not in _READABLE_TYPES:
-            raise self._error(
+            raise _error(
+                file,
                 f"tensor {stored_name} is stored as {stored_type}, only "
-                f"{', '.join(_READABLE_TYPES)} can be read"
+                f"{', '.join(_READABLE_TYPES)} can be read",
             )
 
     def _check_tied(self, wte: NDArray[np.float32]) -> None:
         if self._config.tie_word_embeddings and not np.array_equal(
             self._read_stored("lm_head.weight"), wte
         ):
-            raise self._error(
+            raise _error(
+                self._stored["lm_head.weight"][0],
                 "lm_head.weight differs from wte.weight, although config.json ties them",
                 'Set "tie_word_embeddings": false in config.json, if that is what was trained.',
             )
 
-    def _error(
-        self,
-        problem: str,
-        advice: str = "The file does not belong to this config.json, or is damaged: "
-        "copy or download the model folder again.",
-    ) -> ModelFolderError:
-        return ModelFolderError(self._file, problem, advice)
-
 
 @contextmanager
-def _open_weights(folder: Path, config: GPT2Config) -> Iterator[_WeightsFile]:
-    file = folder / WEIGHTS_FILE_NAME
+def open_weights(folder: Path, config: GPT2Config) -> Iterator[WeightsReader]:
+    """Open the weights of a model folder, in one file or several, to read them one by one.
+
+    Raises:
+        ModelFolderError: As `load_weights`.
+    """
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(_open_file(file)) for file in weights_files(folder)}
+        yield WeightsReader(files, config)
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights of a model folder; they may still be damaged.
+
+    Raises:
+        ModelFolderError: There are none, or the list of them is damaged.
+    """
+    if (folder / WEIGHTS_FILE_NAME).exists():
+        return [folder / WEIGHTS_FILE_NAME]
+    shards_file = folder / SHARDS_FILE_NAME
+    if not shards_file.exists():
+        raise _missing_weights(folder)
+    try:
+        with shards_file.open("rb") as stream:
+            content = stream.read(MAX_SHARDS_FILE_BYTES + 1)
+        names = set(json.loads(content[:MAX_SHARDS_FILE_BYTES])["weight_map"].values())
+    except OSError as error:
+        raise ModelFolderError(shards_file, f"can't be read ({error})", _COPY_AGAIN) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelFolderError(
+            shards_file, "does not say which tensor is in which file", _COPY_AGAIN
+        ) from error
+    for name in names:
+        # A list that came with a stranger's model must not make us read files elsewhere.
+        if type(name) is not str or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelFolderError(
+                shards_file, f"names {name!r}, which is no file of this folder", _COPY_AGAIN
+            )
+    if not 1 <= len(names) <= MAX_SHARDS:
+        raise ModelFolderError(shards_file, f"names {len(names)} files", _COPY_AGAIN)
+    return [folder / name for name in sorted(names)]
+
+
+def _open_file(file: Path) -> Any:
     try:
         # The library maps the file and checks that its header covers it to the last byte.
-        opened = safe_open(file, framework="numpy")
+        return safe_open(file, framework="numpy")
     except FileNotFoundError as error:
-        raise _missing_weights(folder) from error
+        raise ModelFolderError(
+            file, f"is missing, but {SHARDS_FILE_NAME} names it", _COPY_AGAIN
+        ) from error
     except OSError as error:
         raise ModelFolderError(file, f"can't be read ({error})", _COPY_AGAIN) from error
     except SafetensorError as error:
         raise _damaged_weights(file, error) from error
-    with opened as tensors:
-        try:
-            yield _WeightsFile(file, tensors, config)
-        except SafetensorError as error:
-            raise _damaged_weights(file, error) from error
+
+
+def _error(
+    file: Path,
+    problem: str,
+    advice: str = "The file does not belong to this config.json, or is damaged: "
+    "copy or download the model folder again.",
+) -> ModelFolderError:
+    return ModelFolderError(file, problem, advice)
 
 
 def _missing_weights(folder: Path) -> ModelFolderError:
@@ -313,12 +371,6 @@ def _missing_weights(folder: Path) -> ModelFolderError:
                 f"this format is not read, and {WEIGHTS_FILE_NAME} is missing",
                 "Convert it with transformers: model.save_pretrained(folder) writes safetensors.",
             )
-    if (folder / f"{WEIGHTS_FILE_NAME}.index.json").exists():
-        return ModelFolderError(
-            folder,
-            "the weights are split over several files, which is not supported",
-            "Save the model as one file: save_pretrained(folder, max_shard_size='100GB').",
-        )
     return ModelFolderError(
         folder,
         f"there is no {WEIGHTS_FILE_NAME}",

@@ -164,7 +164,10 @@ def test_block_that_is_not_there_is_said_so(llmload):
         (("generate", "x", "--join", "hello"), "an invite starts with 'natswarm:'"),
         (("generate", "x", "--join", "natswarm:x"), "the invite is damaged"),
         (("generate", "the mesh " * 100), "Shorten the prompt"),
-        (("info", "--model", "/nonexistent"), "/nonexistent/config.json: can't be read"),
+        (
+            ("info", "--model", "/nonexistent"),
+            "/nonexistent: is neither a folder nor the name of a model",
+        ),
     ],
 )
 def test_failure_is_one_line_and_status_1(llmload, arguments, message):

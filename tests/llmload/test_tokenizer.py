@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import tokenizers
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 
 from llmload.errors import ModelFolderError
-from llmload.tokenizer import Tokenizer
+from llmload.tokenizer import Tokenizer, byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,29 @@ def test_text_survives(tokenizer):
     for text in ("", "the mesh", " leading", "Grüße, 漢字 🦔\n\t\x00", "é"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("the mesh")) < len("the mesh")
+
+
+def test_vocabulary_and_merges_are_the_same_tokenizer(model_folder, bpe, config):
+    """The layout of OpenAI's own files, which have no settings of their own."""
+    (model_folder / "tokenizer.json").unlink()
+    bpe.model.save(str(model_folder))
+    vocabulary = json.loads((model_folder / "vocab.json").read_text())
+    (model_folder / "vocab.json").write_text(json.dumps(vocabulary | {"<|endoftext|>": 0}))
+    tokenizer = Tokenizer.from_folder(model_folder, config)
+    text = "the mesh of Grüße, 漢字 🦔"
+    assert tokenizer.encode(text) == bpe.encode(text).ids
+    assert tokenizer.decode([0, *tokenizer.encode(text)]) == text
+    again = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.to_json()))
+    assert again.encode(text) == tokenizer.encode(text)
+    (model_folder / "merges.txt").write_text("#version: 0.2\nthe thing that is no merge")
+    with pytest.raises(ModelFolderError, match=r"vocab\.json.*damaged"):
+        Tokenizer.from_folder(model_folder, config)
+
+
+def test_bytes_are_a_tokenizer():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.encode("é!") == [0xC3, 0xA9, 0x21]
+    assert tokenizer.decode(range(32, 127)) == bytes(range(32, 127)).decode()
 
 
 @given(st.text())

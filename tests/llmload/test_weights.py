@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 import zipfile
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from llmload import model_folder as model_folder_module
 from llmload.config import GPT2Config, parameter_shapes
 from llmload.errors import ModelFolderError
 from llmload.model_folder import load_model, save_config
@@ -55,6 +57,64 @@ def test_half_precision_is_read_as_float32(model_folder, weights, dtype):
     save_weights(model_folder, weights, dtype=dtype)
     rounded = {name: values.astype(dtype).astype(np.float32) for name, values in weights.items()}
     assert_same(load_weights(model_folder), rounded)
+
+
+def save_in_shards(folder, weights, count=3):
+    """As `save_pretrained` does beyond 5 GB."""
+    names = sorted(weights)
+    shards = {f"model-{i + 1:05}-of-{count:05}.safetensors": names[i::count] for i in range(count)}
+    for file, members in shards.items():
+        save_file({f"transformer.{name}": weights[name] for name in members}, folder / file)
+    index = {f"transformer.{name}": file for file, members in shards.items() for name in members}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return list(shards)
+
+
+def test_weights_in_several_files_are_the_same_model(model_folder, config, weights):
+    save_in_shards(model_folder, weights)
+    assert_same(load_weights(model_folder), weights)
+    assert content_hash_of_folder(model_folder) == content_hash(config, weights.items())
+    assert_same(
+        load_model(model_folder, range(1, 2)).weights, load_weights(model_folder, range(1, 2))
+    )
+
+
+def test_damaged_shards_are_named(model_folder, weights):
+    shards = save_in_shards(model_folder, weights)
+    second = model_folder / shards[1]
+    content = second.read_bytes()
+    second.write_bytes(content[:-3])
+    with pytest.raises(ModelFolderError, match="damaged or cut short") as caught:
+        load_weights(model_folder)
+    assert caught.value.file == second
+    second.unlink()
+    with pytest.raises(ModelFolderError, match=r"is missing, but model\.safetensors\.index\.json"):
+        load_weights(model_folder)
+    index = model_folder / "model.safetensors.index.json"
+    for stranger in ("../other.safetensors", "/etc/passwd", 7, "model.bin"):
+        index.write_text(json.dumps({"weight_map": {"wte.weight": stranger}}))
+        with pytest.raises(ModelFolderError, match="no file of this folder"):
+            load_weights(model_folder)
+    for nonsense in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {}}'):
+        index.write_text(nonsense)
+        with pytest.raises(ModelFolderError, match=r"does not say|names 0 files"):
+            load_weights(model_folder)
+
+
+def test_the_hash_of_a_folder_is_found_once_and_anew_when_a_file_changes(
+    model_folder, weights, monkeypatch
+):
+    first = load_model(model_folder).content_hash
+    reads = []
+    monkeypatch.setattr(
+        model_folder_module, "content_hash_of_folder", lambda *_, **__: reads.append(1) or "new"
+    )
+    assert load_model(model_folder, range(1)).content_hash == first
+    assert not reads
+    save_weights(model_folder, {n: w + np.float32(1) for n, w in weights.items()})
+    assert load_model(model_folder).content_hash == "new"
+    assert reads == [1]
 
 
 def test_a_stage_reads_only_what_it_needs(model_folder, config, weights):
@@ -150,7 +210,7 @@ def zeros(*shape, dtype=np.float32):
         (zipped_pickle, "pickle"),
         (missing_file, "there is no model.safetensors"),
         (only_pickle, "this format is not read"),
-        (sharded, "several files"),
+        (sharded, "does not say which tensor is in which file"),
         (directory, "can't be read"),
         (changed(transformer__ln_f__bias=None), "ln_f.bias is missing"),
         (changed(transformer__wte__weight=None), "wte.weight is missing"),
