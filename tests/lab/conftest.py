@@ -21,11 +21,16 @@ from natswarm.lab.settings import LabSettings
 from natswarm.lab.topology import Host, Lab
 
 OpenSocket = Callable[[Host], socket.socket]
-
-
 OpenLab = Callable[..., LabState]
 
 _serials = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the lab's tests one after another: real time is part of what they look at."""
+    for item in items:
+        if item.get_closest_marker("lab") is not None:
+            item.add_marker(pytest.mark.xdist_group("lab"))
 
 
 @pytest.fixture(autouse=True)
