@@ -1,0 +1,83 @@
+r"""Eight processes behind the kernel's NATs: their first contact dies, and all find each other.
+
+        hub        eve
+          \        /
+           the core
+      /    /   |   \    \    \
+    ann  bob  cat  dan  fay  gus      NATs: four keep ports, two draw from a block
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from natswarm.lab.nat import KernelNat, NatKind
+from natswarm.lab.process import LabProcess
+from natswarm.lab.topology import Host, Lab
+from natswarm.net.control import ask_running_node
+from tools.lab.pair import NATSWARM
+
+pytestmark = pytest.mark.lab
+
+NATS = dict.fromkeys(("ann", "bob", "cat", "dan"), KernelNat(NatKind.PRESERVING)) | dict.fromkeys(
+    ("fay", "gus"), KernelNat(NatKind.BLOCK)
+)
+# They bound a hang: eight times Python on a busy machine of two cores.
+START_TIMEOUT_S = 90.0
+FIND_TIMEOUT_S = 120.0
+
+
+def start(host: Host, folder: Path, *options: str) -> LabProcess:
+    words = ["up", "--json", "--no-lan", "--bind", host.ip, "--state", str(folder), *options]
+    return host.namespace.spawn([*NATSWARM, *words])
+
+
+def wait_up(node: LabProcess) -> dict[str, Any]:
+    line = node.wait_line(lambda line: json.loads(line)["event"] == "up", timeout_s=START_TIMEOUT_S)
+    return json.loads(line)
+
+
+def wait_other(node: LabProcess, hub_id: str) -> None:
+    """Wait until a node has met somebody through the hub."""
+
+    def matches(line: str) -> bool:
+        event = json.loads(line)
+        return event["event"] == "connected" and event["peer_id"] != hub_id
+
+    node.wait_line(matches, timeout_s=START_TIMEOUT_S)
+
+
+async def find_all(folder: Path, peer_ids: set[str]) -> None:
+    for peer_id in sorted(peer_ids):
+        found = await ask_running_node(folder, {"do": "find", "peer": peer_id})
+        assert found["peer_id"] == peer_id
+
+
+def test_all_find_each_other_after_their_first_contact_was_killed(lab: Lab, tmp_path: Path):
+    hub = start(lab.add_public("hub"), tmp_path / "hub")
+    hosts = {"eve": lab.add_public("eve")}
+    hosts |= {name: lab.add_client(name, nat) for name, nat in NATS.items()}
+    first = wait_up(hub)
+    nodes = {
+        tmp_path / name: start(host, tmp_path / name, "--join", first["invite"])
+        for name, host in hosts.items()
+    }
+    peer_ids = {folder: wait_up(node)["peer_id"] for folder, node in nodes.items()}
+    for node in nodes.values():
+        wait_other(node, first["peer_id"])
+    hub.kill()
+
+    async def live_on() -> None:
+        with trio.fail_after(FIND_TIMEOUT_S):
+            async with trio.open_nursery() as nursery:
+                for folder, own in peer_ids.items():
+                    nursery.start_soon(find_all, folder, {*peer_ids.values()} - {own})
+
+    trio.run(live_on)
+    complaints = {folder.name: node.error_text() for folder, node in nodes.items()}
+    assert complaints == dict.fromkeys(hosts, "")
