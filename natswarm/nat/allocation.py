@@ -106,6 +106,8 @@ class PortAllocation:
         sample_count: How many ports the fit rests on.
         shape: UNIFORM: (alpha, beta) of a Beta law over `low`..`high` where ports are drawn
             unevenly; None: evenly, or not enough ports to tell.
+        weights: UNIFORM: how likely a port of each of as many equal slices of `low`..`high` seems,
+            1 to 100, by few ports and without a `shape`; empty: not said.
         preserves_parity: Whether even ports of ours get even external ones and odd ones odd (RFC
             4787 section 4.2.2); None: too few ports to tell, or the port is kept anyway.
         law_probability: How sure the law is, 0..1, given that it is one of these; None: not said.
@@ -126,6 +128,7 @@ class PortAllocation:
     shape: tuple[float, float] | None = None
     preserves_parity: bool | None = None
     law_probability: float | None = None
+    weights: tuple[int, ...] = ()
 
     @property
     def ranges(self) -> tuple[PortRange, ...]:
@@ -148,6 +151,29 @@ class PortAllocation:
             PortRange(self.seen_high + 1, self.high),
         )
         return tuple(part for part in parts if part.port_count > 0)
+
+    @property
+    def slices(self) -> tuple[tuple[PortRange, float], ...]:
+        """UNIFORM: parts of the range with their probabilities, the densest first.
+
+        Ports of one part are as good as equally likely. Empty where all are, as far as is known.
+        """
+        if self.shape is not None:
+            count = SHAPE_SLICES
+            shares = [(index + 0.5) / count for index in range(count)]
+            weights = [shape_density(*self.shape, share) for share in shares]
+        else:
+            count = len(self.weights)
+            weights = [float(weight) for weight in self.weights]
+        width = self.high - self.low + 1
+        edges = [self.low + width * index // count for index in range(count + 1)] if count else []
+        parts = [PortRange(start, end - 1) for start, end in pairwise(edges)]
+        masses = [weight * part.port_count for weight, part in zip(weights, parts, strict=True)]
+        total = math.fsum(masses)
+        order = sorted(range(count), key=lambda index: weights[index], reverse=True)
+        return tuple(
+            (parts[index], masses[index] / total) for index in order if parts[index].port_count
+        )
 
     @property
     def window_steps(self) -> int:
@@ -219,8 +245,8 @@ def predict_ports(
                 yield port
     elif allocation.law is AllocationLaw.SEQUENTIAL and allocation.step:
         yield from _next_ports(allocation, run_length)
-    elif allocation.shape is not None:
-        for part in _by_density(allocation, *allocation.shape):
+    elif slices := allocation.slices:
+        for part, _ in slices:
             yield from shuffled_ports([part], rng)
     else:
         # Newer blocks first: mappings that are asked for now come from the newest. Of a range what
@@ -254,19 +280,6 @@ def shuffled_ports(ranges: Sequence[PortRange], rng: random.Random) -> Iterator[
             swapped[other] = swapped.pop(index, index)
         part_index = bisect_right(starts, position) - 1
         yield ranges[part_index].low + position - starts[part_index]
-
-
-def _by_density(allocation: PortAllocation, alpha: float, beta: float) -> list[PortRange]:
-    """Return the range in slices, the densest first: a Beta law is nearly even within one."""
-    low, count = allocation.low, allocation.high - allocation.low + 1
-    edges = [low + count * index // SHAPE_SLICES for index in range(SHAPE_SLICES + 1)]
-    slices = [PortRange(a, b - 1) for a, b in pairwise(edges) if b > a]
-
-    def density(part: PortRange) -> float:
-        share = ((part.low + part.high + 1) / 2 - low) / count
-        return shape_density(alpha, beta, share)
-
-    return sorted(slices, key=density, reverse=True)
 
 
 def _next_ports(allocation: PortAllocation, run_length: int) -> Iterator[int]:

@@ -36,7 +36,7 @@ from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.counter import PAUSE_S, Chain, follow
 from natswarm.nat.cross_traffic import rate_interval
 from natswarm.nat.interval import Interval
-from natswarm.nat.shape import Shape, fit_shape
+from natswarm.nat.shape import Shape, fit_shape, port_weights
 
 __all__ = ["allocation_intervals", "fit_allocation"]
 
@@ -257,8 +257,8 @@ def _uniform(ports: Sequence[int], shape: Shape | None) -> PortAllocation:
     )
     if shape is not None:
         parameters = (shape.alpha, shape.beta)
-        fitted = replace(fitted, low=shape.low, high=shape.high, shape=parameters)
-    return fitted
+        return replace(fitted, low=shape.low, high=shape.high, shape=parameters)
+    return replace(fitted, weights=port_weights(ports, fitted.low, fitted.high))
 
 
 # Blocks ------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from natswarm.nat.allocation import (
     PortAllocation,
 )
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Poison, Pooling
+from natswarm.nat.shape import WEIGHT_MAX, WEIGHT_SLICES
 
 __all__ = ["NatProfile", "decode_profile_untrusted"]
 
@@ -264,6 +265,9 @@ def _check_allocation(allocation: PortAllocation) -> None:
         raise DecodeError("blocks of ports have a size")
     if allocation.shape is not None and not all(0 < each <= 1e3 for each in allocation.shape):
         raise DecodeError("not a Beta law")
+    weights = allocation.weights
+    if len(weights) > WEIGHT_SLICES or not all(0 < each <= WEIGHT_MAX for each in weights):
+        raise DecodeError("not the weights of a range")
     if allocation.law_probability is not None and not 0 <= allocation.law_probability <= 1:
         raise DecodeError("not a probability")
     if allocation.law is AllocationLaw.SEQUENTIAL:

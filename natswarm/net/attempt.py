@@ -106,15 +106,11 @@ class Attempt:
         Raises:
             ConfigurationError: The system gives fewer ports than the plan needs.
         """
-        if (port_count := self._puncturer.extra_port_count) > 0:
-            self._group = self._network.bind_group(self._bind_ip, port_count)
         try:
             async with open_private_nursery() as nursery:
-                if self._group is not None:
-                    nursery.start_soon(self._receive_from_group, self._group)
                 if self._hello:
                     nursery.start_soon(self._knock)
-                await self._drive()
+                await self._drive(nursery)
         finally:
             if self._group is not None:
                 self._group.close()
@@ -145,10 +141,15 @@ class Attempt:
         self._take_events()
         self._wakeup.set()
 
-    async def _drive(self) -> None:
+    async def _drive(self, nursery: trio.Nursery) -> None:
         while True:
             now = trio.current_time()
             self._puncturer.handle_timer(now)
+            # Not before a step comes that needs them: most punctures end before that.
+            if self._group is None and self._puncturer.step_port_count > 0:
+                port_count = self._puncturer.extra_port_count
+                self._group = self._network.bind_group(self._bind_ip, port_count)
+                nursery.start_soon(self._receive_from_group, self._group)
             self._send_due(now)
             self._take_events()
             if self._path is not None or self._failure is not None:

@@ -120,6 +120,4 @@ def _stretched(plan: Plan, window_s: float) -> Plan:
     if last.burst is None:
         used_s = sum(step.duration_s for step in before)
         last = replace(last, duration_s=max(last.duration_s, window_s - used_s))
-    for step in reversed(before):
-        last = replace(step, fallback=last)
-    return last
+    return Plan.chain([*before, last])

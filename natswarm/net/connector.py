@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,7 @@ from natswarm.net.introducer import Introducer
 from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
 from natswarm.net.port import Network
+from natswarm.puncture.doubt import plan_in_doubt
 from natswarm.puncture.plan import (
     Limits,
     Plan,
@@ -87,6 +89,10 @@ ROUND_TRIP_MAX_S = 0.3
 # A peer that declines because it is connecting to us itself starts its side within a few seconds:
 # its introduction, and perhaps a look at its NAT. (Once it has, we wait for the end of it.)
 THEIR_SIDE_TIMEOUT_S = 15.0
+
+# A puncture that failed may have gone by what our NAT did before: the next goes by a newer look,
+# unless the last is so new.
+LOOK_AGAIN_S = 10.0
 
 # Of a slot of the clock, what an attempt may take.
 CLOCKED_SHARE = 0.8
@@ -125,8 +131,8 @@ class Home(Protocol):
         """Whether there is no room for one more peer."""
         ...
 
-    async def known_profile(self) -> NatProfile:
-        """What our NAT does; looks first if that is not known."""
+    async def known_profile(self, *, max_age_s: float = math.inf) -> NatProfile:
+        """What our NAT does; looks first if that is not known, or was seen too long ago."""
         ...
 
     def adopt(self, paths: PathSet, report: PunctureReport) -> Peer:
@@ -214,6 +220,7 @@ class Connector:
         self._hello_budget = Budget(per_s=HELLOS_PER_S)
         self._hello_address_budgets = KeyedBudget(per_s=HELLOS_PER_ADDRESS_PER_S)
         self._hello_prefix_budgets = KeyedBudget(per_s=HELLOS_PER_PREFIX_PER_S)
+        self._failed_at = -math.inf
 
     # Our own wish ---------------------------------------------------------------------------------
 
@@ -304,7 +311,14 @@ class Connector:
             secret = self._identity.shared_secret(peer_id, purpose=b"invite")
         except DecodeError as error:
             raise ConnectFailed(str(error)) from error
-        plan = self._plan(await self._home.known_profile(), profile, peer_id)
+        # Nobody tells the peer when to start: it is waited for rather than guessed at.
+        plan = plan_puncture(
+            await self._home.known_profile(),
+            profile,
+            my_id=self._peer_id,
+            their_id=peer_id,
+            limits=self._limits,
+        )
         # Of our own invites the peer may hold one of last week's.
         meetings = [invite.meeting]
         if self._peer_id < peer_id:
@@ -365,7 +379,7 @@ class Connector:
             PeerNotFound: Nobody knows the peer.
             ConnectFailed: Whoever may know the peer did not introduce us.
         """
-        profile = await self._home.known_profile()
+        profile = await self._profile()
         neighbours = [peer for peer in self._home.peers() if peer.is_reachable]
         failure: ConnectFailed = PeerNotFound(
             f"none of our {len(neighbours)} neighbours is connected to {target.short}; "
@@ -461,7 +475,9 @@ class Connector:
         peer_id = record.peer_id
         if peer_id == self._peer_id:
             raise ConnectFailed("a node does not puncture to itself")
-        profile = await self._home.known_profile()
+        if self._dialler.under_way(peer_id=peer_id, by_others=True):
+            self._failed_at = trio.current_time()  # or the peer would not ask again
+        profile = await self._profile()
         if self._has_right_of_way(peer_id):
             raise AlreadyConnecting(f"{self._peer_id.short} is connecting to you already")
         theirs = profile_as_seen(record.profile, seen_at)
@@ -531,6 +547,7 @@ class Connector:
         try:
             paths, report = await dial.run()
         except PunctureFailed:
+            self._failed_at = trio.current_time()
             if pair:
                 self._recipes.note(pair, tried, None)
             raise
@@ -540,6 +557,11 @@ class Connector:
         for other in self._dialler.under_way(peer_id=dial.peer_id):
             other.cancel("another path to the peer was faster")
         return peer
+
+    async def _profile(self) -> NatProfile:
+        """Return our profile, looked at anew if a puncture has failed since."""
+        age_s = trio.current_time() - self._failed_at
+        return await self._home.known_profile(max_age_s=max(age_s, LOOK_AGAIN_S))
 
     def _plan(
         self,
@@ -553,7 +575,7 @@ class Connector:
     ) -> Plan:
         known = {strategy.value: strategy for strategy in Strategy}
         plan = partial(
-            plan_puncture,
+            plan_in_doubt,
             ours,
             theirs,
             my_id=self._peer_id,

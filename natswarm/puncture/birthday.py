@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 from natswarm.address import Endpoint
 from natswarm.errors import PunctureFailed
 from natswarm.nat.allocation import PortAllocation
 from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.profile import NatProfile
-from natswarm.nat.shape import shape_density
 from natswarm.puncture.bounds import (
     allocation_of,
     live_s,
@@ -78,15 +76,13 @@ ANSWER_ROUND_TRIPS = 1.5
 HURRY_AFTER = 1.5
 HURRY = 2.0
 # Below this even the smallest search would take longer than users wait.
-PROBES_PER_S_MIN = 5.0
+PROBES_PER_S_MIN = 4.0
 
 # Mappings opened in a row against a counter: the probes' stride. More would overrun small blocks.
 SEQUENTIAL_RUN_MAX = 16
 SEQUENTIAL_RUN_MIN = 4
 # From the last echo to the openers: the end of an inspection, and an introduction.
 SEQUENTIAL_AGE_S = 2.0
-# Of a law that is not flat: even within each.
-SLICES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +153,7 @@ def size_one_sided(
         opened = min(opened, opened_max)
         expected = 1 + drift / 2 / opened  # one in `opened` ports is probed, from the last one up
         enough = math.ceil(port_count / opened) + opened
-    elif allocation.shape is not None and port_count == port_count_of(opener):
-        slices = _slices(allocation)
+    elif slices := _slices(opener):
         opened = min(cheapest_prior_opened_count(slices), opened_max)
         expected = expected_prior_probe_count(slices, opened)
         enough = prior_probe_count_quantile(CONFIDENCE, slices, opened)
@@ -292,8 +287,8 @@ def plan_prober(
     )
     if sequential:
         p99 = math.ceil(2 * sized.expected_count)
-    elif allocation.shape is not None:
-        p99 = prior_probe_count_quantile(0.99, _slices(allocation), sized.opened_count)
+    elif slices := _slices(theirs):
+        p99 = prior_probe_count_quantile(0.99, slices, sized.opened_count)
     else:
         p99 = probe_count_quantile(
             0.99, opened_count=sized.opened_count, port_count=sized.port_count
@@ -328,20 +323,14 @@ def _near_count(allocation: PortAllocation) -> int:
     return SEQUENTIAL_RUN_MAX + math.ceil(drift + 3 * math.sqrt(drift))
 
 
-def _slices(allocation: PortAllocation) -> list[tuple[int, float]]:
-    """Return a law that is not flat as (ports, probability) of slices, the densest first."""
-    assert allocation.shape is not None
-    alpha, beta = allocation.shape
-    count = allocation.high - allocation.low + 1
-    edges = [count * index // SLICES for index in range(SLICES + 1)]
-    parts = [
-        (high - low, (high - low) * shape_density(alpha, beta, (low + high) / 2 / count))
-        for low, high in pairwise(edges)
-        if high > low
-    ]
-    total = math.fsum(weight for _, weight in parts)
-    found = [(ports, weight / total) for ports, weight in parts]
-    return sorted(found, key=lambda part: part[1] / part[0], reverse=True)
+def _slices(profile: NatProfile) -> list[tuple[int, float]]:
+    """Return a law that is not flat as (ports, probability) of slices, the densest first.
+
+    Empty where it is flat; at several addresses it counts as such.
+    """
+    if drawn_port_count(profile) != port_count_of(profile):
+        return []
+    return [(part.port_count, share) for part, share in allocation_of(profile).slices]
 
 
 def drawn_port_count(profile: NatProfile) -> int:

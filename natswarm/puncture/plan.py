@@ -193,7 +193,7 @@ def plan_puncture(
             plans.append(planner.candidates_only())
         if not plans:
             raise refusal
-    return _chain(plans)
+    return Plan.chain(plans)
 
 
 def plan_alternatives(
@@ -214,13 +214,6 @@ def plan_alternatives(
         except PunctureFailed as error:
             found.append(Alternative(choice.strategy, None, str(error)))
     return tuple(found)
-
-
-def _chain(plans: list[Plan]) -> Plan:
-    chained = plans[-1]
-    for plan in reversed(plans[:-1]):
-        chained = replace(plan, fallback=chained)
-    return chained
 
 
 def _goes_through_nats(plan: Plan) -> bool:

@@ -239,6 +239,11 @@ class Puncturer:
         return self._extra_port_count
 
     @property
+    def step_port_count(self) -> int:
+        """How many of them the step that goes on wants."""
+        return self._plan.step_port_count
+
+    @property
     def is_answered(self) -> bool:
         """Whether an ACK came back: some path works both ways, agreed on or not."""
         return self._is_answered

@@ -6,7 +6,7 @@ Data only: made by `plan.py`, `birthday.py` and `scan.py`, carried out by `punct
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from natswarm.address import Endpoint
@@ -221,6 +221,11 @@ class Plan:
     fallback: Plan | None = None
 
     @property
+    def guesses(self) -> bool:
+        """Whether it guesses ports, or has the peer guess ours."""
+        return self.burst is not None or self.openers is not None
+
+    @property
     def steps(self) -> Iterator[Plan]:
         """This plan and what follows it, in order."""
         step: Plan | None = self
@@ -236,18 +241,29 @@ class Plan:
     @property
     def extra_port_count(self) -> int:
         """How many ports to open beside the main port, for all steps."""
+        return max(step.step_port_count for step in self.steps)
+
+    @property
+    def step_port_count(self) -> int:
+        """The same for this step alone."""
         return max(
-            max(
-                0 if step.openers is None else step.openers.port_count,
-                0 if step.burst is None else max(step.burst.port_indices),
-            )
-            for step in self.steps
+            0 if self.openers is None else self.openers.port_count,
+            0 if self.burst is None else max(self.burst.port_indices),
         )
 
     @property
     def targets(self) -> tuple[Endpoint, ...]:
         """Endpoints where the peer may be reached without guessing."""
         return self.checks + (() if self.openers is None else self.openers.destinations)
+
+    @staticmethod
+    def chain(steps: Sequence[Plan]) -> Plan:
+        """Return the first of some steps, each followed by the next; at least one."""
+        *before, chained = steps
+        chained = replace(chained, fallback=None)
+        for step in reversed(before):
+            chained = replace(step, fallback=chained)
+        return chained
 
     def __str__(self) -> str:
         return "; else ".join(f"{step.strategy.value}: {step.reason}" for step in self.steps)

@@ -171,9 +171,15 @@ def _prior_optimum(probabilities: Sequence[float], opened: int) -> Optimum:
 
 @lru_cache(maxsize=1)
 def _drifts() -> tuple[int, ...]:
-    """Return how far a counter moved since the last echo, in many cases."""
+    """Return how far a counter moved since the last echo, in many cases.
+
+    The echo goes on to the observer, and the first datagram of the puncture to the NAT: half of a
+    round trip in all.
+    """
     rng = random.Random(1)
-    return tuple(poisson(OTHERS_PER_S * rng.uniform(0, ECHO_AGE_MAX_S), rng) for _ in range(20_000))
+    way_s = MEAN_ROUND_TRIP_S / 2
+    ages_s = (way_s + rng.uniform(0, ECHO_AGE_MAX_S) for _ in range(20_000))
+    return tuple(poisson(OTHERS_PER_S * age_s, rng) for age_s in ages_s)
 
 
 def one_counter() -> Optimum:

@@ -24,6 +24,8 @@ from natswarm.nat.allocation import (
 )
 from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.fit import fit_allocation
+from natswarm.nat.shape import WEIGHT_MAX, WEIGHT_SLICES, port_weights, shape_density
+from natswarm.puncture.odds import cheapest_prior_opened_count, expected_prior_probe_count
 
 SEEDS = 250
 OBSERVER = Endpoint("198.51.100.1", 4000)
@@ -296,3 +298,59 @@ def test_a_lazy_shuffle_is_fair() -> None:
         counts[0, order[0]] += 1
         counts[5, order[5]] += 1
     assert all(abs(count - 500) < 102 for count in counts.values()), counts
+
+
+def test_few_ports_say_where_to_begin() -> None:
+    # What is drawn about the middle of a range is not known to be; it is tried first all the same.
+    rng = random.Random(3)
+    crowd = [round(10_000 + 20_000 * rng.betavariate(4, 4)) for _ in range(30)]
+    allocation = fit(crowd)
+    assert allocation.law is AllocationLaw.UNIFORM
+    assert allocation.shape is None
+    first = take(predict_ports(allocation, rng=rng), 2000)
+    assert sum(17_000 <= port <= 23_000 for port in first) > 1500
+    (densest, share), *_ = allocation.slices
+    assert densest.low <= first[0] <= densest.high
+    assert share > 1.5 * densest.port_count / allocation.port_count
+    assert sum(share for _, share in allocation.slices) == pytest.approx(1.0)
+    assert sum(part.port_count for part, _ in allocation.slices) == allocation.port_count
+
+
+@pytest.mark.parametrize("ports", [[2000] * 29 + [60_000], [2000, 2001] * 3, [1024, 65_535]])
+def test_weights_are_bounded_whatever_the_ports(ports: list[int]) -> None:
+    weights = port_weights(ports, 1024, 65_535)
+    assert len(weights) == WEIGHT_SLICES
+    assert max(weights) == WEIGHT_MAX
+    assert min(weights) >= 1
+
+
+def test_a_range_without_weights_has_no_slices() -> None:
+    assert PortAllocation(AllocationLaw.UNIFORM).slices == ()
+    # Narrower than its slices: some hold no port.
+    narrow = PortAllocation(AllocationLaw.UNIFORM, low=5000, high=5009, weights=(1,) * 32)
+    assert sorted(part.low for part, _ in narrow.slices) == [*range(5000, 5010)]
+
+
+def test_few_ports_are_nearly_as_good_as_the_law() -> None:
+    """Openers and probes of a puncture in the order of 30 ports' weights, by the true Beta law."""
+
+    def mass(part: PortRange) -> float:
+        shares = ((port - 4630.72) / 13937.38 for port in range(part.low, part.high + 1, 8))
+        return sum(shape_density(2.242, 5.008, share) for share in shares if 0 < share < 1)
+
+    def cost(order: Sequence[tuple[PortRange, float]]) -> float:
+        opened = cheapest_prior_opened_count([(part.port_count, p) for part, p in order])
+        masses = [mass(part) for part, _ in order]
+        truth = [
+            (part.port_count, each / sum(masses))
+            for (part, _), each in zip(order, masses, strict=True)
+        ]
+        return opened + expected_prior_probe_count(truth, opened)
+
+    law = PortAllocation(AllocationLaw.UNIFORM, low=4631, high=18_568, shape=(2.242, 5.008))
+    fits = [fit(beta(random.Random(seed), 30)) for seed in range(20)]
+    by_weights = sum(cost(each.slices) for each in fits) / len(fits)
+    by_range = sum(cost([(PortRange(each.low, each.high), 1.0)]) for each in fits) / len(fits)
+    print(f"exact {cost(law.slices):.0f}, by weights {by_weights:.0f}, by range {by_range:.0f}")
+    assert by_weights < 1.08 * cost(law.slices)
+    assert by_range > 1.3 * cost(law.slices)

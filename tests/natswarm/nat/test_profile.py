@@ -40,6 +40,7 @@ def uniform_allocations() -> st.SearchStrategy[PortAllocation]:
             seen_high=e[2],
             high=e[3],
             shape=(2.0, 5.0) if e[1] % 2 else None,
+            weights=() if e[1] % 2 else (1, 100, 50),
             law_probability=e[1] / 65_535,
         )
     )
@@ -204,6 +205,9 @@ def test_the_largest_profile_fits() -> None:
         ("allocation", {"law": "sequential", "step": 1, "last_port": 7, "blocks": (512,)}),
         ("allocation", {"law": "sequential", "step": 1, "last_port": 7, "block_size": 128}),
         ("allocation", {"law": "uniform", "shape": (0.0, 1.0)}),
+        ("allocation", {"law": "uniform", "weights": (1,) * 33}),
+        ("allocation", {"law": "uniform", "weights": (0, 1)}),
+        ("allocation", {"law": "uniform", "weights": (101, 1)}),
         ("allocation", {"law": "uniform", "law_probability": 1.5}),
         ("allocation", {"law": "block", "block_size": 256, "blocks": (512, 512)}),
         ("allocation", {"law": "block", "block_size": 256, "blocks": (65_536,)}),

@@ -12,6 +12,7 @@ from functools import lru_cache
 from natswarm.address import Endpoint
 from natswarm.identity import Identity, ProbeKeys
 from natswarm.nat.profile import NatProfile
+from natswarm.puncture.doubt import plan_in_doubt
 from natswarm.puncture.plan import Limits, Plan, plan_puncture
 from natswarm.puncture.puncturer import PathFound, PunctureEvent, Puncturer, PunctureStatistics
 from natswarm.sim.nat import NatBehaviour
@@ -113,6 +114,7 @@ class Outcome:
 
 
 Kind = str | Preset | NatBehaviour
+Lie = Callable[[NatProfile], NatProfile]
 
 
 def simulate(
@@ -125,6 +127,7 @@ def simulate(
     age_s: float = 0.0,
     limits: Limits | None = None,
     known: Mapping[str, Sequence[object]] | None = None,
+    lies: tuple[Lie, Lie] | None = None,
 ) -> Outcome:
     """Inspect, plan and puncture between two hosts of the given kinds.
 
@@ -134,6 +137,7 @@ def simulate(
         age_s: Time between inspection and puncture.
         known: Fields of the profiles that this inspection does not measure, each with its value for
             either side.
+        lies: What makes the profile of each side wrong; both then plan in doubt.
 
     Raises:
         PunctureFailed: There is no plan.
@@ -150,6 +154,7 @@ def simulate(
         age_s=age_s,
         limits=limits,
         known=known or {},
+        lies=lies,
     )
 
 
@@ -171,6 +176,7 @@ def _puncture(
     late: int = 1,
     age_s: float = 0.0,
     limits: Limits | None = None,
+    lies: tuple[Lie, Lie] | None = None,
 ) -> Outcome:
     world = internet.world
     observers = [SimulatedObserver(internet, f"observer{index}") for index in range(3)]
@@ -183,6 +189,8 @@ def _puncture(
         replace(profile, **{name: values[side] for name, values in known.items()})  # type: ignore[arg-type]
         for side, profile in enumerate(profiles)
     ]
+    if lies is not None:
+        profiles = [lie(profile) for lie, profile in zip(lies, profiles, strict=True)]
     if loss:
         for host in hosts:
             for link in (host.uplink.upload, host.uplink.download):
@@ -190,12 +198,12 @@ def _puncture(
     world.run_for(age_s)
     ids = [identity.peer_id for identity in two_identities()]
     plans = [
-        plan_puncture(
+        (plan_puncture if lies is None else plan_in_doubt)(
             profiles[index],
             profiles[1 - index],
             my_id=ids[index],
             their_id=ids[1 - index],
-            limits=limits,
+            limits=limits or Limits(),
         )
         for index in (0, 1)
     ]
