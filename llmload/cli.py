@@ -394,7 +394,8 @@ async def _serve(
                 f"{node.peer_id.short}.\nInvite  {invite}\nPress Ctrl-C to stop."
             )
         try:
-            await _stay_joined(node, invites)
+            async with beside(server.keep_links):
+                await _stay_joined(node, invites)
         finally:
             done = server.statistics
             if not as_json:

@@ -7,27 +7,28 @@ that holds blocks 0-6 also serves 0-3 to one session and 5-6 to another.
 Every block is a session of ONNX Runtime. Against one session for the whole range that costs a call
 and a copy of the hidden states a block: some tens of microseconds of milliseconds.
 
-This file does not know streams, and nothing here is thread-safe: see `StageEngine.run`.
+This file does not know streams, and nothing here is thread-safe: see `StageEngine`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmload.config import GPT2Config
 from llmload.engine.kv_cache import KVCache
-from llmload.engine.session import StageEngine
+from llmload.engine.session import BatchStep, StageEngine
 from llmload.weights import Weights
 
-__all__ = ["BlockStack", "StackCache"]
+__all__ = ["BatchItem", "BlockStack", "StackCache"]
 
 # Enough steps for a median, after one that warms up.
 MEASURED_STEPS = 5
+SLOTS = 64
 
 
 class StackCache:
@@ -57,18 +58,34 @@ class StackCache:
             cache.truncate(position)
 
 
+class BatchItem(NamedTuple):
+    """What one sequence adds to a step of many.
+
+    Attributes:
+        x: Token ids (time,) where its blocks begin with the first of the model, otherwise hidden
+            states float32 (time, n_embd).
+        cache: Of `BlockStack.new_cache`.
+        logits_count: For how many of the last positions logits are wanted at the model's end.
+    """
+
+    x: NDArray[Any]
+    cache: StackCache
+    logits_count: int = 1
+
+
 class BlockStack:
     """Consecutive blocks of a model, ready to compute.
 
     Args:
         engines: In order; each starts where the one before has ended. A session may begin and end
             only where an engine does.
+        slot_count: Sequences that find room at once.
 
     Raises:
         ValueError: They are not one part of one model.
     """
 
-    def __init__(self, engines: Sequence[StageEngine]) -> None:
+    def __init__(self, engines: Sequence[StageEngine], *, slot_count: int = SLOTS) -> None:
         blocks = [index for engine in engines for index in engine.blocks]
         if not blocks or blocks != list(range(blocks[0], blocks[0] + len(blocks))):
             raise ValueError(f"the engines hold blocks {blocks}, which do not follow each other")
@@ -77,6 +94,8 @@ class BlockStack:
         self.config: GPT2Config = engines[0].config
         self.blocks = range(blocks[0], blocks[-1] + 1)
         self._engines = {engine.blocks.start: engine for engine in engines}
+        # Side by side, so that sequences are computed together. Only address space until used.
+        self._arenas = {engine.blocks.start: engine.new_arena(slot_count) for engine in engines}
 
     @classmethod
     def open(
@@ -113,52 +132,61 @@ class BlockStack:
 
         Raises:
             ValueError: They are not held, or an engine holds more than these.
+            CacheFull: All slots are taken.
         """
         chain = self._chain(blocks)
         if not chain:
             raise ValueError(f"blocks {blocks} are not among {self.blocks}")
-        return StackCache([engine.new_cache() for engine in chain])
+        return StackCache([self._arenas[engine.blocks.start].new_cache() for engine in chain])
 
-    def run(
-        self, x: NDArray[Any], cache: StackCache, *, logits_count: int = 1
-    ) -> NDArray[np.float32]:
-        """Advance a sequence through the blocks of its cache.
-
-        Args:
-            x: Token ids (1, time) where the blocks begin with the first of the model, otherwise
-                hidden states float32 (1, time, n_embd).
-            cache: Of `new_cache`; unchanged if the call raises.
-            logits_count: For how many of the last positions logits are wanted at the model's end.
+    def run_batch(self, items: Sequence[BatchItem]) -> list[NDArray[np.float32]]:
+        """Advance many sequences, each through the blocks of its own cache.
 
         Returns:
-            Logits float32 (1, min(logits_count, time), vocab_size) at the model's end, hidden
-            states float32 (1, time, n_embd) before it.
+            For each item logits float32 (min(logits_count, time), vocab_size) at the model's end,
+            hidden states float32 (time, n_embd) before it.
 
         Raises:
-            ValueError: `x` does not fit, or the context has no room.
+            ValueError: An item does not fit, or the context has no room.
             StageFailed: The runtime could not compute.
+            In both cases the caches are unchanged.
         """
-        position = cache.position
+        positions = [item.cache.position for item in items]
+        outputs = [item.x for item in items]
         try:
-            for part in cache.caches:
-                x = self._engines[part.blocks.start].run(x, part, logits_count=logits_count)
+            for start, engine in self._engines.items():
+                present = [
+                    (index, part)
+                    for index, item in enumerate(items)
+                    for part in item.cache.caches
+                    if part.blocks.start == start
+                ]
+                results = engine.run_batch(
+                    [
+                        BatchStep(outputs[index], part, items[index].logits_count)
+                        for index, part in present
+                    ]
+                )
+                for (index, _), result in zip(present, results, strict=True):
+                    outputs[index] = result
         except BaseException:
-            cache.truncate(position)  # the parts that came that far
+            for item, position in zip(items, positions, strict=True):
+                item.cache.truncate(position)  # the blocks that came that far
             raise
-        return x
+        return outputs
 
     def measure_block_s(self) -> float:
         """Return the seconds that one position takes in one block, the head of the model included.
 
         Blocking; some ten steps of one token.
         """
-        shape = (1, 1) if self.blocks.start == 0 else (1, 1, self.config.n_embd)
+        shape = (1,) if self.blocks.start == 0 else (1, self.config.n_embd)
         x = np.zeros(shape, dtype=np.int64 if self.blocks.start == 0 else np.float32)
         cache = self.new_cache(self.blocks)
         seconds = []
         for _ in range(MEASURED_STEPS + 1):
             started_at = time.perf_counter()
-            self.run(x, cache)
+            self.run_batch([BatchItem(x, cache)])
             seconds.append(time.perf_counter() - started_at)
             cache.truncate(0)
         return float(np.median(seconds[1:])) / len(self.blocks)

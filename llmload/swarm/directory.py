@@ -45,6 +45,9 @@ DOUBT_S = 0.5
 # Stages that have no room for a session may have some the next time; others come first.
 FULL_S = 1.0
 DESCRIBE_TIMEOUT_S = 3.0
+# Round trip of a link that nobody has told of: it may have to be punctured first, so that one is
+# preferred which is there, even to a distant peer.
+UNKNOWN_RTT_S = 0.5
 # Peers whose speed is asked for; each may cost a puncture.
 DESCRIBED_MAX = 16
 
@@ -195,7 +198,7 @@ class StageDirectory:
 
     def _costs(self, beside: Collection[PeerId]) -> RouteCosts:
         us = self._node.peer_id
-        costs = RouteCosts(client=us)
+        costs = RouteCosts(client=us, default_rtt_s=UNKNOWN_RTT_S)
         for peer in self._node.peers():
             if (rtt_s := peer.statistics().rtt_s) is not None:
                 costs.rtt_s[us, peer.peer_id] = rtt_s

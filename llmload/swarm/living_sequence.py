@@ -246,7 +246,7 @@ class LivingSequence:
         rows, opening_s = len(token_ids) + len(guesses), OPENING_S
         if racer.session is not None:
             rows, opening_s = racer.session.missing_count(token_ids) + len(guesses), 0.0
-        step_s = max(self._step_s, self._directory.step_s(racer.route))
+        step_s = self._step_s or self._directory.step_s(racer.route)
         expected_s = step_s * (1 + (rows - 1) * PREFILL_SHARE)
         return opening_s + max(STALL_FACTOR * expected_s, STALL_S_MIN)
 

@@ -19,7 +19,9 @@ import trio
 
 from llmload.engine.kv_cache import cache_bytes
 from llmload.engine.sampler import SamplingParameters
+from llmload.errors import CacheFull
 from llmload.swarm.blocks import BlockStack
+from llmload.swarm.directory import StageDirectory
 from llmload.swarm.protocol import (
     DESCRIBE,
     LINKS_MAX,
@@ -52,6 +54,8 @@ FIRST_MESSAGE_TIMEOUT_S = 15.0
 # Each hop keeps a tenth of the time it was given: the innermost one runs out first, so the client
 # hears which stage did not answer, and not just that none did.
 BUDGET_SHARE_OF_NEXT = 0.9
+# How often new stages are looked for, to connect to them before they are needed.
+LINKS_INTERVAL_S = 20.0
 # Until the blocks were measured: that of a small device.
 BLOCK_S = 0.005
 
@@ -114,6 +118,18 @@ class StageServer:
         """Answer streams from now on, in tasks of the node."""
         self._node.serve(SESSION_PROTOCOL, self.handle)
         self._node.answer(DESCRIBE, self._describe)
+
+    async def keep_links(self) -> None:
+        """Keep connections to the other stages of the model, for ever.
+
+        A session that has to go on elsewhere so finds its way open; to puncture takes seconds.
+        """
+        config = self._shop.stack.config
+        directory = StageDirectory(self._node, self._model_hash, config.n_layer)
+        while True:
+            await directory.refresh()
+            await directory.warm_up()
+            await trio.sleep(LINKS_INTERVAL_S)
 
     def describe(self) -> StageDescription:
         """Return how this stage is."""
@@ -178,7 +194,10 @@ class StageServer:
         self._check_route(request, peer)
         sampling = self._check_request(request)
         blocks = StageOffer.of_hop(request.route[0]).blocks
-        self._shop.pool.open(key, self._shop.stack.new_cache(blocks))
+        try:
+            self._shop.pool.open(key, self._shop.stack.new_cache(blocks))
+        except CacheFull as error:
+            raise self._refusal(str(error)) from error
         downstream, next_peer = await self._open_downstream(request)
         async with downstream:
             await upstream.send(SessionOpened())

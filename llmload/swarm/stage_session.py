@@ -13,8 +13,8 @@ This file does not know how a session is opened or refused: see `stage.py`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from llmload.engine.kv_cache import CachePool
 from llmload.engine.sampler import SamplingParameters, sample
-from llmload.errors import StageFailed
-from llmload.swarm.blocks import BlockStack, StackCache
+from llmload.errors import CacheFull, StageFailed
+from llmload.swarm.blocks import BatchItem, BlockStack, StackCache
 from llmload.swarm.codec import choose_codec, encode_hidden
 from llmload.swarm.protocol import (
     STAGES_MAX,
@@ -40,7 +40,7 @@ from llmload.swarm.protocol import (
     unpack_token_ids_untrusted,
 )
 from llmload.swarm.receipt import take_receipt
-from llmload.swarm.turns import FairTurns
+from llmload.swarm.turns import BatchTurns
 from natswarm import DecodeError, MessageStream, NatswarmError, Peer, PeerId
 
 __all__ = ["StageLimits", "StageSession", "StageStatistics", "Workshop", "in_thread"]
@@ -54,6 +54,9 @@ REPORT_TIMEOUT_S = 5.0
 UNREACHABLE_S = 1.0
 # How much one step changes what we believe a block costs.
 MEASURE_SHARE = 0.1
+# Rows computed together. Enough for the weights to be read once for many; few enough that a token
+# does not wait for several parts of prompts.
+BATCH_ROWS_MAX = 128
 # Steps of more rows are prefill, which costs less a row.
 DECODE_ROWS_MAX = 2
 
@@ -81,14 +84,12 @@ class StageLimits:
         cache_bytes_max: Keys and values of all of them; the cache that was idle longest goes.
         idle_timeout_s: A session without a step for so long is ended.
         send_timeout_s: How long the next hop may take to accept a step.
-        steps_at_once: Steps computed at the same time, each with the engine's number of threads.
     """
 
     session_count_max: int = 32
     cache_bytes_max: int = 512 * 2**20
     idle_timeout_s: float = 120.0
     send_timeout_s: float = 30.0
-    steps_at_once: int = 1
 
 
 @dataclass(slots=True)
@@ -101,6 +102,51 @@ class StageStatistics:
     step_count: int = 0
     position_count: int = 0
     repeated_step_count: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepWork:
+    """A step that is to be computed.
+
+    Attributes:
+        session: Whose.
+        step: Its header.
+        rows: Token ids (1, time), or hidden states (1, time, n_embd).
+    """
+
+    session: StageSession
+    step: Step
+    rows: NDArray[Any]
+
+    def item(self, cache: StackCache) -> BatchItem:
+        """Return the step on its cache, with what is beyond its beginning forgotten.
+
+        Raises:
+            DecodeError: The step begins beyond what is held.
+        """
+        if self.step.position > cache.position:
+            raise DecodeError(
+                f"a step at position {self.step.position} came, {cache.position} are held"
+            )
+        cache.truncate(self.step.position)
+        # At least the last position's: also a part of a prompt leaves a receipt.
+        return BatchItem(self.rows[0], cache, max(self.step.draw_count, 1))
+
+    def result(self, output: NDArray[np.float32]) -> StepResult | StageFailed:
+        """Return what the step has led to: at the model's end tokens are drawn."""
+        step, session = self.step, self.session
+        if not session.is_last:
+            return StepResult(output)  # (row_count, n_embd)
+        # of (draw_count, vocab_size): after the last rows, so the first token stands at
+        first = step.position + step.row_count - step.draw_count + 1
+        try:
+            token_ids = tuple(
+                sample(output[index], session.sampling, first + index)
+                for index in range(step.draw_count)
+            )
+        except ValueError as error:
+            return StageFailed(f"no token can be chosen: {error}")
+        return StepResult(None, token_ids, session.receipt(step, output[-1]))
 
 
 @dataclass(slots=True, eq=False)
@@ -120,15 +166,54 @@ class Workshop:
     block_s: float
     statistics: StageStatistics = field(default_factory=StageStatistics)
     pool: CachePool[int, StackCache] = field(init=False)
-    turns: FairTurns[PeerId] = field(init=False)
+    turns: BatchTurns[PeerId, StepWork, StepResult] = field(init=False)
 
     def __post_init__(self) -> None:
         self.pool = CachePool(max_bytes=self.limits.cache_bytes_max)
-        self.turns = FairTurns(self.limits.steps_at_once)
+        self.turns = BatchTurns(self._compute_batch, rows_max=BATCH_ROWS_MAX)
+
+    async def _compute_batch(self, works: Sequence[StepWork]) -> list[StepResult | Exception]:
+        """Return what each step has led to, or what is wrong with it alone."""
+        outcomes: dict[StepWork, StepResult | Exception] = {}
+        items: dict[StepWork, BatchItem] = {}
+        with ExitStack() as borrowed:
+            for work in works:
+                try:
+                    lent = self.pool.borrow(work.session.key, work.step.row_count)
+                    items[work] = work.item(borrowed.enter_context(lent))
+                except KeyError:
+                    outcomes[work] = StageFailed(
+                        "its memory of this sequence had to make room for others; start again"
+                    )
+                except (CacheFull, DecodeError) as error:
+                    outcomes[work] = error
+            started_at = trio.current_time()
+            try:
+                results = await self.compute(self._advance, items)
+            except StageFailed as error:
+                outcomes.update(dict.fromkeys(items, error))
+            else:
+                outcomes.update(results)
+                self._measure(list(items.values()), trio.current_time() - started_at)
+        return [outcomes[work] for work in works]
+
+    def _advance(
+        self, items: Mapping[StepWork, BatchItem]
+    ) -> dict[StepWork, StepResult | Exception]:
+        """Compute a batch; runs in a thread, alone with the caches."""
+        outputs = self.stack.run_batch(list(items.values()))
+        return {work: work.result(output) for work, output in zip(items, outputs, strict=True)}
+
+    def _measure(self, items: Sequence[BatchItem], elapsed_s: float) -> None:
+        if len(items) == 1:
+            ((x, cache, _),) = items
+            if len(x) <= DECODE_ROWS_MAX:
+                block_s = elapsed_s / (len(x) * len(cache.blocks))
+                self.block_s += MEASURE_SHARE * (block_s - self.block_s)
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
+class StepResult:
     """What a step has led to: hidden states (row_count, n_embd), or tokens and a receipt."""
 
     hidden: NDArray[np.float32] | None
@@ -182,7 +267,8 @@ class StageSession:
         return self.request.route[0].first == 0
 
     @property
-    def _is_last(self) -> bool:
+    def is_last(self) -> bool:
+        """Whether the model ends here, and tokens are drawn."""
         return len(self.request.route) == 1
 
     # Steps ----------------------------------------------------------------------------------------
@@ -212,7 +298,7 @@ class StageSession:
                 return self._failure(str(error))
             receipts = step.receipts
             if not self._is_first:
-                receipts += (self._receipt(step, rows[0, -1]),)
+                receipts += (self.receipt(step, rows[0, -1]),)
             failure = await self._hand_on(step, result, receipts, received_at)
             if failure is not None:
                 return failure
@@ -235,7 +321,7 @@ class StageSession:
         unpack = unpack_token_ids_untrusted if self._is_first else unpack_hidden_untrusted
         return unpack(step, payload, self.workshop.stack.config)
 
-    async def _compute(self, step: Step, rows: NDArray[Any]) -> _Result:
+    async def _compute(self, step: Step, rows: NDArray[Any]) -> StepResult:
         """Advance the sequence by a step.
 
         Raises:
@@ -243,53 +329,19 @@ class StageSession:
             StageFailed: The cache is gone or has no room, or the runtime failed.
         """
         shop = self.workshop
-        client = PeerId(self.request.client)
-        async with shop.turns.turn(client):
-            try:
-                with shop.pool.borrow(self.key, step.row_count) as cache:
-                    if step.position > cache.position:
-                        raise DecodeError(
-                            f"a step at position {step.position} came, {cache.position} are held"
-                        )
-                    started_at = trio.current_time()
-                    result = await shop.compute(self._advance, step, rows, cache)
-                    if step.row_count <= DECODE_ROWS_MAX:
-                        units = step.row_count * len(cache.blocks)
-                        block_s = (trio.current_time() - started_at) / units
-                        shop.block_s += MEASURE_SHARE * (block_s - shop.block_s)
-            except KeyError:
-                raise StageFailed(
-                    "its memory of this sequence had to make room for others; start again"
-                ) from None
+        work = StepWork(self, step, rows)
+        result = await shop.turns.run(PeerId(self.request.client), work, step.row_count)
         self._next_step += 1
         shop.statistics.step_count += 1
         shop.statistics.position_count += step.row_count
         return result
 
-    def _advance(self, step: Step, rows: NDArray[Any], cache: StackCache) -> _Result:
-        """Compute one step; runs in a thread, alone with its cache."""
-        cache.truncate(step.position)
-        # At least the last position's: also a part of a prompt leaves a receipt.
-        wanted = max(step.draw_count, 1)
-        output = self.workshop.stack.run(rows, cache, logits_count=wanted)[0]
-        if not self._is_last:
-            return _Result(output)  # (row_count, n_embd)
-        # of (wanted, vocab_size); the token after the last row stands at cache.position
-        first = cache.position - step.draw_count + 1
-        try:
-            token_ids = tuple(
-                sample(output[index], self.sampling, first + index)
-                for index in range(step.draw_count)
-            )
-        except ValueError as error:
-            raise StageFailed(f"no token can be chosen: {error}") from error
-        return _Result(None, token_ids, self._receipt(step, output[-1]))
-
-    def _receipt(self, step: Step, row: NDArray[np.float32]) -> bytes:
+    def receipt(self, step: Step, row: NDArray[np.float32]) -> bytes:
+        """Return the note on a row that the step came with, or led to."""
         return take_receipt(row, self.request.receipt_seed, step.position + step.row_count - 1)
 
     async def _hand_on(
-        self, step: Step, result: _Result, receipts: tuple[bytes, ...], received_at: float
+        self, step: Step, result: StepResult, receipts: tuple[bytes, ...], received_at: float
     ) -> SessionFailed | None:
         """Send the result of a step to the next stage or the client; return what went wrong."""
         stage_s = (*step.stage_s, trio.current_time() - received_at)[-STAGES_MAX:]
@@ -329,7 +381,7 @@ class StageSession:
             reason = f"sent something that was damaged: {error}"
         else:
             return msgspec.structs.replace(failure, reason=printable_reason(failure.reason))
-        if self._is_last:
+        if self.is_last:
             # A client that is done closes both its streams, and the longer way is through the
             # chain: not a failure if the end comes from there in a moment.
             await trio.sleep(REASON_GRACE_S)
@@ -357,7 +409,7 @@ class StageSession:
     async def _report(self, failure: SessionFailed) -> None:
         """Tell the hop before, and from the last stage the client, what went wrong."""
         hearers = [self.upstream]
-        if self._is_last:
+        if self.is_last:
             hearers.append(self.downstream)
         for hearer in hearers:
             with (

@@ -368,14 +368,14 @@ async def test_hidden_states_that_are_not_finite_are_refused(
     autojump_clock, pipeline, engines, monkeypatch
 ):
     swarm = pipeline()
-    run = engines[range(1)].run
+    run_batch = engines[range(1)].run_batch
 
-    def spoilt(rows, cache, **options):
-        hidden = run(rows, cache, **options)
-        hidden[0, -1, 3] = np.nan
-        return hidden
+    def spoilt(steps):
+        (hidden,) = run_batch(steps)
+        hidden[-1, 3] = np.nan
+        return [hidden]
 
-    monkeypatch.setattr(engines[range(1)], "run", spoilt)
+    monkeypatch.setattr(engines[range(1)], "run_batch", spoilt)
     with pytest.raises(StageFailed, match=r"blocks 1-2\): .* NaN or infinite"):
         await swarm.tokens(PROMPT)
     await swarm.check_nothing_is_left()
@@ -384,10 +384,10 @@ async def test_hidden_states_that_are_not_finite_are_refused(
 async def test_engine_that_fails_names_its_stage(autojump_clock, pipeline, engines, monkeypatch):
     swarm = pipeline(3)
 
-    def out_of_memory(rows, cache, **options):
+    def out_of_memory(steps):
         raise StageFailed("out of memory")
 
-    monkeypatch.setattr(engines[range(1, 2)], "run", out_of_memory)
+    monkeypatch.setattr(engines[range(1, 2)], "run_batch", out_of_memory)
     with pytest.raises(StageFailed, match=r"blocks 1-1\): out of memory"):
         await swarm.tokens(PROMPT)
     await swarm.check_nothing_is_left()
@@ -533,7 +533,8 @@ async def test_token_that_never_comes_is_a_clear_error(autojump_clock, pipeline,
     swarm = pipeline(timeouts=SwarmTimeouts(open_s=5, step_s=0.1, replica_s=0))
 
     async def stall(*_):
-        await trio.sleep_forever()
+        await trio.sleep(10)
+        raise StageFailed("far too late")
 
     monkeypatch.setattr(swarm.stages[1]._shop, "compute", stall)
     with pytest.raises(StageFailed, match=r"no token came in 0\.1 s by way of .* -> .*blocks 1-2"):
