@@ -9,6 +9,8 @@ Whole nodes, QUIC included, on the virtual internet, so the seconds are those of
     invites   two devices with no common contact and no LAN, each behind a carrier, each with the
               other's invite; or only the guest with one where the host takes strangers: seconds
               from the first `connect` to the connection, the second one up to 2 s later
+    mailbox   the same with one invite and nobody else but 8 mainline nodes, which tell both what
+              mapping their NATs have, not what filter, and carry the guest's answer
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import math
 import random
 import statistics
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations_with_replacement
@@ -29,6 +31,7 @@ import trio
 import trio.testing
 
 from natswarm import (
+    Endpoint,
     Identity,
     Internet,
     NatswarmError,
@@ -38,12 +41,14 @@ from natswarm import (
     NodeEvent,
     PeerConnected,
     PeerId,
+    SwarmKey,
     VirtualNetwork,
     World,
     open_node,
     run_world,
 )
 from natswarm.discovery.cache import CachedPeer
+from natswarm.net.mainline import MainlineConfig
 from natswarm.net.rejoin import WANTED_PEERS
 
 CACHED_COUNT = 20
@@ -53,8 +58,11 @@ FIRST_WITHIN_S = 10.0
 # One of each class that issue reports name: EIM with each filter, blocks of 256 and of 2048, a wide
 # range with a TFTP helper, and a home router.
 CARRIERS = ("linux-home", "vodafone-nl", "lyca-nl", "kpn-nl", "juniper-pba", "o2-uk-4g")
+# Without a peer nobody knows of a TFTP helper, and wide ranges need one.
+KNOWN_BY_MAPPING = CARRIERS[:4]
 SKEW_MAX_S = 2.0
 CONNECTED_WITHIN_S = 10.0
+MAINLINE_COUNT = 8
 PATIENCE_S = 60.0
 
 
@@ -199,6 +207,31 @@ async def meet_by_invite(devices: Devices, kinds: tuple[str, str]) -> float:
     return trio.current_time() - begun if nodes[0].is_connected(nodes[1].peer_id) else math.inf
 
 
+async def meet_by_mailbox(devices: Devices, kinds: tuple[str, str]) -> float:
+    """Return the seconds until a guest with one invite is connected; infinite where it is not."""
+    nodes: list[Endpoint] = []
+    for _ in range(MAINLINE_COUNT):
+        # In a swarm of their own they speak to ours as BitTorrent's do: KRPC alone.
+        node = await devices.add(
+            "public",
+            swarm=SwarmKey(b"d" * 32),
+            mainline=MainlineConfig(tuple(nodes[:1]), answers=True),
+        )
+        nodes.append(Endpoint(node.local_addresses()[0], node.local_endpoint.port))
+    host, guest = [await devices.add(kind, mainline=MainlineConfig(tuple(nodes))) for kind in kinds]
+    for node in (host, guest):
+        assert node.mainline is not None
+        await node.mainline.wait_bootstrapped()
+        await node.inspect()
+    invite = await host.invite()
+    await trio.sleep(random.Random(devices.seed).uniform(10, 60))
+    begun = trio.current_time()
+    with suppress(NatswarmError):
+        await guest.connect(invite)
+        return trio.current_time() - begun
+    return math.inf
+
+
 # The report ---------------------------------------------------------------------------------------
 
 
@@ -218,8 +251,12 @@ def measure(seed: int, count: int) -> dict[str, Any]:
     for kinds in combinations_with_replacement(CARRIERS, 2):
         took = [simulate(partial(meet_by_invite, kinds=kinds), each) for each in seeds]
         invited[" x ".join(kinds)] = {"median_s": statistics.median(took), "most_s": max(took)}
+    answered: dict[str, dict[str, float]] = {}
+    for kinds in combinations_with_replacement(KNOWN_BY_MAPPING, 2):
+        took = [simulate(partial(meet_by_mailbox, kinds=kinds), each) for each in seeds]
+        answered[" x ".join(kinds)] = {"median_s": statistics.median(took), "most_s": max(took)}
     first = max(each["first_most_s"] for each in rejoined.values())
-    slowest = max(each["most_s"] for each in invited.values())
+    slowest = max(each["most_s"] for each in [*invited.values(), *answered.values()])
     targets = {
         "rejoin: first peer": {
             "value": first,
@@ -237,6 +274,7 @@ def measure(seed: int, count: int) -> dict[str, Any]:
         "count": count,
         "rejoin": rejoined,
         "invites": invited,
+        "mailbox": answered,
         "targets": targets,
     }
 
@@ -253,7 +291,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(report))
         return
-    for section in ("rejoin", "invites"):
+    for section in ("rejoin", "invites", "mailbox"):
         print(f"{section}, {report['count']} runs from seed {report['seed']}")
         for name, figures in report[section].items():
             print(f"  {name:28}", *(f"{key} {value:6.2f}" for key, value in figures.items()))
