@@ -190,12 +190,14 @@ def connect(
     )
 
     async def body(node: Node) -> None:
-        await _meet(node, invites)
-        if by_clock:
-            peer_id = target if isinstance(target, PeerId) else target.record.peer_id
-            await node.meet_again(peer_id)
-        else:
-            await node.connect(target)
+        # Two nodes of one identity would take each other's connections away.
+        async with open_control(state, Answers(node).answer):
+            await _meet(node, invites)
+            if by_clock:
+                peer_id = target if isinstance(target, PeerId) else target.record.peer_id
+                await node.meet_again(peer_id)
+            else:
+                await node.connect(target)
 
     trio.run(with_node, config, body)
 

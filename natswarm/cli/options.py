@@ -60,7 +60,11 @@ DEFAULT_STATE = platformdirs.user_state_path("natswarm", appauthor=False)
 
 StateOption = Annotated[
     Path,
-    typer.Option("--state", help="Folder of the identity, one per device.", show_default=False),
+    typer.Option(
+        "--state",
+        help="Folder of the identity and all that is remembered; one for each node.",
+        show_default=False,
+    ),
 ]
 BindOption = Annotated[
     str, typer.Option("--bind", help="Local address to use, such as that of one SIM's interface.")

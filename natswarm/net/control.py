@@ -165,7 +165,7 @@ def _remove_stale(path: Path) -> None:
 def _is_running(path: Path) -> ConfigurationError:
     return ConfigurationError(
         f"a node runs already with the state folder {path.parent}: ask it with `natswarm status`, "
-        "or give this one a folder of its own with --state"
+        "`join` or `find`, or give this one a folder of its own with --state"
     )
 
 

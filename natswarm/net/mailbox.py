@@ -108,7 +108,9 @@ class MailboxService:
             ConnectFailed: As `Connector.connect`.
         """
         box = Mailbox(self._home.swarm, invite.record.peer_id, invite.meeting)
+        invited_at = self._invited_at
         answer = await self._home.invite()
+        self._invited_at = invited_at  # nobody answers an answer
         try:
             await self._mainline.put_item(
                 box.seal(answer, int(self._utc()), os.urandom(NONCE_BYTES))
