@@ -20,7 +20,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -85,6 +85,7 @@ from natswarm.net.rejoin import Rejoiner
 from natswarm.net.renewer import Renewer, lifetimes_of, with_lifetimes_of
 from natswarm.net.roaming import Roamer
 from natswarm.net.stream import Stream
+from natswarm.net.tracing import Tracer, Tracing
 from natswarm.net.udp import UdpNetwork
 from natswarm.puncture.plan import Limits
 from natswarm.routing.record import Record, RecordKind, service_key
@@ -144,6 +145,7 @@ class NodeConfig:
             `SystemPaths()`: openers then have the hop limit that spares the peer's NAT. None: it is
             not traced.
         seed: Seed of the node's random behaviour; None draws one. Keys never depend on it.
+        tracing: What of each connection to write into files, for whoever looks for a fault.
         utc: The clock on the wall: seconds since 1970.
         on_event: Called with every NodeEvent, at once; must return quickly and not raise.
     """
@@ -164,6 +166,7 @@ class NodeConfig:
     mainline: MainlineConfig | None = None
     lan: Lan | None = None
     paths: PathNetwork | None = None
+    tracing: Tracing = field(default_factory=Tracing)
     utc: Callable[[], float] = time.time
     on_event: Callable[[NodeEvent], None] = lambda _event: None
 
@@ -218,7 +221,8 @@ async def open_node(config: NodeConfig) -> AsyncIterator[Node]:
     """Run a node while the body runs.
 
     Raises:
-        ConfigurationError: The address or port cannot be bound, or peers would refuse our record.
+        ConfigurationError: The address or port cannot be bound, peers would refuse our record, or
+            the files of `tracing` cannot be written.
     """
     _check_presentable(config.name, config.services)
     if config.links_max and not LINKS_MIN <= config.links_max <= PEERS_MAX // 2:
@@ -230,15 +234,13 @@ async def open_node(config: NodeConfig) -> AsyncIterator[Node]:
         address_kind(config.bind_ip)
     except AddressError as error:
         raise ConfigurationError(str(error)) from error
-    main_port = config.network.bind(Endpoint(config.bind_ip, config.port))
-    try:
-        alternate_port = config.network.bind(Endpoint(config.bind_ip, 0))
-    except ConfigurationError:
-        main_port.close()
-        raise
-    try:
+    with (
+        closing(Tracer(config.tracing)) as tracer,
+        closing(config.network.bind(Endpoint(config.bind_ip, config.port))) as main_port,
+        closing(config.network.bind(Endpoint(config.bind_ip, 0))) as alternate_port,
+    ):
         async with open_private_nursery() as nursery:
-            node = Node(config, main_port, alternate_port, nursery)
+            node = Node(config, main_port, alternate_port, nursery, tracer)
             node.start()
             try:
                 yield node
@@ -246,9 +248,6 @@ async def open_node(config: NodeConfig) -> AsyncIterator[Node]:
                 # Shielded: peers are told goodbye also when the body was cancelled or failed.
                 with trio.move_on_after(GOODBYE_S, shield=True):
                     await node.aclose()
-    finally:
-        main_port.close()
-        alternate_port.close()
 
 
 class Node:
@@ -265,6 +264,7 @@ class Node:
         main_port: DatagramPort,
         alternate_port: DatagramPort,
         nursery: trio.Nursery,
+        tracer: Tracer,
     ) -> None:
         self._config = config
         self._identity = config.identity
@@ -281,6 +281,7 @@ class Node:
             nursery=nursery,
             on_event=self._emit,
             swarm=config.swarm,
+            tracer=tracer,
         )
         self._introducer = Introducer(self)
         self._overlay: OverlayService | None = None

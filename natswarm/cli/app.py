@@ -25,7 +25,9 @@ from natswarm.cli.options import (
     InterfaceOption,
     JoinOption,
     JsonOption,
+    KeylogOption,
     OneTimeOption,
+    QlogOption,
     QrOption,
     StateOption,
     console,
@@ -107,6 +109,8 @@ def up(
     live: Annotated[
         bool, typer.Option(help="On a terminal, keep the peers in view below what happens.")
     ] = True,
+    qlog: QlogOption = None,
+    keylog: KeylogOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a node until interrupted: print its invite, then what happens.
@@ -131,6 +135,8 @@ def up(
         dht=DhtOptions(dht, dht_node or (), dht_file),
         publishes=True,
         traces_path=True,
+        qlog=qlog,
+        keylog=keylog,
         on_event=_event_printer(as_json),
     )
 
@@ -173,6 +179,8 @@ def connect(
     dht: DhtOption = False,
     dht_node: DhtNodeOption = None,
     dht_file: DhtFileOption = None,
+    qlog: QlogOption = None,
+    keylog: KeylogOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Puncture to one peer and report how it went."""
@@ -186,6 +194,8 @@ def connect(
         dht=DhtOptions(dht, dht_node or (), dht_file),
         publishes=by_clock,  # the other side looks for us there, too
         traces_path=True,
+        qlog=qlog,
+        keylog=keylog,
         on_event=_event_printer(as_json),
     )
 

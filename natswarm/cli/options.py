@@ -25,6 +25,7 @@ from natswarm.net.notes import Notes
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.path import SystemPaths
 from natswarm.net.peer_cache import PeerCache
+from natswarm.net.tracing import Tracing
 from natswarm.net.udp import UdpNetwork
 from natswarm.node import Node, NodeConfig, NodeEvent, open_node
 from natswarm.swarm_key import OPEN_SWARM, SwarmKey
@@ -42,7 +43,9 @@ __all__ = [
     "InterfaceOption",
     "JoinOption",
     "JsonOption",
+    "KeylogOption",
     "OneTimeOption",
+    "QlogOption",
     "QrOption",
     "StateOption",
     "console",
@@ -85,6 +88,19 @@ ExpiresOption = Annotated[
     str, typer.Option("--expires", help="How long the invite holds: 30m, 12h, 7d.")
 ]
 OneTimeOption = Annotated[bool, typer.Option("--one-time", help="An invite for one guest alone.")]
+QlogOption = Annotated[
+    Path | None,
+    typer.Option("--qlog", metavar="FOLDER", help="Write a qlog file of each connection there."),
+]
+KeylogOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--keylog",
+        metavar="FILE",
+        envvar="SSLKEYLOGFILE",
+        help="Add the connections' secrets there, for Wireshark to read what they carry.",
+    ),
+]
 QrOption = Annotated[bool, typer.Option("--qr", help="Show the invite as a QR code, too.")]
 DhtOption = Annotated[
     bool,
@@ -157,6 +173,8 @@ def make_config(
     dht: DhtOptions = NO_DHT,
     publishes: bool = False,
     traces_path: bool = False,
+    qlog: Path | None = None,
+    keylog: Path | None = None,
     on_event: Callable[[NodeEvent], None] = lambda _event: None,
 ) -> NodeConfig:
     """Return how to open this device's node, making its identity on the first call.
@@ -183,6 +201,7 @@ def make_config(
         mainline=_mainline_of(dht, notes, publishes=publishes),
         lan=Lan(interface) if lan else None,
         paths=SystemPaths(ip=bind, interface=interface) if traces_path else None,
+        tracing=Tracing(qlog, keylog),
         on_event=on_event,
     )
 

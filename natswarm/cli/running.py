@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import trio
 import typer
+from rich.console import Group
 
 from natswarm.cli.options import (
     DEFAULT_STATE,
@@ -21,8 +22,8 @@ from natswarm.cli.options import (
     duration_s,
     print_json,
 )
-from natswarm.cli.show import peer_as_json, show_qr, status_as_json
-from natswarm.cli.status_view import peer_line, peers_table, status_view
+from natswarm.cli.show import peer_as_json, peer_details_as_json, show_qr, status_as_json
+from natswarm.cli.status_view import peer_details, peer_line, peers_table, status_view
 from natswarm.discovery.invite import Invite
 from natswarm.errors import RequestRefused
 from natswarm.identity import PeerId
@@ -51,6 +52,8 @@ class Answers:
         match question:
             case {"do": "status"}:
                 return status_as_json(self._node)
+            case {"do": "peers"}:
+                return {"peers": [peer_details_as_json(peer) for peer in self._node.peers()]}
             case {"do": "invite", "lifetime_s": float(lifetime_s), "one_time": bool(is_one_time)}:
                 made = await self._node.invite(lifetime_s=lifetime_s, is_one_time=is_one_time)
                 return {"invite": str(made), "expires_at_s": made.expires_at_s}
@@ -70,13 +73,23 @@ def status(state: StateOption = DEFAULT_STATE, as_json: JsonOption = False) -> N
         console.print(status_view(found))
 
 
-def peers(state: StateOption = DEFAULT_STATE, as_json: JsonOption = False) -> None:
+def peers(
+    state: StateOption = DEFAULT_STATE,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="With figures of each connection and path.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """List whom the running node is connected to."""
-    found = trio.run(ask_running_node, state, {"do": "status"})["peers"]
+    found = trio.run(ask_running_node, state, {"do": "peers"})["peers"]
     if as_json:
         print_json({"peers": found})
+    elif not found:
+        console.print("Nobody is connected.")
+    elif verbose:
+        console.print(Group(*map(peer_details, found)))
     else:
-        console.print(peers_table(found) if found else "Nobody is connected.")
+        console.print(peers_table(found))
 
 
 def invite(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import segno
@@ -30,6 +32,7 @@ __all__ = [
     "event_as_json",
     "event_as_text",
     "peer_as_json",
+    "peer_details_as_json",
     "profile_as_json",
     "show_qr",
     "status_as_json",
@@ -141,6 +144,28 @@ def peer_as_json(peer: Peer) -> dict[str, Any]:
         "sent_bytes": statistics.sent_bytes,
         "received_bytes": statistics.received_bytes,
         "connected_s": trio.current_time() - peer.connected_at,
+    }
+
+
+def peer_details_as_json(peer: Peer) -> dict[str, Any]:
+    """Return the same with the figures of the connection, its paths and the probes that keep them.
+
+    Seconds, bytes and counts; a figure that is not known is null.
+    """
+    probes = peer.paths.probe_statistics()
+    return {
+        **peer_as_json(peer),
+        "connection": asdict(peer.statistics()) | {"call_count": peer.calls.call_count},
+        "paths": [
+            {
+                **asdict(each),
+                "local": str(each.local),
+                "remote": str(each.remote),
+                "silent_s": each.silent_s if math.isfinite(each.silent_s) else None,
+            }
+            for each in peer.paths.statistics()
+        ],
+        "probes": asdict(probes),
     }
 
 

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["peer_line", "peers_table", "show_live", "status_view"]
+__all__ = ["peer_details", "peer_line", "peers_table", "show_live", "status_view"]
 
 REFRESH_S = 1.0
 SHOWN_PEERS_MAX = 16  # of the live view, which must fit on the screen
@@ -69,6 +69,45 @@ def peers_table(peers: list[dict[str, Any]]) -> Table:
     return table
 
 
+def peer_details(peer: dict[str, Any]) -> RenderableType:
+    """Draw all figures of a peer, from `peer_details_as_json`."""
+    connection, probes = peer["connection"], peer["probes"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row(
+        "connection",
+        f"{_milliseconds_text(connection['rtt_s'])} round trip, "
+        f"window {_bytes_text(connection['congestion_window_bytes'])}, "
+        f"{connection['lost_packet_count']} packets lost, "
+        f"{connection['rejected_batch_count']} batches rejected",
+    )
+    facts.add_row(
+        "streams",
+        f"{connection['stream_count']} open, {connection['call_count']} calls of ours, "
+        f"{_bytes_text(connection['buffered_bytes'])} not read yet",
+    )
+    facts.add_row(
+        "probes",
+        f"{probes['sent_count']} sent, {probes['answered_count']} answered, "
+        f"{probes['forged_count']} forged, {probes['replayed_count']} replayed, "
+        f"{probes['stray_count']} stray",
+    )
+    paths = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("path", "state", "trip", "silent", "age", "sent", "got"):
+        paths.add_column(heading, no_wrap=True)
+    for each in peer["paths"]:
+        state = "[yellow]dead[/]" if each["is_dead"] else "active" if each["is_active"] else "ready"
+        paths.add_row(
+            f"{each['local']} - {each['remote']}",
+            state,
+            _milliseconds_text(each["rtt_s"]),
+            "" if each["silent_s"] is None else f"{each['silent_s']:.1f} s",
+            _duration_text(each["age_s"]),
+            f"{_bytes_text(each['sent_bytes'])} in {each['sent_datagram_count']}",
+            f"{_bytes_text(each['received_bytes'])} in {each['received_datagram_count']}",
+        )
+    return Group(peer_line(peer), facts, paths)
+
+
 def peer_line(peer: dict[str, Any]) -> str:
     """Return one line of rich markup for a peer."""
     name = f" ({escape(peer['name'])})" if peer["name"] else ""
@@ -103,6 +142,10 @@ def _path_text(peer: dict[str, Any]) -> str:
         return "[yellow]none now[/]"
     how = f" by {peer['strategy']}" if peer["strategy"] else ""
     return f"{peer['at']}{how}"
+
+
+def _milliseconds_text(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{1000 * seconds:.0f} ms"
 
 
 def _bytes_text(count: int) -> str:

@@ -31,6 +31,7 @@ from natswarm.net.path_set import PathSet
 from natswarm.net.port import DatagramPort, Network
 from natswarm.net.pump import PortPump
 from natswarm.net.quic import Connection
+from natswarm.net.tracing import Tracer
 from natswarm.puncture.plan import Plan
 from natswarm.puncture.puncturer import PathFound, Puncturer
 from natswarm.swarm_key import OPEN_SWARM, SwarmKey
@@ -85,6 +86,7 @@ class Dialler:
         nursery: Where connections run; theirs to be cancelled in.
         on_event: Told of each puncture; must not raise.
         swarm: Whose nodes alone we answer.
+        tracer: Writes down what of connections was asked for.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Dialler:
         nursery: trio.Nursery,
         on_event: Callable[[PunctureStarted | PunctureEnded], None],
         swarm: SwarmKey = OPEN_SWARM,
+        tracer: Tracer,
     ) -> None:
         self._identity = identity
         self._network = network
@@ -105,6 +108,7 @@ class Dialler:
         self._nursery = nursery
         self._on_event = on_event
         self._swarm = swarm
+        self._tracer = tracer
         self._dials: dict[bytes, Dial] = {}
         self._path_sets: dict[bytes, PathSet] = {}
         self._begun = trio.Event()
@@ -419,9 +423,11 @@ class Dial:
                 keepalive_s=QUIC_KEEPALIVE_S,
                 idle_timeout_s=QUIC_IDLE_TIMEOUT_S,
                 swarm=dialler._swarm,
+                key_log=dialler._tracer.key_log,
             )
             keys = dialler._probe_keys(self.peer_id)
-            self._paths = PathSet(connection, keys, main=dialler._main)
+            log = dialler._tracer.log_of(connection, is_client=self._is_controlling)
+            self._paths = PathSet(connection, keys, main=dialler._main, log=log)
         # What others use as well may be older than we know.
         opened_at = -math.inf if pump is dialler._main else self._started_at
         self._paths.add(pump, found.endpoint, opened_at=opened_at)

@@ -126,6 +126,10 @@ class Path:
         heard_at: When the last authentic datagram came by it.
         active_since: Since when QUIC goes by it, or went when it last did.
         is_dead: Whether it was silent for too long.
+        sent_datagram_count: Of QUIC; these four are counted by the driver.
+        sent_bytes: In them.
+        received_datagram_count: Of QUIC.
+        received_bytes: In them.
     """
 
     port_index: int
@@ -138,6 +142,10 @@ class Path:
     active_since: float = math.inf
     is_dead: bool = False
     is_proven: bool = False
+    sent_datagram_count: int = 0
+    sent_bytes: int = 0
+    received_datagram_count: int = 0
+    received_bytes: int = 0
     """Whether it has ever answered by the connection's name."""
     sent_at: float = -math.inf
     """When anything was sent by it, QUIC included."""

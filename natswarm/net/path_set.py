@@ -14,16 +14,46 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from natswarm.address import Endpoint
 from natswarm.identity import ProbeKeys
-from natswarm.net.path_keeper import Lifetimes, Path, PathKeeper, PathSwitched
+from natswarm.net.path_keeper import (
+    KeeperStatistics,
+    Lifetimes,
+    Path,
+    PathKeeper,
+    PathSwitched,
+)
 from natswarm.net.pump import PortPump
 from natswarm.net.quic import Connection
+from natswarm.net.tracing import ConnectionLog
 
-__all__ = ["PathSet"]
+__all__ = ["PathSet", "PathStatistics"]
+
+Receiver = Callable[[list[bytes]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PathStatistics:
+    """A path in numbers; what is counted is QUIC's."""
+
+    local: Endpoint
+    remote: Endpoint
+    is_active: bool
+    is_dead: bool
+    rtt_s: float | None
+    """Of probes; None before the first answer."""
+    age_s: float
+    silent_s: float
+    """Since the last authentic datagram; infinite where none came."""
+    sent_datagram_count: int
+    sent_bytes: int
+    received_datagram_count: int
+    received_bytes: int
 
 
 class PathSet:
@@ -33,20 +63,29 @@ class PathSet:
         connection: Whose.
         keys: MAC keys between us and the peer.
         main: The pump of the node's main port, which others use as well.
+        log: Where to write down what happens; None: nowhere.
 
     Attributes:
         on_switch: Told when the connection moves, or has nowhere to be.
         on_rebound: Told when the peer sees a port of ours elsewhere than before.
     """
 
-    def __init__(self, connection: Connection, keys: ProbeKeys, *, main: PortPump) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        keys: ProbeKeys,
+        *,
+        main: PortPump,
+        log: ConnectionLog | None = None,
+    ) -> None:
         self.connection = connection
         self.on_switch: Callable[[PathSwitched], None] = lambda _switch: None
         self.on_rebound: Callable[[], None] = lambda: None
         self._main = main
         self._pumps: dict[int, PortPump] = {0: main}
         self._port_count = 1  # so far: an index is never used again
-        self._attached: dict[tuple[int, Endpoint], PortPump] = {}
+        self._attached: dict[tuple[int, Endpoint], tuple[PortPump, Receiver]] = {}
+        self._log = log
         self._keeper = PathKeeper(keys, bytes(8))
         self._is_named = False
         self._is_closed = False
@@ -67,6 +106,31 @@ class PathSet:
     def paths(self) -> tuple[Path, ...]:
         """All that answered, oldest first, the dead ones that may come back included."""
         return tuple(self._keeper.paths)
+
+    def statistics(self) -> list[PathStatistics]:
+        """Return the figures of each path, as `paths` has them."""
+        now = trio.current_time()
+        return [
+            PathStatistics(
+                local=self._pumps[path.port_index].port.local_endpoint,
+                remote=path.endpoint,
+                is_active=path is self._keeper.active,
+                is_dead=path.is_dead,
+                rtt_s=path.rtt_s,
+                age_s=now - path.found_at,
+                silent_s=now - path.heard_at,
+                sent_datagram_count=path.sent_datagram_count,
+                sent_bytes=path.sent_bytes,
+                received_datagram_count=path.received_datagram_count,
+                received_bytes=path.received_bytes,
+            )
+            for path in self._keeper.paths
+            if path.port_index in self._pumps
+        ]
+
+    def probe_statistics(self) -> KeeperStatistics:
+        """Return the counters of the probes that keep the paths."""
+        return self._keeper.statistics
 
     @property
     def name(self) -> bytes | None:
@@ -174,6 +238,8 @@ class PathSet:
         for pump in self._pumps.values():
             if pump is not self._main:
                 pump.port.close()
+        if self._log is not None:
+            self._log.close()
         self._tell_change()
 
     # The machine ----------------------------------------------------------------------------------
@@ -183,8 +249,21 @@ class PathSet:
         if active is None or self._is_closed:
             return
         self._pumps[active.port_index].port.send_run(datagrams, active.endpoint)
+        active.sent_datagram_count += len(datagrams)
+        active.sent_bytes += sum(map(len, datagrams))
+        if self._log is not None:
+            self._log.note_sent(datagrams, str(active.endpoint))
         if self._keeper.note_traffic(trio.current_time()):
             self._wake()
+
+    def _receive_quic(self, way: tuple[int, Endpoint], datagrams: list[bytes]) -> None:
+        for path in self._keeper.paths:
+            if path.way == way:
+                path.received_datagram_count += len(datagrams)
+                path.received_bytes += sum(map(len, datagrams))
+        if self._log is not None:
+            self._log.note_received(datagrams, str(way[1]))
+        self.connection.receive_datagrams(datagrams)
 
     def _send_due(self) -> None:
         if not self._is_named or self._is_closed:
@@ -205,12 +284,15 @@ class PathSet:
                 pump = self._pumps[way[0]]
                 # Whoever was there before is not any more: the peer has answered from there.
                 pump.detach(way[1])
-                pump.attach(way[1], self.connection.receive_datagrams)
-                self._attached[way] = pump
+                receiver = partial(self._receive_quic, way)
+                pump.attach(way[1], receiver)
+                self._attached[way] = pump, receiver
         self._close_unused()
         while (switch := self._keeper.next_event()) is not None:
             self._tell_change()
             if self._is_named:
+                if self._log is not None:
+                    self._log.note_switch(switch.old, switch.new, switch.reason)
                 if switch.new is not None:
                     self.connection.resume()
                 self.on_switch(switch)
@@ -232,7 +314,8 @@ class PathSet:
 
     def _detach(self, way: tuple[int, Endpoint]) -> None:
         # Another connection may have taken the endpoint over: only our own receiver goes.
-        self._attached.pop(way).detach(way[1], self.connection.receive_datagrams)
+        pump, receiver = self._attached.pop(way)
+        pump.detach(way[1], receiver)
 
     def _tell_change(self) -> None:
         for event in (self._changed, self._heard):

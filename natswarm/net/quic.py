@@ -28,6 +28,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 import trio
 from qh3.quic.configuration import QuicConfiguration
@@ -131,6 +132,7 @@ class Connection:
         idle_timeout_s: A peer silent for so long, although asked, is gone: a dead one is noticed
             within `keepalive_s + idle_timeout_s`. The smaller one of both sides counts.
         handshake_timeout_s: How long `run` waits for a proved peer.
+        key_log: Where TLS secrets are written, for Wireshark; None: nowhere.
         stream_window_bytes: How far a stream's sender may be ahead of its reader here. Bounds
             throughput to one window a round trip, and memory to one window a stream that is read.
         swarm: Whose key it takes to shake hands.
@@ -149,6 +151,7 @@ class Connection:
         idle_timeout_s: float = 20.0,
         handshake_timeout_s: float = 10.0,
         stream_window_bytes: int = 4 * 1024 * 1024,
+        key_log: TextIO | None = None,
         swarm: SwarmKey = OPEN_SWARM,
     ) -> None:
         self.send = send
@@ -163,6 +166,7 @@ class Connection:
         self._idle_timeout_s = idle_timeout_s
         self._handshake_timeout_s = handshake_timeout_s
         self._window_bytes = stream_window_bytes
+        self._key_log = key_log
 
         self._wake = trio.Event()
         self._is_started = False
@@ -373,6 +377,8 @@ class Connection:
             max_stream_data=QUIC_WINDOW_BYTES,
             max_data=QUIC_WINDOW_BYTES,
         )
+        if self._key_log is not None:
+            configuration.secrets_log_file = self._key_log
         if self._is_client:
             return QuicEngine.client(configuration)
         assert attempt is not None
