@@ -189,9 +189,11 @@ class Call(Generic[SentT, ReceivedT]):
         try:
             while True:
                 await self.receive()
-        except (trio.EndOfChannel, trio.BusyResourceError):  # busy: who receives will see it
-            self._failure = self._failure or self._given_up()
+        except trio.EndOfChannel:
+            self._failure = self._given_up()
             raise self._failure from error
+        except trio.BusyResourceError:  # another task receives, and is told
+            raise self._given_up() from error
 
 
 class CallHandler(Generic[RequestT, ReplyT]):
