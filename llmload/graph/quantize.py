@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits, block by block, and what a stage stores at each precision.
 
-A row of 32 weights shares one scale, so one large weight spoils 31 others and not a whole channel.
-Activations are quantised by the runtime, in blocks of the same 32 within one position, so a
+Some weights of one row share a scale, so a large weight spoils its neighbours and not a whole
+channel. Activations are quantised by the runtime, in blocks of the same size, so a
 position is not rounded by the largest value of those computed with it, as with one scale for the
 whole tensor (`quantize_dynamic`). Even so a difference in the last digit can round an activation
 the other way: a sequence that is replayed in one piece gives logits that differ by 1 % or so from
@@ -42,8 +42,11 @@ __all__ = [
 Precision = Literal["float32", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "int4")
 
-# Weights that share a scale; MatMulNBits has its fastest kernels for 32.
-BLOCK_SIZE = 32
+# Weights that share a scale. With 128 instead of 32 GPT-2 124M decodes a quarter faster (scales are
+# float32, and with 32 a fifth of what is read); the shipped model loses 0.018 nats a token to
+# float32 in int4 instead of 0.013, and in int8 nothing either way. A search for the scale of the
+# least squared error gained less than 0.001.
+BLOCK_SIZE = 128
 
 _LINEAR_SUFFIXES = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 

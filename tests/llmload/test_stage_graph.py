@@ -109,13 +109,13 @@ def test_other_shapes_equal_the_reference(trained_looking_weights, shape):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_values_are_the_nearest(bits):
-    matrix = np.random.default_rng(3).standard_normal((5, 70), dtype=np.float32)
+    matrix = np.random.default_rng(3).standard_normal((5, 170), dtype=np.float32)
     matrix[2] = 0
     values, scales = quantize(matrix, bits)
-    assert values.shape == (5, 3, 4 * bits)
-    error = abs(dequantize(values, scales, bits, 70) - matrix)
+    assert values.shape == (5, 2, 16 * bits)  # filled up to blocks of 128
+    error = abs(dequantize(values, scales, bits, 170) - matrix)
     # Half a step, but for the end of the range that has one value less.
-    steps = abs(scales).repeat(32, axis=1)[:, :70]
+    steps = abs(scales).repeat(128, axis=1)[:, :170]
     assert (error <= 1.001 * steps).all()
     assert np.median(error / np.maximum(steps, 1e-9)) < 0.3
     assert (error[2] == 0).all()
