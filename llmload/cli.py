@@ -29,9 +29,10 @@ from llmload.answer_screen import AnswerScreen
 from llmload.cli_model import show_model
 from llmload.config import GPT2Config
 from llmload.engine.generate import generate_tokens
+from llmload.engine.prepared import open_stage
 from llmload.engine.sampler import SamplingParameters
-from llmload.engine.session import StageEngine
 from llmload.errors import LlmloadError
+from llmload.graph.quantize import Precision
 from llmload.model_folder import Model, load_model
 from llmload.model_store import ModelStore
 from llmload.swarm.beside import beside
@@ -163,7 +164,15 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Repeats an answer; drawn if not given.")
     ] = None,
-    threads: ThreadsOption = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=256, help="Processor threads on this device; without it, what is fastest."
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the weights on this device; less is faster and smaller.")
+    ] = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Go on from a text, on this device or on the peers that serve the model.
@@ -198,7 +207,9 @@ def generate(
         )
     else:
         facts = _run(
-            partial(_generate_here, loaded, prompt_ids, sampling, max_new_tokens, screen), threads
+            partial(_generate_here, loaded, prompt_ids, sampling, max_new_tokens, screen),
+            precision,
+            threads,
         )
     if as_json:
         settings = dataclasses.asdict(sampling)
@@ -211,12 +222,13 @@ async def _generate_here(
     sampling: SamplingParameters,
     max_new_tokens: int,
     screen: AnswerScreen,
-    threads: int,
+    precision: Precision,
+    threads: int | None,
 ) -> dict[str, Any]:
     with screen:
         screen.tell("opening the model")
         engine = await trio.to_thread.run_sync(
-            partial(StageEngine, model.config, model.weights, intra_op_threads=threads)
+            partial(open_stage, model.folder, precision=precision, threads=threads)
         )
         text = model.tokenizer.stream()
         started_at = first_at = last_at = trio.current_time()

@@ -32,7 +32,7 @@ from llmload.errors import StageFailed
 from llmload.graph.quantize import Precision, stored_tensors
 from llmload.graph.stage import build_stage_graph
 from llmload.model_cache import ModelCache
-from llmload.weights import open_weights
+from llmload.weights import load_weights, open_weights
 
 __all__ = ["open_stage"]
 
@@ -50,25 +50,27 @@ def open_stage(
     *,
     precision: Precision = "float32",
     settings: EngineSettings | None = None,
+    threads: int | None = None,
     cache: ModelCache | None = None,
 ) -> StageEngine:
     """Open some blocks of a model folder, from what was prepared if that is there.
 
     The first time takes seconds, and room on the disk: about twice the size of the blocks at this
-    precision. Later it takes some tens of milliseconds.
+    precision. Later it takes some tens of milliseconds. Where nothing can be written, every time is
+    a first time, and the weights are held in memory.
 
     Args:
         folder: Model folder in Hugging Face layout.
         blocks: Contiguous range of blocks; None for all.
         precision: Of the matrices.
         settings: How to compute; None for what is the fastest here, measured once.
+        threads: Threads that work on one operator, whatever `settings` say; None for theirs.
         cache: Where to keep the result; None for the cache folder of the user.
 
     Raises:
         ModelFolderError: The folder is damaged, or no model of this architecture.
         ValueError: `blocks` is not a contiguous part of the model.
         StageFailed: The runtime does not take the model.
-        OSError: The result can't be written, for want of room for instance.
     """
     config = GPT2Config.from_folder(folder)
     blocks = config.blocks if blocks is None else blocks
@@ -87,7 +89,7 @@ def open_stage(
             config,
             prepared / _GRAPH_FILE_NAME,
             blocks,
-            intra_op_threads=settings.threads,
+            intra_op_threads=threads or settings.threads,
             precision=precision,
             attention=settings.attention,
         )
@@ -98,14 +100,25 @@ def open_stage(
         except StageFailed:
             # Damaged, by a disk that was full for instance: made anew.
             shutil.rmtree(prepared, ignore_errors=True)
-    new = cache.temporary_folder()
     try:
-        _prepare(folder, config, blocks, precision, settings, new)
-        # Another process may have been faster; its files are as good.
-        with suppress(OSError):
-            new.replace(prepared)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        new = cache.temporary_folder()
+        try:
+            _prepare(folder, config, blocks, precision, settings, new)
+            # Another process may have been faster; its files are as good.
+            with suppress(OSError):
+                new.replace(prepared)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except OSError:
+        # No room on the disk, or no right to write: slower, but it runs.
+        return StageEngine(
+            config,
+            load_weights(folder, blocks, config=config),
+            blocks,
+            intra_op_threads=threads or settings.threads,
+            precision=precision,
+            attention=settings.attention,
+        )
     return open_prepared()
 
 

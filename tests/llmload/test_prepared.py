@@ -88,11 +88,15 @@ def test_a_changed_model_is_another_entry_and_the_old_one_goes(model_folder, tmp
     assert changed.recall("x") is None
 
 
-def test_a_cache_that_can_not_be_written_costs_only_time(model_folder, tmp_path):
+def test_a_cache_that_can_not_be_written_costs_only_time(model_folder, config, weights, tmp_path):
     (tmp_path / "file").write_text("in the way")
     cache = ModelCache(model_folder, tmp_path / "file" / "cache")
     cache.remember("x", 1)
     assert cache.recall("x") is None
+    tokens = np.array([[1, 2, 3]])
+    stage = open_stage(model_folder, precision="int8", settings=GROUPED, cache=cache)
+    expected = logits_of([StageEngine(config, weights, precision="int8")], tokens)
+    np.testing.assert_array_equal(logits_of([stage], tokens), expected)
 
 
 def test_the_fastest_form_wins_if_it_is_clear_and_is_remembered(config, cache, monkeypatch):
