@@ -728,6 +728,10 @@ class Node:
         """
         return await self.overlay.sample()
 
+    def is_connecting(self, peer_id: PeerId) -> bool:
+        """Whether our user is connecting to a peer; used by the overlay."""
+        return self._connector.is_connecting(peer_id)
+
     async def connect_for_link(self, peer_id: PeerId, last_known: NodeRecord | None) -> Peer:
         """Connect to a peer for routing alone; used by the overlay."""
         try:

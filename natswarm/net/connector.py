@@ -458,6 +458,10 @@ class Connector:
         finally:
             self._for_links.discard(target)
 
+    def is_connecting(self, peer_id: PeerId) -> bool:
+        """Whether our user's wish to connect to a peer is under way; one for a link is not."""
+        return peer_id in self._wishes and peer_id not in self._for_links
+
     # Others' wishes -------------------------------------------------------------------------------
 
     async def start_rendezvous(

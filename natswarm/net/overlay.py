@@ -41,6 +41,7 @@ from natswarm.routing.lookup import GivenAnswer
 from natswarm.routing.meeting import (
     SIGHTING_LIFETIME_S,
     SIGHTINGS_MAX,
+    Kept,
     Meet,
     Met,
     NotMet,
@@ -129,6 +130,10 @@ class Home(Protocol):
         """The connection to a peer, if there is one."""
         ...
 
+    def is_connecting(self, peer_id: PeerId) -> bool:
+        """Whether our user is connecting to a peer."""
+        ...
+
     async def connect_for_link(self, peer_id: PeerId, last_known: NodeRecord | None) -> Neighbour:
         """Connect to a peer for routing alone.
 
@@ -158,7 +163,7 @@ class _Link:
 
     peer: Neighbour
     is_ours: bool
-    queue: trio.MemorySendChannel[LinkMessage | Sighted]
+    queue: trio.MemorySendChannel[LinkMessage | Sighted | Kept]
     scope: trio.CancelScope
     is_up: bool = False
 
@@ -198,6 +203,7 @@ class OverlayService:
         self._overlay = Overlay(identity, rng=rng, links_max=links_max)
         self._links: dict[PeerId, _Link] = {}
         self._made_for_link: set[PeerId] = set()
+        self._kept: set[PeerId] = set()  # by our user; forgotten with the connection
         self._remembered: OrderedDict[PeerId, NodeRecord] = OrderedDict()
         self._sightings: OrderedDict[PeerId, tuple[Sighting, bytes]] = OrderedDict()
         self._waiters: dict[bytes, _Waiter] = {}
@@ -324,8 +330,12 @@ class OverlayService:
         raise PeerNotFound(f"nobody on the way to {target.short} knows it; is it in this swarm?")
 
     def keep(self, peer_id: PeerId) -> None:
-        """The user wants this connection, too: it stays when its link goes."""
+        """The user wants this connection, too: it stays when its link goes, at either end."""
         self._made_for_link.discard(peer_id)
+        self._kept = {each for each in self._kept if self._home.living_peer(each) is not None}
+        self._kept.add(peer_id)
+        if (link := self._links.get(peer_id)) is not None:
+            self._queue(link, Kept())
 
     # Links ----------------------------------------------------------------------------------------
 
@@ -370,12 +380,14 @@ class OverlayService:
 
     async def _run_link(self, peer: Neighbour, stream: Stream, *, is_ours: bool) -> None:
         """Be linked to a peer until either side has enough of it."""
-        send, receive = trio.open_memory_channel[LinkMessage | Sighted](QUEUE_MAX)
+        send, receive = trio.open_memory_channel[LinkMessage | Sighted | Kept](QUEUE_MAX)
         with trio.CancelScope() as scope:
             link = self._links[peer.peer_id] = _Link(peer, is_ours, send, scope)
             try:
                 async with MessageStream(stream, payload_bytes_max=0) as messages:
                     self._queue(link, self._sighting_of(peer))
+                    if peer.peer_id in self._kept:
+                        self._queue(link, Kept())
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._send_all, messages, receive, nursery)
                         await self._receive_all(messages, link)
@@ -397,7 +409,7 @@ class OverlayService:
     async def _send_all(
         self,
         messages: MessageStream,
-        queue: trio.MemoryReceiveChannel[LinkMessage | Sighted],
+        queue: trio.MemoryReceiveChannel[LinkMessage | Sighted | Kept],
         nursery: trio.Nursery,
     ) -> None:
         async for message in queue:
@@ -408,10 +420,10 @@ class OverlayService:
         nursery.cancel_scope.cancel()
 
     async def _receive_all(self, messages: MessageStream, link: _Link) -> None:
-        types = (Forward, Accepted, Answered, Declined, Neighbours, Replicate, Goodbye, Sighted)
+        words = (Forward, Accepted, Answered, Declined, Neighbours, Replicate, Goodbye)
         while True:
             with trio.fail_after(FIRST_WORD_TIMEOUT_S if not link.is_up else float("inf")):
-                message, _ = await messages.receive(*types)
+                message, _ = await messages.receive(*words, Sighted, Kept)
             if not link.is_up and self._links.get(link.peer.peer_id) is link:
                 link.is_up = True
                 self._overlay.link_up(
@@ -419,6 +431,8 @@ class OverlayService:
                 )
             if isinstance(message, Sighted):
                 self._note_sighting(message, link.peer.peer_id)
+            elif isinstance(message, Kept):
+                self._made_for_link.discard(link.peer.peer_id)
             else:
                 self._overlay.receive_untrusted(
                     cast("LinkMessage", message), link.peer.peer_id, self.now()
@@ -442,7 +456,7 @@ class OverlayService:
             self._overlay.link_failed(peer_id, self.now())
         self._carry_out()
 
-    def _queue(self, link: _Link, message: LinkMessage | Sighted) -> None:
+    def _queue(self, link: _Link, message: LinkMessage | Sighted | Kept) -> None:
         try:
             link.queue.send_nowait(message)
         except trio.WouldBlock:
@@ -522,7 +536,9 @@ class OverlayService:
         record, seen_at = self._checked(meet, asked.origin)
         if self._meeting_count > MEETINGS_MAX:
             raise ConnectFailed("busy with other peers; try again in a minute")
-        if meet.is_for_link and not self._overlay.accepts_link(asked.origin, self.now()):
+        is_welcome = not meet.is_for_link or self._overlay.accepts_link(asked.origin, self.now())
+        # Whom our user wants must not be declined: its wish may go before ours, and we wait for it.
+        if not is_welcome and not self._home.is_connecting(asked.origin):
             raise ConnectFailed("I have as many links as I keep")
         await self._home.start_rendezvous(record, seen_at, attempt, asked.neighbour)
         return Met(self._home.sealed_record(), self._own_sightings())

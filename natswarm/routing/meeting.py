@@ -27,6 +27,7 @@ from natswarm.message import Message, decode_message_untrusted, encode_message
 __all__ = [
     "SIGHTINGS_MAX",
     "SIGHTING_LIFETIME_S",
+    "Kept",
     "Meet",
     "Met",
     "NotMet",
@@ -48,6 +49,10 @@ class Sighted(Message, frozen=True):
     """Between neighbours: my signed sighting of you."""
 
     sighting: bytes
+
+
+class Kept(Message, frozen=True):
+    """Between neighbours: my user wants this connection, too; leave it when the link goes."""
 
 
 class Meet(Message, frozen=True):

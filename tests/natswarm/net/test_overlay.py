@@ -37,11 +37,13 @@ async def join(swarm, count: int, *, settle_s: float = 30.0):
 
 async def test_everybody_finds_everybody_after_the_first_contact_died(open_swarm, autojump_clock):
     async with open_swarm(seed=1) as swarm:
-        nodes = await join(swarm, 8)
-        assert nodes[1].overlay.size_estimate() > 5
-        assert sum(map(len, nodes[1].overlay.neighbours_by_bucket().values())) > 3
+        nodes = await join(swarm, 20, settle_s=10)
+        assert 10 < nodes[1].overlay.size_estimate() < 40
         await swarm.crash("n0")
-        await trio.sleep(40)
+        unknown = sum(
+            not node.is_connected(other.peer_id) for node in nodes[1:] for other in nodes[1:]
+        )
+        assert unknown > 2 * 19, "those who are connected to all have nobody to find"
         for node in nodes[1:]:
             for other in nodes[1:]:
                 if other is not node:
@@ -109,6 +111,23 @@ async def test_a_link_that_ends_leaves_the_users_connection(open_swarm, autojump
         assert first.overlay.neighbours_by_bucket() != {}
         after = first.overlay._links[second.peer_id], swarm.peer("n0", "n1")
         assert (after[0] is not before[0], after[1]) == (True, before[1])
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+async def test_a_connection_made_for_a_link_stays_if_the_user_of_either_side_wants_it(
+    open_swarm, autojump_clock, is_kept
+):
+    async with open_swarm(seed=8) as swarm:
+        _, *pair = await join(swarm, 3)
+        (maker,) = (node for node in pair if node.overlay._made_for_link)
+        other = pair[1 - pair.index(maker)]
+        if is_kept:
+            await other.connect(maker.peer_id)
+        await trio.sleep(1)
+        maker.overlay._links[other.peer_id].queue.close()
+        await trio.sleep(0.3)
+        assert other.peer_id not in maker.overlay._links
+        assert other.is_connected(maker.peer_id) == maker.is_connected(other.peer_id) == is_kept
 
 
 @pytest.mark.parametrize("lie", ["garbage", "somebody else's sighting", "an old word", "silence"])
