@@ -9,8 +9,8 @@
 The modules, from the inside out: `config`, `weights`, `tokenizer`, `model_folder` (a model on disk,
 in Hugging Face layout), `model_store` (the models of this device), `reference` (the model in NumPy:
 what is right), `graph` (the model as ONNX), `engine` (ONNX graphs running on this device), `swarm`
-(stages on peers and the client that asks them), `learn` (training here, and rounds of averaged
-gradients with a peer).
+(stages on peers and the client that asks them), `learn` (training here, and
+together with whoever trains the same model).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from llmload.errors import (
     PromptTooLong,
     StageFailed,
 )
-from llmload.learn.exchange import LearningPartner, LearningResult, learn_with
+from llmload.learn.exchange import Learner, PartnerReport
+from llmload.learn.outer import OuterSettings
 from llmload.learn.trainer import AdamWSettings, Trainer
 from llmload.model_folder import Model, load_model
 from llmload.model_store import ModelStore
@@ -57,14 +58,15 @@ __all__ = [
     "Generation",
     "KVArena",
     "KVCache",
+    "Learner",
     "LearningFailed",
-    "LearningPartner",
-    "LearningResult",
     "LlmloadError",
     "Model",
     "ModelFolderError",
     "ModelStore",
     "NoRoute",
+    "OuterSettings",
+    "PartnerReport",
     "PromptTooLong",
     "SamplingParameters",
     "StageEngine",
@@ -79,7 +81,6 @@ __all__ = [
     "Trainer",
     "bundled_model_path",
     "generate_tokens",
-    "learn_with",
     "load_model",
     "open_stage",
 ]

@@ -25,7 +25,8 @@ from llmload.demo_report import DemoDevice, DemoPuncture, DemoReport
 from llmload.demo_screen import DemoScreen
 from llmload.engine.sampler import SamplingParameters
 from llmload.errors import LlmloadError
-from llmload.learn.exchange import LearningPartner, RoundReport, learn_with
+from llmload.learn.exchange import Learner
+from llmload.learn.outer import OuterSettings
 from llmload.learn.trainer import AdamWSettings, Trainer
 from llmload.model_folder import Model, load_model
 from llmload.swarm.blocks import BlockStack
@@ -73,14 +74,16 @@ DEVICES = {
 STAGES = ("kim", "otto", "home")
 ASKER = "vera"
 
-# Gradients are megabytes, so the demo's learners have good lines: on the 4G links, with a packet in
-# a thousand lost, one QUIC connection carries some 0.3 MB/s.
+# Models are megabytes, so the demo's learners have good lines: on the 4G links, with a packet in a
+# thousand lost, one QUIC connection carries some 0.3 MB/s.
 LEARNERS = ("home", CAMPUS)
-LEARNING_ROUNDS = 4
-LEARNING_RATE = 3e-4
+LEARNING_STEPS = 4
+LEARNING_RATE = 6e-4
+# Few steps, so what each has learned should be with the other soon.
+LEARNING = OuterSettings(local_steps=2, density=0.05)
 
-# What each learner has on its device and never sends; what it learns from the other's, it learns by
-# gradients alone.
+# What each learner has on its device and never sends; what it learns of the other's, it learns by
+# updates of the model alone.
 TEXTS = {
     "home": (
         "A device behind a carrier's translator has no address of its own. It shares one with ten "
@@ -212,23 +215,32 @@ async def _learn(report: DemoReport, nodes: dict[str, Node], model: Model) -> No
     optimizer = AdamWSettings(learning_rate=LEARNING_RATE)
     trainers = [Trainer(model.config, model.weights, optimizer=optimizer) for _ in LEARNERS]
     lessons = [_lesson(model, TEXTS[name]) for name in LEARNERS]
-    asking, answering = (nodes[name] for name in LEARNERS)
 
-    def on_round(done: RoundReport) -> None:
-        learning.rounds += 1
-        learning.losses.append((done.loss + done.peer_loss) / 2)
+    async def measure() -> None:
+        """Note the loss of each learner on the other's text."""
+        losses = [
+            await trio.to_thread.run_sync(trainer.loss, *lesson)
+            for trainer, lesson in zip(trainers, reversed(lessons), strict=True)
+        ]
+        learning.losses.append(sum(losses) / len(losses))
 
-    LearningPartner(answering, trainers[1], repeat(lessons[1])).start()
-    peer = await asking.connect(answering.peer_id)
-    await learn_with(
-        asking, peer, trainers[0], repeat(lessons[0]), LEARNING_ROUNDS, on_round=on_round
-    )
-    losses = [
-        await trio.to_thread.run_sync(trainer.loss, *lesson)
-        for trainer, lesson in zip(trainers, lessons, strict=True)
+    await measure()
+    learners = [
+        Learner(nodes[name], trainer, repeat(lesson), model.content_hash, settings=LEARNING)
+        for name, trainer, lesson in zip(LEARNERS, trainers, lessons, strict=True)
     ]
-    learning.losses.append(sum(losses) / len(losses))
-    # In this one process the two models can be compared themselves, not only by their hashes.
+    for learner in learners:
+        learner.start()
+    first, second = learners
+    other = await nodes[LEARNERS[0]].connect(nodes[LEARNERS[1]].peer_id)
+    first.meet(other)
+    async with trio.open_nursery() as nursery:
+        for learner in learners:
+            nursery.start_soon(learner.run, LEARNING_STEPS)
+    learning.updates = sum(learner.outer.statistics.taken for learner in (first, second))
+    await first.average_with(other)
+    await measure()
+    # In this one process the two models can be compared themselves.
     learning.weights_equal = np.array_equal(trainers[0].parameters, trainers[1].parameters)
 
 

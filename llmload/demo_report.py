@@ -45,11 +45,18 @@ class DemoPuncture:
 
 @dataclass(slots=True)
 class DemoLearning:
-    """How the learning went; losses in nats a token, averaged over the learners' texts."""
+    """How the learning went.
+
+    Attributes:
+        learners: Their devices.
+        losses: Of each learner on the text of the other, averaged; nats a token, before and after.
+        updates: Shards of updates that one made part of its model from the other.
+        weights_equal: Whether both hold the same bits in the end.
+    """
 
     learners: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    rounds: int = 0
+    updates: int = 0
     weights_equal: bool | None = None
 
     @property
@@ -127,7 +134,7 @@ class DemoReport:
             "learning": {
                 "loss_before": self.learning.losses[0] if self.learning.losses else None,
                 "loss_after": self.learning.losses[-1] if self.learning.losses else None,
-                "rounds": self.learning.rounds,
+                "updates": self.learning.updates,
                 "weights_equal": self.learning.weights_equal is True,
             },
             "seconds": round(self.seconds, 3),

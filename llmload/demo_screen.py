@@ -53,7 +53,7 @@ class DemoScreen:
         ]
         if report.stages:
             parts.append(self._answer())
-        if report.learning.rounds:
+        if report.learning.losses:
             parts.append(self._learning())
         if report.status:
             parts.append(Text(report.status, style="bold cyan" if report.is_ok else "bold red"))
@@ -106,7 +106,6 @@ class DemoScreen:
         losses = " → ".join(f"{loss:.3f}" for loss in learning.losses)
         equal = {True: ", weights equal bit for bit", False: ", WEIGHTS DIFFER", None: ""}
         return Panel(
-            f"loss {losses} nats a token after {learning.rounds} rounds"
-            f"{equal[learning.weights_equal]}",
+            f"loss on the other's text {losses} nats a token{equal[learning.weights_equal]}",
             title=f"{' and '.join(learning.learners)} learn from each other's text",
         )

@@ -1,274 +1,209 @@
-"""Two peers learn from each other's text without showing it: rounds of averaged gradients.
+"""A learner on the mesh: trains here, and exchanges with whoever else learns the same model.
 
-    initiator                           partner
-      | -- ProposeLearning -------------> |     one stream, `llmload/learn/1`
-      | <------------- AcceptLearning --- |
-      |                                   |     each round: a gradient of our own text
-      | <===== shards and receipts =====> |     both ways at once, as fast as the slower
-      |                                   |     average, step
-      | <========== RoundDone ==========> |     the hash of the new weights
-      :                                   :
+    every `local_steps` steps   an update goes to up to `FAN_OUT` partners, each in a call of its
+                                own; the reply says how much of it was taken
+    at any time                 updates of others come in, and are part of the model from the next
+                                update on
+    every `AVERAGE_EVERY_S`     two that the clock has paired average one shard of their models
+    in the beginning            who joins fetches the model of those who learn already, shard by
+                                shard from several of them
 
-Both start from equal weights and apply the same bits, so both end with equal weights; and that is
-not assumed but compared after every round. Whatever keeps a round from being averaged whole, a lost
-connection, a silent or a lying peer, ends the exchange with `LearningFailed` before the step.
+Nobody waits for anybody. A partner that is slow gets the latest update when it has read the one
+before; one that is silent, lies or is lost costs a call that fails. So does one of another model:
+every shard names its layout.
 
-What is exchanged is not private: from the gradient of a small batch much of its text can be
-computed back. Nor is it robust: a partner that keeps to the protocol may send any gradient. Learn
-with peers that you trust; `AdamWSettings.gradient_norm_max` bounds what one step can do.
+What is exchanged is not private: from updates much of the text can be computed back that they were
+learned from. Whoever learns with strangers should take text that strangers may read.
 
-This file does not know how gradients are computed, encoded or averaged.
+This file does not know how updates are made, weighed or encoded (`outer.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import random
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
 
-import numpy as np
 import trio
-from msgspec import Meta
+from msgspec import Meta, structs
 from numpy.typing import NDArray
 
 from llmload.errors import LearningFailed
-from llmload.learn.gossip import (
-    GossipRound,
-    RoundFinished,
-    RoundResult,
-    RoundSettled,
-    ShardReceipt,
+from llmload.learn.codecs import Codec
+from llmload.learn.mixing import partner, push_targets
+from llmload.learn.outer import AVERAGE_CODEC, OuterLoop, OuterSettings, Update
+from llmload.learn.robust import Reputation
+from llmload.learn.shards import (
+    SHARD_VALUE_COUNT_MAX,
+    EncodedShard,
+    LayoutHash,
+    ShardHeader,
+    ShardLayout,
+    Vector,
+    decode_shard_untrusted,
+    encode_shard,
 )
-from llmload.learn.shards import LAYOUT_HASH_BYTES, Codec, ShardHeader, ShardLayout
 from llmload.learn.trainer import Trainer
+from llmload.swarm.beside import beside
 from natswarm import (
+    Call,
+    DecodeError,
     Message,
-    MessageStream,
+    Method,
     NatswarmError,
     Node,
     Peer,
     PeerId,
-    Refusal,
     RequestRefused,
-    Stream,
 )
 
 __all__ = [
-    "LEARN_PROTOCOL",
+    "AVERAGE",
+    "STATE",
+    "UPDATE",
     "Batches",
-    "LearningPartner",
-    "LearningResult",
-    "RoundReport",
-    "learn_with",
+    "FetchShards",
+    "Learner",
+    "PartnerReport",
+    "UpdateTaken",
+    "learner_service",
 ]
 
-LEARN_PROTOCOL = "llmload/learn/1"
-
-# A phone computes the gradient of a batch in seconds, and an int8 gradient of GPT-2 124M, 126 MB,
-# takes 100 s at 10 Mbit/s.
-ROUND_TIMEOUT_S = 300.0
-# Partners decide themselves; an hour of rounds of a few seconds is what a stranger may ask for.
-ROUND_COUNT_MAX = 1000
-HELLO_TIMEOUT_S = 15.0
-REPORT_TIMEOUT_S = 5.0
-OUTCOMES_KEPT = 16
-HASH_BYTES = 32
-REASON_CHARACTERS_MAX = 500
+# A phone on a bad link carries an update of GPT-2 124M, some 3 MB, in a minute.
+UPDATE_TIMEOUT_S = 120.0
+STATE_TIMEOUT_S = 30.0
+# Each further partner costs the whole update once more.
+FAN_OUT = 8
+PARTNERS_MAX = 64
+REPORTS_MAX = 1024
+# Updates that wait for a partner; older ones are dropped, as is what is sent while it is away.
+MAILBOX_SIZE = 2
+LOOK_EVERY_S = 10.0
+AVERAGE_EVERY_S = 60.0
+# A partner that failed is left alone for so long.
+REST_S = 30.0
+# Shards in one call for the model: progress is kept when a call fails.
+SHARDS_PER_FETCH = 16
+MODEL_PREFIX_CHARACTERS = 16
 
 # Tokens and targets, integers (batch, time) each; `trainer.batches` makes them.
 Batches: TypeAlias = Iterator[tuple[NDArray[Any], NDArray[Any]]]
 
-WeightsHash: TypeAlias = Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
-
 logger = logging.getLogger("llmload.learn")
 
 
-class ProposeLearning(Message, frozen=True):
-    """Let us learn together: the first message on a learning stream.
+class UpdateTaken(Message, frozen=True):
+    """What became of an update.
 
     Attributes:
-        layout: `ShardLayout.hash`: the shape of the model.
-        weights: SHA-256 of all parameters. Different weights could not be kept equal.
-        round_count: How many rounds.
+        shard_count: How many of its shards were made part of the model.
+        weight: The mean factor over all shards that were sent, 0..1.
     """
 
-    layout: Annotated[bytes, Meta(min_length=LAYOUT_HASH_BYTES, max_length=LAYOUT_HASH_BYTES)]
-    weights: WeightsHash
-    round_count: Annotated[int, Meta(ge=1, le=2**31)]
+    shard_count: Annotated[int, Meta(ge=0, lt=2**31)]
+    weight: Annotated[float, Meta(ge=0, le=1)]
 
 
-class AcceptLearning(Message, frozen=True):
-    """I have the same weights, and begin with round 0."""
-
-
-class RoundDone(Message, frozen=True):
-    """I have made the step of a round.
+class FetchShards(Message, frozen=True):
+    """Send me some shards of your model.
 
     Attributes:
-        round: Which, from 0.
-        weights: SHA-256 of all parameters after it.
-        loss: Mean cross-entropy in nats a token of our own batch, before it.
+        layout: `ShardLayout.hash`.
+        shards: Which.
     """
 
-    round: Annotated[int, Meta(ge=0, lt=2**31)]
-    weights: WeightsHash
-    loss: Annotated[float, Meta(ge=0, le=1e6)]
+    layout: LayoutHash
+    shards: Annotated[
+        tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...], Meta(max_length=SHARDS_PER_FETCH)
+    ]
 
 
-@dataclass(frozen=True, slots=True)
-class RoundReport:
-    """One round that was averaged whole and compared.
+_PAYLOAD_BYTES_MAX = Codec.FP32.payload_bytes(SHARD_VALUE_COUNT_MAX)
+
+UPDATE = Method(
+    "llmload/update/1", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+)
+AVERAGE = Method(
+    "llmload/average/1", (ShardHeader,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+)
+STATE = Method(
+    "llmload/state/1", (FetchShards,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+)
+
+
+def learner_service(model_hash: str) -> str:
+    """Return the name under which learners of a model announce themselves."""
+    return f"llmload/learn/{model_hash[:MODEL_PREFIX_CHARACTERS]}"
+
+
+@dataclass(slots=True)
+class PartnerReport:
+    """What we had to do with one partner.
 
     Attributes:
-        index: From 0.
-        loss: Of our own batch before the step, nats a token.
-        peer_loss: What the peer says of its batch.
-        gradient_norm: Length of the averaged gradient, before it was clipped.
-        shard_count: Shards of the model.
-        averaged_shard_count: How many of them are the mean of both gradients.
-        sent_bytes: Encoded gradients that we sent; headers (about 90 bytes a shard) not counted.
-        received_bytes: Encoded gradients that came.
-        seconds: From the start of computing to the comparison.
+        sent_bytes: Payloads of updates that it has confirmed, and of shards averaged.
+        received_bytes: Payloads that came.
+        confirmed: Updates of ours that it has answered.
+        taken_weight: Mean weight that it took our latest with, 0..1.
+        given_weight: Mean weight that we took its latest with, 0..1.
+        failures: Calls to it that failed.
+        averaged: Shards averaged with it.
     """
 
-    index: int
-    loss: float
-    peer_loss: float
-    gradient_norm: float
-    shard_count: int
-    averaged_shard_count: int
-    sent_bytes: int
-    received_bytes: int
-    seconds: float
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    confirmed: int = 0
+    taken_weight: float = 0.0
+    given_weight: float = 0.0
+    failures: int = 0
+    averaged: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LearningResult:
-    """An exchange that came to its end.
+@dataclass(eq=False)
+class _Partner:
+    """A peer that learns the same model; `mailbox` is what we have for it."""
 
-    Attributes:
-        peer_id: With whom.
-        rounds: What happened, one by one.
-        loss_before: Of our first batch, with the weights we started from; nats a token.
-        loss_after: Of the same batch, with the weights we ended with.
-        weights_equal: Whether both sides have the same weights, by their hashes, after every round.
-            True in every result: if they ever differ, the exchange ends with an error.
-        weights_hash: SHA-256 of them.
-    """
+    peer: Peer
+    mailbox: deque[Update] = field(default_factory=lambda: deque(maxlen=MAILBOX_SIZE))
+    news: trio.Event = field(default_factory=trio.Event)
 
-    peer_id: PeerId
-    rounds: tuple[RoundReport, ...]
-    loss_before: float
-    loss_after: float
-    weights_equal: bool
-    weights_hash: bytes
+    def post(self, update: Update) -> None:
+        self.mailbox.append(update)
+        self.news.set()
 
-    @property
-    def sent_bytes(self) -> int:
-        """Encoded gradients that we sent in all rounds."""
-        return sum(report.sent_bytes for report in self.rounds)
-
-    @property
-    def received_bytes(self) -> int:
-        """Encoded gradients that came in all rounds."""
-        return sum(report.received_bytes for report in self.rounds)
+    async def next_update(self) -> Update:
+        while not self.mailbox:
+            self.news = trio.Event()
+            await self.news.wait()
+        return self.mailbox.popleft()
 
 
-OnRound: TypeAlias = Callable[[RoundReport], None]
+class Learner:
+    """Trains a model on our text, together with everybody who does the same with it.
 
-
-async def learn_with(
-    node: Node,
-    peer: Peer,
-    trainer: Trainer,
-    batches: Batches,
-    rounds: int,
-    *,
-    codec: Codec = Codec.INT8X256,
-    round_timeout_s: float = ROUND_TIMEOUT_S,
-    on_round: OnRound | None = None,
-) -> LearningResult:
-    """Learn together with a peer that serves `LearningPartner`.
-
-    Both trainers must have the same history: equal weights, equal settings, equal steps so far.
-    Nobody else may use the trainer meanwhile. Cancelled, the weights are those after the last whole
-    round, unless the step was being made: a computation in its thread is finished first.
+    `start` answers others from then on; `run` trains. Nobody else may use the trainer meanwhile.
 
     Args:
         node: We.
-        peer: The partner, connected.
         trainer: Our model.
         batches: Our text.
-        rounds: How many steps to make together.
-        codec: How our gradient travels; the peer chooses for its own.
-        round_timeout_s: How long one round may take, from our own gradient on.
-        on_round: Called after each round; must return quickly.
-
-    Raises:
-        LearningFailed: The peer refused, was lost, stalled or lied. The step of the round that
-            failed was not made, unless the message says otherwise; earlier ones were.
-        ValueError: `rounds` is not positive.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds must be positive, got {rounds}")
-    layout = ShardLayout(trainer.space)
-    proposal = ProposeLearning(layout.hash, await _weights_hash(trainer), rounds)
-    try:
-        with trio.fail_after(HELLO_TIMEOUT_S):
-            stream = await peer.open_stream(LEARN_PROTOCOL)
-    except (trio.TooSlowError, trio.BrokenResourceError) as error:
-        raise LearningFailed(f"can't reach {peer.peer_id.short}: {error}") from error
-    async with MessageStream(stream, payload_bytes_max=_payload_bytes_max(layout)) as messages:
-        await _propose(messages, peer, proposal)
-        exchange = _Exchange(
-            messages,
-            me=node.peer_id,
-            peer_id=peer.peer_id,
-            trainer=trainer,
-            layout=layout,
-            batches=batches,
-            codec=codec,
-            round_timeout_s=round_timeout_s,
-            on_round=on_round,
-        )
-        return await exchange.run(rounds)
-
-
-async def _propose(messages: MessageStream, peer: Peer, proposal: ProposeLearning) -> None:
-    name = peer.peer_id.short
-    try:
-        with trio.fail_after(HELLO_TIMEOUT_S):
-            await messages.call(proposal, AcceptLearning)
-    except trio.TooSlowError:
-        raise LearningFailed(
-            f"{name} did not answer in {HELLO_TIMEOUT_S:g} s whether it learns with us"
-        ) from None
-    except RequestRefused as refusal:
-        raise LearningFailed(f"{name} does not learn with us: {_shown(refusal)}") from refusal
-    except (NatswarmError, trio.BrokenResourceError) as error:
-        raise LearningFailed(
-            f"{name} did not answer whether it learns with us: {_shown(error)}"
-        ) from error
-
-
-class LearningPartner:
-    """Learns with whoever asks, one at a time: the answering side of `learn_with`.
-
-    Args:
-        node: We.
-        trainer: Our model; used only while an exchange runs.
-        batches: Our text.
-        codec: How our gradient travels.
-        round_count_max: Longer exchanges are refused.
-        round_timeout_s: How long one round may take.
-        on_round: Called after each round; must return quickly.
+        model_hash: Content hash of the model that all started from, in hexadecimal.
+        settings: How often and how much is published.
+        rate_at: Learning rate of a step, counted from 0; None for that of the trainer.
+        reputation: What is known of a peer from elsewhere, 0..1; None for 1.
+        rng: Draws whom updates go to when there are more than `FAN_OUT`.
+        utc: The wall clock, seconds; pairs are drawn by it.
 
     Attributes:
-        outcomes: Results and failures of the latest exchanges, oldest first.
+        outer: The state of the exchange, and its counters.
+        reports: What we had to do with each partner so far.
+        step_count: Steps made.
+        loss: Mean over the latest batches, nats a token; None before the first.
     """
 
     def __init__(
@@ -276,346 +211,324 @@ class LearningPartner:
         node: Node,
         trainer: Trainer,
         batches: Batches,
+        model_hash: str,
         *,
-        codec: Codec = Codec.INT8X256,
-        round_count_max: int = ROUND_COUNT_MAX,
-        round_timeout_s: float = ROUND_TIMEOUT_S,
-        on_round: OnRound | None = None,
+        settings: OuterSettings | None = None,
+        rate_at: Callable[[int], float] | None = None,
+        reputation: Reputation | None = None,
+        rng: random.Random | None = None,
+        utc: Callable[[], float] = time.time,
     ) -> None:
+        self.service = learner_service(model_hash)
+        self.outer = OuterLoop(
+            ShardLayout(trainer.space), trainer.parameters, settings, reputation=reputation
+        )
+        self.reports: dict[PeerId, PartnerReport] = {}
+        self.step_count = 0
+        self.loss: float | None = None
         self._node = node
         self._trainer = trainer
-        self._layout = ShardLayout(trainer.space)
         self._batches = batches
-        self._codec = codec
-        self._round_count_max = round_count_max
-        self._round_timeout_s = round_timeout_s
-        self._on_round = on_round
-        self._turn = trio.Lock()
-        self._learning_with: PeerId | None = None
-        self.outcomes: deque[LearningResult | LearningFailed] = deque(maxlen=OUTCOMES_KEPT)
+        self._rate_at = rate_at
+        self._rng = rng or random.Random()
+        self._utc = utc
+        self._partners: dict[PeerId, _Partner] = {}
+        self._nursery: trio.Nursery | None = None  # while training
+        # Threads work on the same arrays: one lock for the parameters, one for what comes in. What
+        # is done with one shard takes 2 ms, less than on a busy machine the way to a thread.
+        self._model_lock = trio.Lock()
+        self._incoming_lock = trio.Lock()
+
+    @property
+    def partners(self) -> list[PeerId]:
+        """With whom we exchange now."""
+        return list(self._partners)
 
     def start(self) -> None:
-        """Answer learning streams from now on, in tasks of the node."""
-        self._node.serve(LEARN_PROTOCOL, self.handle)
+        """Answer others from now on, in tasks of the node."""
+        self._node.serve_calls(UPDATE, self._serve_update)
+        self._node.serve_calls(AVERAGE, self._serve_average)
+        self._node.serve_calls(STATE, self._serve_state)
 
-    async def handle(self, stream: Stream, peer: Peer) -> None:
-        """Learn with one peer, to the end or the first failure; owns the stream.
+    # --- Training ----------------------------------------------------------------------------
 
-        What goes wrong is logged and put into `outcomes`, not raised.
+    async def run(self, step_count: int | None = None) -> None:
+        """Train and exchange until cancelled, or for some steps.
 
         Raises:
-            NatswarmError: The first message was no proposal.
-            trio.BrokenResourceError: The peer was lost before it had our answer.
+            LearningFailed: Training itself failed: NaN, or no more text.
         """
-        async with MessageStream(
-            stream, payload_bytes_max=_payload_bytes_max(self._layout)
-        ) as messages:
+        async with beside(self._exchange):
+            await self._train(step_count)
+
+    async def _exchange(self) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             try:
-                with trio.fail_after(HELLO_TIMEOUT_S):
-                    proposal, _ = await messages.receive(ProposeLearning)
-            except (trio.TooSlowError, trio.EndOfChannel):
-                return  # nothing was asked
-            if self._learning_with not in (None, peer.peer_id):
-                # Not who: whom we learn with is nobody's business.
-                await messages.send(Refusal("it is learning with somebody else; try again later"))
-                return
-            # The peer may be back before we are done with the exchange that it has just left.
-            with trio.move_on_after(HELLO_TIMEOUT_S) as waiting:
-                await self._turn.acquire()
-            if waiting.cancelled_caught:
-                return
-            self._learning_with = peer.peer_id
-            try:
-                await self._answer(messages, peer, proposal)
-            except RequestRefused as refusal:
-                await messages.send(Refusal(str(refusal)))
-            except LearningFailed as failure:
-                logger.warning("learning with %s: %s", peer.peer_id.short, failure)
-                self.outcomes.append(failure)
+                for found in self._partners.values():
+                    nursery.start_soon(self._push_to, found)
+                nursery.start_soon(self._average_now_and_then)
+                await self._look_for_partners()
             finally:
-                self._learning_with = None
-                self._turn.release()
+                self._nursery = None
 
-    async def _answer(self, messages: MessageStream, peer: Peer, proposal: ProposeLearning) -> None:
-        if proposal.layout != self._layout.hash:
-            raise RequestRefused("its model has another shape")
-        if proposal.round_count > self._round_count_max:
-            raise RequestRefused(f"it learns at most {self._round_count_max} rounds at a time")
-        if proposal.weights != await _weights_hash(self._trainer):
-            raise RequestRefused(
-                "its weights are not ours. Start both from the same model folder, and let both "
-                "make the same steps"
-            )
-        await messages.send(AcceptLearning())
-        exchange = _Exchange(
-            messages,
-            me=self._node.peer_id,
-            peer_id=peer.peer_id,
-            trainer=self._trainer,
-            layout=self._layout,
-            batches=self._batches,
-            codec=self._codec,
-            round_timeout_s=self._round_timeout_s,
-            on_round=self._on_round,
-        )
-        self.outcomes.append(await exchange.run(proposal.round_count))
+    async def _train(self, step_count: int | None) -> None:
+        made_count = 0
+        while step_count is None or made_count < step_count:
+            batch = next(self._batches, None)
+            if batch is None:
+                raise LearningFailed("our own text has ended")
+            async with self._model_lock:
+                await trio.to_thread.run_sync(self._step, *batch)
+                async with self._incoming_lock:
+                    if self.step_count % self.outer.settings.local_steps:
+                        await trio.to_thread.run_sync(self.outer.merge)
+                    else:
+                        await self._publish()
+            made_count += 1
 
+    def _step(self, tokens: NDArray[Any], targets: NDArray[Any]) -> None:
+        loss, gradient = self._trainer.gradients(tokens, targets)
+        rate = None if self._rate_at is None else self._rate_at(self.step_count)
+        self._trainer.apply(gradient, learning_rate=rate)
+        self.step_count += 1
+        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
 
-class _Exchange:
-    """The rounds, after both have agreed; the two sides do the same."""
-
-    def __init__(
-        self,
-        messages: MessageStream,
-        *,
-        me: PeerId,
-        peer_id: PeerId,
-        trainer: Trainer,
-        layout: ShardLayout,
-        batches: Batches,
-        codec: Codec,
-        round_timeout_s: float,
-        on_round: OnRound | None,
-    ) -> None:
-        self._messages = messages
-        self._me = me
-        self._peer_id = peer_id
-        self._trainer = trainer
-        self._layout = layout
-        self._batches = batches
-        self._codec = codec
-        self._round_timeout_s = round_timeout_s
-        self._on_round = on_round
-
-    async def run(self, round_count: int) -> LearningResult:
-        """Make all rounds.
-
-        Raises:
-            LearningFailed: See `learn_with`; the peer has been told, if it still listens.
-        """
-        reports = []
-        first_batch: tuple[NDArray[Any], NDArray[Any]] | None = None
-        digest = b""
+    async def _publish(self) -> None:
+        if not self._partners:
+            await trio.to_thread.run_sync(self.outer.go_alone)
+            return
         try:
-            for index in range(round_count):
-                batch = next(self._batches, None)
-                if batch is None:
-                    raise LearningFailed(f"our own text ended before round {index}")
-                first_batch = first_batch or batch
-                report, digest = await self._round(index, *batch)
-                reports.append(report)
-                if self._on_round is not None:
-                    self._on_round(report)
-        except LearningFailed as failure:
-            await self._tell(str(failure))
-            raise
-        assert first_batch is not None, "there is at least one round"
-        loss_after = await trio.to_thread.run_sync(self._trainer.loss, *first_batch)
-        return LearningResult(
-            peer_id=self._peer_id,
-            rounds=tuple(reports),
-            loss_before=reports[0].loss,
-            loss_after=loss_after,
-            weights_equal=True,
-            weights_hash=digest,
-        )
-
-    async def _round(
-        self, index: int, tokens: NDArray[Any], targets: NDArray[Any]
-    ) -> tuple[RoundReport, bytes]:
-        started_at = trio.current_time()
-        loss, gradient = await trio.to_thread.run_sync(self._trainer.gradients, tokens, targets)
-        deadline = trio.current_time() + self._round_timeout_s
-
-        def encode() -> GossipRound:
-            return GossipRound(
-                self._layout,
-                round_number=index,
-                me=self._me,
-                participants=(self._me, self._peer_id),
-                gradient=gradient,
-                codec=self._codec,
-                now=started_at,
-                deadline_s=deadline,
-                # A stream loses nothing, so there is nothing to ask for again.
-                ask_after_s=self._round_timeout_s * 2,
-            )
-
-        try:
-            gossip = await trio.to_thread.run_sync(encode)
+            update = await trio.to_thread.run_sync(self.outer.publish)
         except ValueError as error:
             raise LearningFailed(
-                f"round {index}: our own gradient can't be sent ({error}); the step was not made"
+                f"our own update can't be sent ({error}); lower the learning rate"
             ) from error
-        traffic = _RoundTraffic(self._messages, self._peer_id, gossip)
-        with trio.CancelScope(deadline=deadline) as until_deadline:
-            average = await traffic.average()
-        if until_deadline.cancelled_caught:
-            raise LearningFailed(self._missing(index, gossip, deadline))
-        norm = await trio.to_thread.run_sync(self._trainer.apply, average.average)
-        digest = await _weights_hash(self._trainer)
-        with trio.CancelScope(deadline=deadline) as until_deadline:
-            done = await traffic.compare(RoundDone(index, digest, loss))
-        if until_deadline.cancelled_caught:
-            raise LearningFailed(
-                f"round {index}: {self._peer_id.short} did not say that it has made the step, as "
-                f"we have; compare the weights before learning on"
-            )
-        if (done.round, done.weights) != (index, digest):
-            raise LearningFailed(
-                f"round {index}: the weights of {self._peer_id.short} are not ours, after a step "
-                f"that was made on both sides. Trainers of different settings or history, or a "
-                f"peer that lies; start both from the same model folder"
-            )
-        report = RoundReport(
-            index=index,
-            loss=loss,
-            peer_loss=done.loss,
-            gradient_norm=norm,
-            shard_count=self._layout.shard_count,
-            averaged_shard_count=int(np.count_nonzero(average.contribution_counts == 2)),
-            sent_bytes=traffic.sent_bytes,
-            received_bytes=traffic.received_bytes,
-            seconds=trio.current_time() - started_at,
-        )
-        return report, digest
+        me = self._node.peer_id
+        for target in push_targets(me, self.partners, count=FAN_OUT, rng=self._rng):
+            self._partners[target].post(update)
 
-    def _missing(self, index: int, gossip: GossipRound, deadline: float) -> str:
-        """Say what was not there in time."""
-        gossip.handle_timer(deadline)
-        missing_count = 0
-        while (event := gossip.next_event()) is not None:
-            if isinstance(event, RoundFinished):
-                missing_count = event.result.missing_shard_counts.get(self._peer_id, 0)
-        what = f"{missing_count} of {self._layout.shard_count} shards of {self._peer_id.short}"
-        if missing_count == 0:
-            what = f"the confirmation of {self._peer_id.short}"
-        damaged = f" ({gossip.statistics.damaged} were damaged)" * bool(gossip.statistics.damaged)
-        return (
-            f"round {index}: {what} did not come in {self._round_timeout_s:g} s{damaged}; the step "
-            f"was not made"
-        )
+    # --- Ours to others ----------------------------------------------------------------------
 
-    async def _tell(self, reason: str) -> None:
-        """Let the peer know why we stop."""
-        with (
-            trio.move_on_after(REPORT_TIMEOUT_S),
-            suppress(trio.BrokenResourceError, trio.ClosedResourceError),
-        ):
-            await self._messages.send(Refusal(reason[:REASON_CHARACTERS_MAX]))
-
-
-class _RoundTraffic:
-    """The messages of one round, both ways at once."""
-
-    def __init__(self, messages: MessageStream, peer_id: PeerId, gossip: GossipRound) -> None:
-        self._messages = messages
-        self._peer_id = peer_id
-        self._gossip = gossip
-        self._result: RoundResult | None = None
-        self._is_unanimous: bool | None = None  # None: not settled yet
-        self._received_something = trio.Event()
-        self.sent_bytes = 0
-        self.received_bytes = 0
-
-    async def average(self) -> RoundResult:
-        """Exchange all shards, until both know that both have all.
-
-        Raises:
-            LearningFailed: The peer stopped, was lost, or sent something else.
-        """
-        failures: list[LearningFailed] = []
-        async with trio.open_nursery() as nursery:
-
-            async def until_failure(part: Callable[[], Awaitable[None]]) -> None:
-                try:
-                    await part()
-                except LearningFailed as failure:
-                    failures.append(failure)
-                    nursery.cancel_scope.cancel()
-
-            nursery.start_soon(until_failure, self._send_until_settled)
-            nursery.start_soon(until_failure, self._receive_until_settled)
-        if failures:
-            raise failures[0]
-        if self._result is None or not self._is_unanimous:
-            raise LearningFailed(f"{self._peer_id.short} did not average the whole gradient")
-        return self._result
-
-    async def compare(self, ours: RoundDone) -> RoundDone:
-        """Tell what our weights are now, and return what the peer says of its own.
-
-        Raises:
-            LearningFailed: The peer was lost or sent something else.
-        """
-        with suppress(trio.BrokenResourceError):  # the reason is read below
-            await self._messages.send(ours)
+    async def _look_for_partners(self) -> None:
         while True:
-            header, payload = await self._receive(ShardHeader, ShardReceipt, RoundDone)
-            if isinstance(header, RoundDone):
-                return header
-            # The last receipts may cross; ours may be what the peer still waits for.
-            self._gossip.receive(self._peer_id, header, payload, trio.current_time())
-            await self._send_what_is_due()
+            for record in await self._node.find_peers():
+                if self.service in record.services and record.peer_id not in self._partners:
+                    try:
+                        self.meet(await self._node.connect(record.peer_id))
+                    except NatswarmError as error:
+                        short = record.peer_id.short
+                        logger.info("can't reach %s, who learns too: %s", short, error)
+            await trio.sleep(LOOK_EVERY_S)
 
-    async def _send_until_settled(self) -> None:
-        while True:
-            await self._send_what_is_due()
-            if self._is_unanimous is not None:
-                return
-            await self._received_something.wait()
-            self._received_something = trio.Event()
+    def meet(self, peer: Peer) -> None:
+        """Exchange with a peer from now on, if there is room; who is found needs no introduction.
 
-    async def _send_what_is_due(self) -> None:
-        while (message := self._gossip.next_message(self._peer_id)) is not None:
-            header, payload = message
-            try:
-                await self._messages.send(header, payload)
-            except trio.BrokenResourceError:
-                # Why the peer closed is about to be read, or that it is lost.
-                return
-            self.sent_bytes += len(payload)
+        Args:
+            peer: Connected, and learning the same model.
+        """
+        if peer.peer_id in self._partners or len(self._partners) >= PARTNERS_MAX:
+            return
+        self._partners[peer.peer_id] = found = _Partner(peer)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._push_to, found)
 
-    async def _receive_until_settled(self) -> None:
-        while self._is_unanimous is None:
-            header, payload = await self._receive(ShardHeader, ShardReceipt)
-            self.received_bytes += len(payload)
-            self._gossip.receive(self._peer_id, header, payload, trio.current_time())
-            while (event := self._gossip.next_event()) is not None:
-                match event:
-                    case RoundFinished(result):
-                        self._result = result
-                    case RoundSettled(is_unanimous):
-                        self._is_unanimous = is_unanimous
-            self._received_something.set()
-
-    async def _receive(self, *types: type[Message]) -> tuple[Message, bytes]:
-        name = self._peer_id.short
+    async def _push_to(self, found: _Partner) -> None:
+        """Send one partner what we have for it, until it is lost."""
+        peer_id = found.peer.peer_id
+        report = self._report(peer_id)
         try:
-            return await self._messages.receive(*types)
-        except RequestRefused as refusal:
-            raise LearningFailed(f"{name} stopped learning: {_shown(refusal)}") from refusal
-        except trio.EndOfChannel as error:
-            raise LearningFailed(f"{name} ended the exchange without a reason") from error
-        except (trio.BrokenResourceError, NatswarmError) as error:
-            raise LearningFailed(f"lost {name} while learning: {_shown(error)}") from error
+            while not found.peer.is_lost:
+                update = await found.next_update()
+                try:
+                    taken = await self._push(found.peer, update)
+                except NatswarmError as error:
+                    report.failures += 1
+                    logger.info("an update for %s failed: %s", peer_id.short, error)
+                    await trio.sleep(REST_S)
+                else:
+                    report.confirmed += 1
+                    report.sent_bytes += update.payload_bytes
+                    report.taken_weight = taken.weight
+        finally:
+            del self._partners[peer_id]
 
+    async def _push(self, peer: Peer, update: Update) -> UpdateTaken:
+        seen = self.outer.seen(peer.peer_id)
+        first, *others = [
+            EncodedShard(structs.replace(shard.header, seen=seen), shard.payload)
+            for shard in update.shards
+        ]
+        async with peer.start_call(
+            UPDATE, first.header, first.payload, timeout_s=UPDATE_TIMEOUT_S
+        ) as call:
+            for shard in others:
+                await call.send(shard.header, shard.payload)
+            await call.end()
+            taken, _ = await call.receive()
+            return taken
 
-async def _weights_hash(trainer: Trainer) -> bytes:
-    """Return the SHA-256 of all parameters, little-endian as on the wire."""
+    # --- Others' to us -----------------------------------------------------------------------
 
-    def digest() -> bytes:
-        values = np.ascontiguousarray(trainer.parameters, dtype="<f4")
-        return hashlib.sha256(values.data).digest()
+    async def _serve_update(self, call: Call[UpdateTaken, ShardHeader]) -> None:
+        self.meet(call.peer)  # it may know of us before we look
+        report = self._report(call.peer.peer_id)
+        weights: list[float] = []
+        async for header, payload in call:
+            self._check_shard(header.layout, header.shard)
+            report.received_bytes += len(payload)
+            async with self._incoming_lock:
+                weights.append(self.outer.receive(call.peer.peer_id, header, payload))
+            if len(weights) > self.outer.layout.shard_count:
+                raise RequestRefused("an update has each shard once")
+        mean = sum(weights) / max(len(weights), 1)
+        report.given_weight = mean
+        await call.send(UpdateTaken(sum(weight > 0 for weight in weights), mean))
 
-    return await trio.to_thread.run_sync(digest)
+    # --- Averaging one shard -----------------------------------------------------------------
 
+    async def _average_now_and_then(self) -> None:
+        """Average with the partner that the clock has paired us with; the lower id begins."""
+        me = self._node.peer_id
+        while True:
+            await trio.sleep(AVERAGE_EVERY_S - self._utc() % AVERAGE_EVERY_S)
+            round_number = int(self._utc() // AVERAGE_EVERY_S)
+            paired = partner(me, [me, *self._partners], round_number=round_number)
+            if paired is None or paired < me:
+                continue
+            shard = round_number % self.outer.layout.shard_count
+            try:
+                await self.average_with(self._partners[paired].peer, [shard])
+            except NatswarmError as error:
+                self._report(paired).failures += 1
+                logger.info("averaging with %s failed: %s", paired.short, error)
 
-def _payload_bytes_max(layout: ShardLayout) -> int:
-    return Codec.FP32.payload_bytes(layout.shard_value_count)
+    async def average_with(self, peer: Peer, shards: Sequence[int] | None = None) -> None:
+        """Average some shards with one peer, or the whole model.
 
+        If neither trains meanwhile, both have the same bits of them afterwards, unless they were
+        so far apart that one did not trust the other.
 
-def _shown(error: Exception) -> str:
-    """Return what a peer may have written, fit for a terminal."""
-    text = "".join(character if character.isprintable() else " " for character in str(error))
-    return text[:REASON_CHARACTERS_MAX]
+        Raises:
+            NatswarmError: The peer was lost or refused; some shards may be averaged.
+        """
+        shards = range(self.outer.layout.shard_count) if shards is None else shards
+        async with self._model_lock:
+            await trio.to_thread.run_sync(self.outer.merge)
+        first = self._own_shard(shards[0])
+        async with peer.start_call(
+            AVERAGE, first.header, first.payload, timeout_s=UPDATE_TIMEOUT_S
+        ) as call:
+
+            async def send_others() -> None:
+                with suppress(NatswarmError):  # receiving says why
+                    for shard in shards[1:]:
+                        ours = self._own_shard(shard)
+                        await call.send(ours.header, ours.payload)
+                    await call.end()
+
+            async with beside(send_others):
+                for shard in shards:
+                    header, payload = await call.receive()
+                    if header.shard != shard:
+                        raise DecodeError(f"shard {header.shard} in place of {shard}")
+                    await self._take_average(peer.peer_id, header, payload)
+
+    async def _serve_average(self, call: Call[ShardHeader, ShardHeader]) -> None:
+        async for header, payload in call:
+            self._check_shard(header.layout, header.shard)
+            # What we give is from before: both go half of the same way.
+            ours = self._own_shard(header.shard)
+            await call.send(ours.header, ours.payload)
+            await self._take_average(call.peer.peer_id, header, payload)
+
+    async def _take_average(self, peer_id: PeerId, header: ShardHeader, payload: bytes) -> None:
+        async with self._model_lock:
+            clip = self.outer.average(header, payload)
+        report = self._report(peer_id)
+        report.sent_bytes += len(payload)  # ours is as long
+        report.received_bytes += len(payload)
+        report.averaged += clip > 0
+
+    def _own_shard(self, shard: int) -> EncodedShard:
+        # Of now, though an update may be half taken: every number of it is one that we had.
+        layout = self.outer.layout
+        values = self.outer.anchor[layout.bounds(shard)].copy()
+        return encode_shard(layout, shard, values, codec=AVERAGE_CODEC, version=self.step_count)
+
+    # --- Joining -----------------------------------------------------------------------------
+
+    async def join(self) -> int:
+        """Take over the model of those who learn already, if it is better on our own text.
+
+        Each shard comes from one of them, in turn; whoever fails is left out. Call before `run`.
+
+        Returns:
+            Shards that were taken over: all or none.
+        """
+        sources = [
+            record.peer_id
+            for record in await self._node.find_peers()
+            if self.service in record.services
+        ]
+        layout = self.outer.layout
+        found = self._trainer.parameters.copy()
+        missing = deque(range(layout.shard_count))
+        while missing and sources:
+            source = sources.pop(0)
+            wanted = [missing.popleft() for _ in range(min(SHARDS_PER_FETCH, len(missing)))]
+            try:
+                async for shard, values in self._fetch(source, wanted):
+                    found[layout.bounds(shard)] = values
+                    wanted.remove(shard)
+            except NatswarmError as error:
+                logger.info("could not fetch from %s: %s", source.short, error)
+            else:
+                sources.append(source)
+            missing.extendleft(reversed(wanted))
+        if missing:
+            return 0
+        batch = next(self._batches, None)
+        if batch is None:
+            raise LearningFailed("our own text has ended")
+        async with self._model_lock:
+            before = await trio.to_thread.run_sync(self._trainer.loss, *batch)
+            kept = self._trainer.parameters.copy()
+            self._trainer.parameters[:] = found
+            if not await trio.to_thread.run_sync(self._trainer.loss, *batch) <= before:
+                self._trainer.parameters[:] = kept
+                return 0
+            self.outer.restart()
+        return layout.shard_count
+
+    async def _fetch(
+        self, source: PeerId, wanted: Sequence[int]
+    ) -> AsyncIterator[tuple[int, Vector]]:
+        peer = await self._node.connect(source)
+        request = FetchShards(self.outer.layout.hash, tuple(wanted))
+        async with peer.start_call(STATE, request, timeout_s=STATE_TIMEOUT_S) as call:
+            for shard in wanted:
+                header, payload = await call.receive()
+                if header.shard != shard:
+                    raise DecodeError(f"shard {header.shard} in place of {shard}")
+                yield shard, decode_shard_untrusted(self.outer.layout, header, payload)
+
+    async def _serve_state(self, call: Call[ShardHeader, FetchShards]) -> None:
+        request, _ = await call.receive()
+        for shard in request.shards:
+            self._check_shard(request.layout, shard)
+            ours = self._own_shard(shard)
+            await call.send(ours.header, ours.payload)
+
+    # --- Shared ------------------------------------------------------------------------------
+
+    def _check_shard(self, layout: bytes, shard: int) -> None:
+        if layout != self.outer.layout.hash:
+            raise RequestRefused("its model has another shape")
+        if shard >= self.outer.layout.shard_count:
+            raise RequestRefused(f"its model has {self.outer.layout.shard_count} shards")
+
+    def _report(self, peer_id: PeerId) -> PartnerReport:
+        if peer_id not in self.reports and len(self.reports) >= REPORTS_MAX:
+            del self.reports[next(iter(self.reports))]
+        return self.reports.setdefault(peer_id, PartnerReport())

@@ -1,24 +1,14 @@
-"""Gradients on the wire: a vector of all parameters, cut into shards, each encoded by a codec.
+"""A model cut into shards: the pieces in which parameters and their updates travel.
 
     parameters by name --ParameterSpace--> one flat vector --ShardLayout--> shards --Codec--> bytes
 
-A shard is a message: `ShardHeader`, then a payload of raw little-endian numbers.
+A shard is a message: `ShardHeader`, then a payload as `codecs.py` lays it out, times 2^exponent.
 
-    fp32      count x float32
-    fp16      count x float16, times 2^exponent
-    int8x64   blocks x float16 scale | count x int8; value = int8 * scale of its block * 2^exponent
-    int8x256  the same with blocks of 256 values (the last block of a shard may be shorter)
-
-Gradients of a mean loss are small: many lie below 6e-8, which float16 rounds to zero. So each shard
+Updates are small: many of their numbers lie below 6e-8, which float16 rounds to zero. So each shard
 carries a power of two that lifts its largest number to the upper end of float16. Multiplying by a
 power of two is exact, so all peers decode the same bits, whatever their processor.
 
-Blocks, because one scale for a whole row is ruined by its largest number: a few channels of GPT-2
-are two orders of magnitude above the rest.
-
-Source: blocks and sizes as in Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization".
-
-This file does not know rounds, peers, or who sends what to whom.
+This file does not know codecs from the inside, peers, or who sends what to whom.
 """
 
 from __future__ import annotations
@@ -28,7 +18,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, Any, TypeAlias
 
@@ -36,17 +25,17 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from llmload.learn.codecs import Codec, decode_values_untrusted, encode_values
 from natswarm import DecodeError, Message
 
 __all__ = [
-    "Codec",
     "EncodedShard",
     "LayoutHash",
     "ParameterSpace",
-    "RoundNumber",
     "ShardHeader",
     "ShardLayout",
     "Vector",
+    "Version",
     "decode_shard_untrusted",
     "encode_shard",
 ]
@@ -71,35 +60,11 @@ LIFTED_EXPONENT = 15
 EXPONENT_MIN = -148 - LIFTED_EXPONENT
 EXPONENT_MAX = 97 - LIFTED_EXPONENT
 
-INT8_MAX = 127
-
 # Fields of messages, checked when they are decoded.
-RoundNumber: TypeAlias = Annotated[int, Meta(ge=0, lt=2**62)]
+Version: TypeAlias = Annotated[int, Meta(ge=0, lt=2**62)]
 LayoutHash: TypeAlias = Annotated[
     bytes, Meta(min_length=LAYOUT_HASH_BYTES, max_length=LAYOUT_HASH_BYTES)
 ]
-
-
-class Codec(StrEnum):
-    """How the values of a shard become bytes; the value is the name on the wire."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    INT8X64 = "int8x64"
-    INT8X256 = "int8x256"
-
-    @property
-    def block_size(self) -> int:
-        """Values that share one scale; 0 for codecs without scales."""
-        return {Codec.INT8X64: 64, Codec.INT8X256: 256}.get(self, 0)
-
-    def payload_bytes(self, count: int) -> int:
-        """Return the size of the payload for `count` values."""
-        if self is Codec.FP32:
-            return 4 * count
-        if self is Codec.FP16:
-            return 2 * count
-        return 2 * math.ceil(count / self.block_size) + count
 
 
 @dataclass(frozen=True)
@@ -209,20 +174,22 @@ class ShardHeader(Message, frozen=True):
     """What stands before the numbers of one shard.
 
     Attributes:
-        round: Number of the exchange round.
+        version: Of the sender's shard: rises with each that it sends; tells old from new.
         shard: Index of the shard in the layout.
         codec: A `Codec`; a name unknown to us is an error of this shard, not of the message.
         layout: `ShardLayout.hash`.
         count: Values in the payload.
         exponent: The numbers of the payload are to be multiplied by 2^exponent.
+        seen: The receiver's latest version that the sender had taken; 0 for none.
     """
 
-    round: RoundNumber
+    version: Version
     shard: Annotated[int, Meta(ge=0, lt=2**31)]
     codec: Annotated[str, Meta(max_length=16)]
     layout: LayoutHash
     count: Annotated[int, Meta(ge=1, le=SHARD_VALUE_COUNT_MAX)]
     exponent: Annotated[int, Meta(ge=EXPONENT_MIN, le=EXPONENT_MAX)] = 0
+    seen: Version = 0
 
 
 @dataclass(frozen=True)
@@ -234,20 +201,28 @@ class EncodedShard:
 
 
 def encode_shard(
-    layout: ShardLayout, shard: int, values: Vector, *, codec: Codec, round_number: int
+    layout: ShardLayout,
+    shard: int,
+    values: Vector,
+    *,
+    codec: Codec,
+    version: int,
+    density: float = 1.0,
 ) -> EncodedShard:
     """Encode one shard.
 
     The decoded value differs from the true one by at most, with `largest` of the shard and `peak`
     of the value's block: nothing (fp32); |value| * 2^-11 + largest * 2^-39 (fp16);
-    peak * 0.501 / 127 + largest * 2^-39 (int8, that is 0.4 % of the peak).
+    peak * 0.501 / 127 + largest * 2^-39 (int8, that is 0.4 % of the peak); peak * 0.501 / 7 +
+    largest * 2^-39 (int4). Of topk that holds for the values that are kept; the others become zero.
 
     Args:
         layout: The layout of the whole vector.
         shard: Index of the shard.
         values: The values of this shard, float32 (count,).
         codec: How to encode them.
-        round_number: Goes into the header.
+        version: Goes into the header.
+        density: Share of the values that `topk` keeps.
 
     Raises:
         ValueError: A value is NaN, infinite or beyond 2^96, or there is no such shard.
@@ -260,14 +235,13 @@ def encode_shard(
         raise ValueError(f"shard {shard} holds NaN, infinity or values beyond {MAGNITUDE_MAX:g}")
     exponent = 0
     if codec is Codec.FP32:
-        payload = values.astype("<f4").tobytes()
+        payload = encode_values(values, codec)
     else:
         if largest > 0:
             exponent = math.frexp(largest)[1] - LIFTED_EXPONENT
-        lifted = np.ldexp(values, -exponent)
-        payload = lifted.astype("<f2").tobytes() if codec is Codec.FP16 else _int8(lifted, codec)
+        payload = encode_values(np.ldexp(values, -exponent), codec, density=density)
     header = ShardHeader(
-        round=round_number,
+        version=version,
         shard=shard,
         codec=codec.value,
         layout=layout.hash,
@@ -298,54 +272,14 @@ def decode_shard_untrusted(layout: ShardLayout, header: ShardHeader, payload: by
         codec = Codec(header.codec)
     except ValueError as error:
         raise DecodeError(f"unknown codec {header.codec!r}") from error
-    if len(payload) != codec.payload_bytes(count):
-        raise DecodeError(
-            f"{count} values as {codec} take {codec.payload_bytes(count)} bytes, not {len(payload)}"
-        )
     if not EXPONENT_MIN <= header.exponent <= EXPONENT_MAX:
         raise DecodeError(f"exponent {header.exponent} is out of range")
     # Overflow and NaN are what the check after it is for.
     with np.errstate(over="ignore", invalid="ignore"):
-        if codec is Codec.FP32:
-            values = np.frombuffer(payload, dtype="<f4").astype(np.float32)
-        else:
-            if codec is Codec.FP16:
-                lifted = np.frombuffer(payload, dtype="<f2").astype(np.float32)
-            else:
-                lifted = _from_int8(payload, count, codec)
-            values = np.ldexp(lifted, header.exponent)
+        values = decode_values_untrusted(payload, codec, count)
+        if codec is not Codec.FP32:
+            values = np.ldexp(values, header.exponent)
         largest = np.abs(values).max()
     if not largest <= 2 * MAGNITUDE_MAX:
         raise DecodeError(f"shard {header.shard} holds NaN, infinity or values beyond the bound")
     return values
-
-
-def _int8(lifted: Vector, codec: Codec) -> bytes:
-    blocks = _in_blocks(lifted, codec.block_size)  # (blocks, block_size)
-    peaks = np.abs(blocks).max(axis=1)  # (blocks,)
-    exact = peaks / np.float32(INT8_MAX)
-    scales: NDArray[np.float16] = exact.astype("<f2")
-    # Rounded up: with a scale that is too small, the peak would be 128 steps away from zero.
-    too_small = scales.astype(np.float32) < exact
-    scales[too_small] = np.nextafter(scales[too_small], np.float16(np.inf))
-    divisors = scales.astype(np.float32)
-    divisors[divisors == 0] = 1  # a block of zeros
-    steps = np.rint(blocks / divisors[:, None]).astype(np.int8)  # (blocks, block_size)
-    return b"".join((scales.tobytes(), steps.reshape(-1)[: lifted.size].tobytes()))
-
-
-def _from_int8(payload: bytes, count: int, codec: Codec) -> Vector:
-    block_count = math.ceil(count / codec.block_size)
-    scales = np.frombuffer(payload, dtype="<f2", count=block_count).astype(np.float32)
-    steps = np.frombuffer(payload, dtype=np.int8, offset=scales.size * 2).astype(np.float32)
-    blocks = _in_blocks(steps, codec.block_size)  # (blocks, block_size)
-    values: Vector = (blocks * scales[:, None]).reshape(-1)[:count]
-    return values
-
-
-def _in_blocks(values: Vector, block_size: int) -> Vector:
-    """Return (blocks, block_size); the last block is filled up with zeros."""
-    padding = -values.size % block_size
-    if padding:
-        values = np.concatenate([values, np.zeros(padding, dtype=np.float32)])
-    return values.reshape(-1, block_size)

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from llmload.learn.codecs import Codec
 from llmload.learn.shards import (
     EXPONENT_MAX,
     EXPONENT_MIN,
     MAGNITUDE_MAX,
     SHARD_VALUE_COUNT_MAX,
-    Codec,
     ParameterSpace,
     ShardHeader,
     ShardLayout,
@@ -39,7 +39,7 @@ values_300 = hnp.arrays(
 
 
 def encode(values, codec, shard=0, layout=LAYOUT):
-    return encode_shard(layout, shard, values, codec=codec, round_number=7)
+    return encode_shard(layout, shard, values, codec=codec, version=7)
 
 
 def decode(encoded, layout=LAYOUT):
@@ -123,7 +123,8 @@ def error_bound(values, codec):
         return magnitudes * 2.0**-11 + floor
     padded = np.concatenate([magnitudes, np.zeros(-len(values) % codec.block_size)])
     peaks = padded.reshape(-1, codec.block_size).max(axis=1).repeat(codec.block_size)
-    return peaks[: len(values)] * 0.501 / 127 + floor
+    largest = 7 if codec in (Codec.INT4X64, Codec.TOPK) else 127
+    return peaks[: len(values)] * 0.501 / largest + floor
 
 
 @given(values_300, codecs)
@@ -131,7 +132,7 @@ def test_round_trip_stays_within_the_bound(values, codec):
     encoded = encode(values, codec)
     decoded = decode(encoded)
     assert decoded.dtype == np.float32
-    assert len(encoded.payload) == codec.payload_bytes(300)
+    assert len(encoded.payload) == codec.payload_bytes(300)  # topk keeps all
     assert np.all(np.abs(decoded.astype(np.float64) - values) <= error_bound(values, codec))
 
 
@@ -147,7 +148,8 @@ def test_real_looking_gradients_of_any_size(codec, scale):
     values = values.astype(np.float64)
     assert np.all(np.abs(decoded - values) <= error_bound(values, codec))
     relative = np.linalg.norm(decoded - values) / np.linalg.norm(values)
-    assert relative < {Codec.FP32: 1e-9, Codec.FP16: 2**-11}.get(codec, 1e-2)
+    rough = 0.2 if codec in (Codec.INT4X64, Codec.TOPK) else 1e-2
+    assert relative < {Codec.FP32: 1e-9, Codec.FP16: 2**-11}.get(codec, rough)
     # Not even float16 loses what is small beside the largest.
     if codec is Codec.FP16:
         small = slice(10, None)
@@ -178,6 +180,35 @@ def test_what_is_no_gradient_is_not_sent(codec, value):
         encode(values, codec)
 
 
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.03, 0.1])
+def test_the_largest_values_are_kept_and_their_names_cost_little(density):
+    rng = np.random.default_rng(2)
+    layout = ShardLayout(ParameterSpace.of({"w": (20_000,)}), 20_000)
+    values = rng.standard_t(3, 20_000).astype(np.float32)
+    encoded = encode_shard(layout, 0, values, codec=Codec.TOPK, version=1, density=density)
+    decoded = decode(encoded, layout)
+    kept_count = round(20_000 * density)
+    largest = np.argsort(-np.abs(values))[:kept_count]
+    assert set(np.flatnonzero(decoded)) <= set(largest.tolist())
+    assert np.count_nonzero(decoded) > 0.9 * kept_count  # int4 rounds some to zero
+    assert len(encoded.payload) == Codec.TOPK.payload_bytes(20_000, kept_count)
+    # The index within 0.6 bits a kept value of the entropy of which those are.
+    entropy = -math.log2(density) - (1 - density) / density * math.log2(1 - density)
+    index_bits = 8 * (len(encoded.payload) - Codec.INT4X64.payload_bytes(kept_count)) / kept_count
+    assert index_bits < entropy + 0.6 + 50 / kept_count
+
+
+@pytest.mark.parametrize("position", [0, 2, 5])
+def test_spoilt_indices_are_refused(position):
+    encoded = encode_shard(
+        LAYOUT, 0, np.arange(300, dtype=np.float32), codec=Codec.TOPK, version=1, density=0.1
+    )
+    payload = bytearray(encoded.payload)
+    payload[position] ^= 0xFF
+    with pytest.raises(DecodeError, match=r"indices|topk"):
+        decode_shard_untrusted(LAYOUT, encoded.header, bytes(payload))
+
+
 def test_a_vector_of_another_size_is_not_sent():
     with pytest.raises(ValueError, match="300 values"):
         encode(np.zeros(301, dtype=np.float32), Codec.FP32)
@@ -195,38 +226,56 @@ WIRE_VALUES = np.array([1.0, -0.5, 0.001], dtype=np.float32)
         (
             Codec.FP32,
             (
-                "87a474797065ab5368617264486561646572a5726f756e6407a5736861726400a5636f646563"
-                "a466703332a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f756e7403a8"
-                "6578706f6e656e7400"
+                "88a474797065ab5368617264486561646572a776657273696f6e07a5736861726400a5636f64"
+                "6563a466703332a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f756e74"
+                "03a86578706f6e656e7400a47365656e00"
             ),
             "0000803f000000bf6f12833a",
         ),
         (
             Codec.FP16,
             (
-                "87a474797065ab5368617264486561646572a5726f756e6407a5736861726400a5636f646563"
-                "a466703136a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f756e7403a8"
-                "6578706f6e656e74f2"
+                "88a474797065ab5368617264486561646572a776657273696f6e07a5736861726400a5636f64"
+                "6563a466703136a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f756e74"
+                "03a86578706f6e656e74f2a47365656e00"
             ),
             "007400f0194c",
         ),
         (
             Codec.INT8X64,
             (
-                "87a474797065ab5368617264486561646572a5726f756e6407a5736861726400a5636f646563"
-                "a7696e7438783634a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f756e"
-                "7403a86578706f6e656e74f2"
+                "88a474797065ab5368617264486561646572a776657273696f6e07a5736861726400a5636f64"
+                "6563a7696e7438783634a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f"
+                "756e7403a86578706f6e656e74f2a47365656e00"
             ),
             "09587fc100",
         ),
         (
             Codec.INT8X256,
             (
-                "87a474797065ab5368617264486561646572a5726f756e6407a5736861726400a5636f646563"
-                "a8696e743878323536a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f75"
-                "6e7403a86578706f6e656e74f2"
+                "88a474797065ab5368617264486561646572a776657273696f6e07a5736861726400a5636f64"
+                "6563a8696e743878323536a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa563"
+                "6f756e7403a86578706f6e656e74f2a47365656e00"
             ),
             "09587fc100",
+        ),
+        (
+            Codec.INT4X64,
+            (
+                "88a474797065ab5368617264486561646572a776657273696f6e07a5736861726400a5636f64"
+                "6563a7696e7434783634a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f"
+                "756e7403a86578706f6e656e74f2a47365656e00"
+            ),
+            "93685f08",
+        ),
+        (
+            Codec.TOPK,
+            (
+                "88a474797065ab5368617264486561646572a776657273696f6e07a5736861726400a5636f64"
+                "6563a4746f706ba66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f756e74"
+                "03a86578706f6e656e74f2a47365656e00"
+            ),
+            "030000001593685f08",
         ),
     ],
 )
@@ -312,7 +361,7 @@ def test_random_bytes_give_a_decode_error(header, payload):
 @given(st.binary(min_size=1208, max_size=1208), codecs, st.integers(EXPONENT_MIN, EXPONENT_MAX))
 def test_any_payload_of_the_right_size_is_decoded_or_refused(payload, codec, exponent):
     header = ShardHeader(
-        round=0, shard=0, codec=codec.value, layout=LAYOUT.hash, count=300, exponent=exponent
+        version=0, shard=0, codec=codec.value, layout=LAYOUT.hash, count=300, exponent=exponent
     )
     try:
         decoded = decode_shard_untrusted(LAYOUT, header, payload[: codec.payload_bytes(300)])

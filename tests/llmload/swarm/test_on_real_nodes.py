@@ -14,9 +14,10 @@ import trio
 from fake_mesh import FakeMesh
 
 from llmload.engine.generate import generate_tokens
-from llmload.errors import LearningFailed, StageFailed
-from llmload.learn.exchange import LEARN_PROTOCOL, LearningPartner, learn_with
-from llmload.learn.trainer import Trainer, batches
+from llmload.errors import StageFailed
+from llmload.learn.exchange import Learner
+from llmload.learn.outer import OuterSettings
+from llmload.learn.trainer import AdamWSettings, Trainer, batches
 from llmload.swarm.client import SwarmClient, SwarmTimeouts
 from llmload.swarm.protocol import SESSION_PROTOCOL
 from llmload.swarm.stage import StageServer
@@ -89,19 +90,22 @@ async def test_stages_on_real_streams(engines, stack, model, config, nursery):
         assert [stage.cache_bytes for stage in stages] == [0, 0]
 
 
-async def test_learners_on_real_streams(config, weights, nursery):
-    rng = np.random.default_rng(3)
-    text = rng.integers(config.vocab_size, size=400)
-    ours, theirs = Trainer(config, weights), Trainer(config, weights)
-    running = FakeMesh(nursery)
+async def test_learners_on_real_streams(config, weights):
+    tokens = np.tile(np.arange(20), 30)
     async with open_mesh() as (first, _, home):
-        partner = LearningPartner(first, theirs, batches(text, batch=2, time=16, rng=rng))
-        first.serve(LEARN_PROTOCOL, partial(running.handle, partner.handle))
-        peer = await home.connect(first.peer_id)
-        result = await learn_with(home, peer, ours, batches(text, batch=2, time=16, rng=rng), 2)
-        await running.wait_quiet()
-        assert partner.outcomes[0].weights_hash == result.weights_hash
-        assert np.array_equal(ours.parameters, theirs.parameters)
-        await first.aclose()
-        with pytest.raises(LearningFailed, match=r"can't reach|did not answer"):
-            await learn_with(home, peer, ours, batches(text, batch=2, time=16, rng=rng), 2)
+        learners = []
+        for seed, node in enumerate((first, home)):
+            trainer = Trainer(config, weights, optimizer=AdamWSettings(learning_rate=3e-3))
+            text = batches(tokens, batch=2, time=16, rng=np.random.default_rng(seed))
+            learner = Learner(node, trainer, text, "ab" * 32, settings=OuterSettings(local_steps=2))
+            learner.start()
+            await node.announce([learner.service])
+            learners.append(learner)
+        async with trio.open_nursery() as nursery:
+            for learner in learners:
+                nursery.start_soon(learner.run, 30)
+        ours, theirs = learners
+        assert ours.reports[home.peer_id].confirmed > 0
+        assert theirs.reports[first.peer_id].confirmed > 0
+        await theirs.average_with(await home.connect(first.peer_id))
+        assert ours.outer.anchor.tobytes() == theirs.outer.anchor.tobytes()

@@ -1,0 +1,136 @@
+"""How much of what a peer sends is believed: by what it sends, never by what it says of itself.
+
+Four tests, from the cheapest on:
+
+    NaN, infinity   never get here: a shard that holds one is not decoded
+    length          an update is cut to the median length of the latest from everybody (CenteredClip
+                    around zero): who scales its updates up gains nothing
+    direction       how far an update points where our own text points, averaged over many: honest
+                    peers agree a little with us, random numbers do not, flipped signs disagree
+    hook            what anybody else knows of the peer, a factor in 0..1
+
+The weight is the product. Directions of single updates say little, since most of each is noise: so
+a peer is judged by the mean of many, against its own spread. Who is new counts in full, because its
+length is cut already and doubt would hold back every newcomer; who does not agree over
+`PROBATION_COUNT` updates fades out, and comes back if its later ones agree. But text may differ so
+much that honest peers disagree: so nobody is doubted unless most of the others clearly agree with
+us. Between two or three peers, and where liars are the majority, there is no such test.
+
+Source: Karimireddy, He and Jaggi 2021, "Learning from History for Byzantine Robust Optimization"
+(CenteredClip).
+
+This file does not know shards, models or the network.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from natswarm import PeerId
+
+__all__ = ["Judge", "Reputation"]
+
+# What is known of a peer from elsewhere: a factor in 0..1.
+Reputation: TypeAlias = Callable[[PeerId], float]
+
+LENGTHS_KEPT = 64
+# An update of twice the median length is rare among honest peers; there is no need to shorten it.
+LENGTH_FACTOR = 2.0
+# Weight of the newest agreement in its mean: the memory of about 30 updates.
+MEMORY = 1 / 30
+PROBATION_COUNT = 10
+# Who disagrees may have other text. It is suspect only where most of at least so many others agree.
+JURY_MIN = 3
+# Standard errors above zero at which agreement is clear.
+CLEAR = 2.0
+# More than anybody exchanges with in the time that a standing lasts.
+PEERS_MAX = 1024
+
+
+@dataclass(slots=True)
+class _Standing:
+    """What a peer's updates were like: running mean and variance of their agreement."""
+
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def add(self, agreement: float) -> None:
+        self.count += 1
+        share = max(MEMORY, 1 / self.count)
+        difference = agreement - self.mean
+        self.mean += share * difference
+        self.variance += share * (difference * difference - self.variance)
+
+    @property
+    def clarity(self) -> float:
+        """How many standard errors the mean agreement is above zero."""
+        error = math.sqrt(self.variance * max(MEMORY, 1 / self.count))
+        return self.mean / (error + 1e-12)
+
+
+class Judge:
+    """Weighs what all peers send, shard by shard.
+
+    Args:
+        reputation: A factor in 0..1 for each peer, from outside; None for 1.
+    """
+
+    def __init__(self, reputation: Reputation | None = None) -> None:
+        self._reputation = reputation
+        self._lengths: dict[int, deque[float]] = {}
+        self._standings: dict[PeerId, _Standing] = {}
+
+    def agreement(self, peer: PeerId) -> float:
+        """Return the mean cosine of a peer's updates with our direction; 0 if nothing came."""
+        standing = self._standings.get(peer)
+        return 0.0 if standing is None else standing.mean
+
+    def weigh(self, peer: PeerId, shard: int, length: float, agreement: float) -> float:
+        """Judge one shard of an update, and remember it.
+
+        Args:
+            peer: Who sent it.
+            shard: Which; each has a usual length of its own.
+            length: The Euclidean length of its values.
+            agreement: Cosine between them and our own direction, -1..1.
+
+        Returns:
+            The factor to take it with, 0..1.
+        """
+        if peer not in self._standings and len(self._standings) >= PEERS_MAX:
+            # The one heard of first; a liar gains nothing by it that a new identity would not give.
+            del self._standings[next(iter(self._standings))]
+        standing = self._standings.setdefault(peer, _Standing())
+        standing.add(agreement)
+        lengths = self._lengths.setdefault(shard, deque(maxlen=LENGTHS_KEPT))
+        usual = statistics.median(lengths) if lengths else length
+        clip = min(1.0, LENGTH_FACTOR * usual / length) if length > 0 else 1.0
+        # As it was cut: a liar can't stretch the measure by more than the factor.
+        lengths.append(length * clip)
+        reputation = 1.0 if self._reputation is None else self._reputation(peer)
+        return clip * self._trust(peer, standing) * min(1.0, max(0.0, reputation))
+
+    def _trust(self, peer: PeerId, standing: _Standing) -> float:
+        """Return 1 where nothing speaks against a peer, 0 where it alone surely does not agree."""
+        jury = [
+            other.clarity
+            for other_id, other in self._standings.items()
+            if other_id != peer and other.count >= PROBATION_COUNT
+        ]
+        if (
+            standing.count < PROBATION_COUNT
+            or len(jury) < JURY_MIN
+            or statistics.median(jury) < CLEAR
+        ):
+            return 1.0
+        return min(1.0, max(0.0, standing.clarity / CLEAR))
+
+    def note_own(self, shard: int, length: float) -> None:
+        """Learn how long a shard of our own update is: the first measure of what is usual."""
+        self._lengths.setdefault(shard, deque(maxlen=LENGTHS_KEPT)).append(length)

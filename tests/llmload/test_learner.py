@@ -1,0 +1,229 @@
+"""Learners on a mesh: they get better by each other's text, and nobody can hold them back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+from llmload.config import GPT2Config
+from llmload.errors import LearningFailed
+from llmload.learn import exchange
+from llmload.learn.exchange import AVERAGE, STATE, UPDATE, FetchShards, Learner
+from llmload.learn.outer import AVERAGE_CODEC, OuterSettings
+from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
+from llmload.learn.trainer import AdamWSettings, Trainer, batches
+from natswarm import RequestRefused
+
+sys.path.append(str(Path(__file__).parent))
+from fake_mesh import FakeMesh
+
+CONFIG = GPT2Config(vocab_size=40, n_ctx=16, n_embd=16, n_layer=1, n_head=2)
+MODEL = "0123456789abcdef" * 4
+SETTINGS = OuterSettings(local_steps=2, density=0.5)
+TIMEOUT_S = 30
+
+
+def text(seed: int):
+    """A text that is easy to learn, ten tokens again and again; those of others are others."""
+    tokens = np.tile(np.arange(10 * seed, 10 * seed + 10), 40)
+    return batches(tokens, batch=4, time=8, rng=np.random.default_rng(seed))
+
+
+@pytest.fixture
+def mesh(nursery):
+    return FakeMesh(nursery)
+
+
+@pytest.fixture
+async def make_learner(mesh, trained_looking_weights):
+    """A function that puts a learner on a node of its own, announced and answering."""
+
+    async def make(name, own_text=1, *, own_batches=None, **options) -> Learner:
+        trainer = Trainer(
+            CONFIG,
+            trained_looking_weights(CONFIG, 1),
+            optimizer=AdamWSettings(learning_rate=3e-3),
+        )
+        options = {"settings": SETTINGS} | options
+        node = mesh.node(name)
+        learner = Learner(node, trainer, own_batches or text(own_text), MODEL, **options)
+        learner.start()
+        await node.announce([learner.service])
+        learner.trainer, learner.node = trainer, node  # for the tests
+        return learner
+
+    return make
+
+
+async def run_all(*learners, step_count):
+    with trio.fail_after(TIMEOUT_S):
+        async with trio.open_nursery() as nursery:
+            for learner in learners:
+                nursery.start_soon(learner.run, step_count)
+
+
+def loss_on(learner, seed):
+    return learner.trainer.loss(*next(text(seed)))
+
+
+# --- Together ------------------------------------------------------------------------------------
+
+
+async def test_updates_go_both_ways_and_the_replies_say_what_became_of_them(make_learner):
+    a, b = await make_learner("a", 1), await make_learner("b", 2)
+    await run_all(a, b, step_count=40)
+    for ours, theirs in ((a, b), (b, a)):
+        report = ours.reports[theirs.node.peer_id]
+        assert report.confirmed > 0
+        assert report.sent_bytes > 0 < report.received_bytes
+        assert 0 < report.taken_weight <= 1
+        assert ours.outer.statistics.taken > 0
+        assert ours.outer.crowd > 1
+        assert ours.step_count == 40
+        assert ours.loss is not None
+
+
+async def test_alone_it_trains(make_learner):
+    learner = await make_learner("a")
+    before = loss_on(learner, 1)
+    await run_all(learner, step_count=30)
+    assert loss_on(learner, 1) < 0.8 * before
+    assert learner.partners == []
+
+
+async def test_averaging_all_gives_both_the_same_bits(make_learner):
+    a, b = await make_learner("a", 1), await make_learner("b", 2)
+    await run_all(a, step_count=4)
+    await run_all(b, step_count=4)
+    assert not np.array_equal(a.trainer.parameters, b.trainer.parameters)
+    for each in (a, b):
+        each.outer.merge()  # what they sent each other
+    ours, theirs = (each.trainer.parameters.copy() for each in (a, b))
+    await a.average_with(await a.node.connect(b.node.peer_id))
+    assert a.trainer.parameters.tobytes() == b.trainer.parameters.tobytes()
+    # And they are those of averaging in one process, but for the rounding of the way.
+    assert np.allclose(a.trainer.parameters, (ours + theirs) / 2, atol=2**-10)
+
+
+async def test_pairs_average_by_the_clock(make_learner, monkeypatch):
+    monkeypatch.setattr(exchange, "AVERAGE_EVERY_S", 0.05)
+    a, b = await make_learner("a", 1), await make_learner("b", 2)
+    with trio.fail_after(TIMEOUT_S):
+        async with trio.open_nursery() as nursery:
+            for learner in (a, b):
+                nursery.start_soon(learner.run)
+            # Nothing tells of it; it takes a few steps.
+            while not (a.outer.statistics.averaged and b.outer.statistics.averaged):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+
+# --- Those who hold back nobody ------------------------------------------------------------------
+
+
+async def test_a_peer_that_never_answers_costs_the_others_nothing(mesh, make_learner):
+    a, b = await make_learner("a", 1), await make_learner("b", 2)
+    silent = mesh.node("silent")
+    await silent.announce([a.service])
+
+    async def never_answer(_stream, _peer):
+        await trio.sleep_forever()
+
+    silent.serve(UPDATE.name, never_answer)
+    await run_all(a, b, step_count=40)
+    assert a.step_count == b.step_count == 40
+    assert a.reports[b.node.peer_id].confirmed > 0
+    assert a.reports[silent.peer_id].confirmed == 0
+
+
+async def test_a_peer_that_vanishes_in_the_middle_is_left_behind(mesh, make_learner):
+    a, b = await make_learner("a", 1), await make_learner("b", 2)
+
+    def until_ten():
+        """Its text: the tenth batch is the last thing that it does."""
+        for index, batch in enumerate(text(3)):
+            if index == 10:
+                mesh.kill(gone.node)
+            yield batch
+
+    gone = await make_learner("gone", 3, own_batches=until_ten())
+    with trio.fail_after(TIMEOUT_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(gone.run, 12)
+            nursery.start_soon(a.run, 40)
+            nursery.start_soon(b.run, 40)
+    assert a.step_count == b.step_count == 40
+    assert a.reports[b.node.peer_id].confirmed > 0
+
+
+async def test_shards_of_another_model_are_refused(make_learner):
+    a, b = await make_learner("a"), await make_learner("b")
+    peer = await a.node.connect(b.node.peer_id)
+    other = ShardLayout(ParameterSpace.of({"w": (10,)}))
+    shard = encode_shard(other, 0, np.ones(10, dtype=np.float32), codec=AVERAGE_CODEC, version=1)
+
+    async def ask(method, request, payload=b""):
+        async with peer.start_call(method, request, payload) as call:
+            await call.end()
+            await call.receive()
+
+    for method in (UPDATE, AVERAGE):
+        with pytest.raises(RequestRefused, match="another shape"):
+            await ask(method, shard.header, shard.payload)
+    with pytest.raises(RequestRefused, match=r"has \d+ shards"):
+        await ask(STATE, FetchShards(b.outer.layout.hash, (99,)))
+
+
+async def test_nan_in_training_is_an_error_with_advice(make_learner):
+    learner = await make_learner("a")
+    learner.trainer.parameters[:] = np.nan
+    with pytest.raises(LearningFailed, match="learning rate"):
+        await learner.run(3)
+
+
+# --- Joining -------------------------------------------------------------------------------------
+
+
+async def test_a_newcomer_takes_the_model_over_if_it_is_better(make_learner):
+    a, b = await make_learner("a", 1), await make_learner("b", 1)
+    await run_all(a, b, step_count=40)
+    await a.average_with(await a.node.connect(b.node.peer_id))
+    newcomer = await make_learner("new", 1)
+    assert await newcomer.join() == newcomer.outer.layout.shard_count
+    assert np.allclose(newcomer.trainer.parameters, a.trainer.parameters, atol=2**-10)
+    # Those who are worse than it is already are not copied.
+    await run_all(newcomer, step_count=20)
+    kept = newcomer.trainer.parameters.copy()
+    for each in (a, b):
+        each.trainer.parameters[:] = 0
+        each.outer.restart()
+    assert await newcomer.join() == 0
+    assert np.array_equal(newcomer.trainer.parameters, kept)
+
+
+async def test_shards_come_from_whoever_still_answers(mesh, make_learner, monkeypatch):
+    monkeypatch.setattr(exchange, "SHARDS_PER_FETCH", 1)
+    a = await make_learner("a", 1)
+    await run_all(a, step_count=40)
+    for name in ("refuses", "lies"):
+        node = mesh.node(name)
+        await node.announce([a.service])
+        if name == "lies":
+
+            async def lie(call):
+                await call.receive()
+                ours = a._own_shard(0)
+                await call.send(ours.header, ours.payload[:-2])
+
+            node.serve_calls(STATE, lie)
+    newcomer = await make_learner("new", 1)
+    assert await newcomer.join() == newcomer.outer.layout.shard_count
+
+
+async def test_with_nobody_there_nothing_is_taken_over(make_learner):
+    learner = await make_learner("a")
+    assert await learner.join() == 0

@@ -1,0 +1,122 @@
+"""Pairs, groups and pushes: fair, agreed on without a message, and as fast as the theory says."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import pytest
+
+from llmload.learn.mixing import (
+    groups,
+    partner,
+    push_targets,
+    variance_left_by_groups,
+    variance_left_by_pushes,
+)
+from natswarm import PeerId
+
+# Each round moves this many independent numbers at once: the mean of a round's variance is exact to
+# about 1 % by the rounds alone.
+DIMENSIONS = 64
+ROUNDS = 100
+WITHIN = 0.02
+
+
+def members(count):
+    return [PeerId(hashlib.sha256(bytes([index])).digest()) for index in range(count)]
+
+
+def variance_left(count, one_round):
+    """Return the mean share of variance that a round leaves; values drawn anew for each."""
+    rng = np.random.default_rng(3)
+    shares = []
+    for index in range(ROUNDS):
+        values = rng.standard_normal((count, DIMENSIONS))
+        values -= values.mean(axis=0)
+        after = one_round(values, index)
+        shares.append(np.square(after).sum() / np.square(values).sum())
+    return np.mean(shares)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+def test_groups_mix_as_the_closed_form_says(size):
+    peers = members(96)
+    row_of = {peer: row for row, peer in enumerate(peers)}
+
+    def one_round(values, index):
+        after = values.copy()
+        for group in groups(peers, round_number=index, size=size):
+            rows = [row_of[member] for member in group]
+            after[rows] = values[rows].mean(axis=0)
+        return after
+
+    assert variance_left(96, one_round) == pytest.approx(
+        variance_left_by_groups(96, size), rel=WITHIN
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+def test_pushes_mix_as_the_closed_form_says(count):
+    peers = members(96)
+    row_of = {peer: row for row, peer in enumerate(peers)}
+    rng = random.Random(4)
+
+    def one_round(values, _index):
+        received = [[row] for row in range(96)]
+        for row, me in enumerate(peers):
+            for target in push_targets(me, peers, count=count, rng=rng):
+                received[row_of[target]].append(row)
+        return np.array([values[rows].mean(axis=0) for rows in received])
+
+    assert variance_left(96, one_round) == pytest.approx(
+        variance_left_by_pushes(96, count), rel=WITHIN
+    )
+
+
+def test_the_closed_forms_are_those_of_the_papers():
+    assert [round(variance_left_by_pushes(96, s), 3) for s in (1, 2, 4, 7)] == [
+        0.627, 0.425, 0.235, 0.132
+    ]  # fmt: skip
+    assert [round(variance_left_by_groups(96, m), 3) for m in (2, 4, 8, 16)] == [
+        0.495, 0.242, 0.116, 0.053
+    ]  # fmt: skip
+
+
+def test_everybody_finds_the_same_pairs_in_whatever_order_it_knows_the_others():
+    peers = members(9)
+    shuffled = random.Random(1).sample(peers, 9)
+    for round_number in range(20):
+        pairs = groups(peers, round_number=round_number)
+        assert pairs == groups(shuffled, round_number=round_number)
+        assert sorted(peer for pair in pairs for peer in pair) == sorted(peers)
+        for me in peers:
+            other = partner(me, shuffled, round_number=round_number)
+            assert other is None or partner(other, peers, round_number=round_number) == me
+        assert [partner(me, peers, round_number=round_number) for me in peers].count(None) == 1
+
+
+def test_all_others_are_met_about_as_often():
+    peers = members(8)
+    met = [partner(peers[0], peers, round_number=index) for index in range(700)]
+    assert all(70 <= met.count(other) <= 130 for other in peers[1:])
+
+
+def test_pairs_are_pinned():
+    """Peers of different versions must agree on them."""
+    peers = members(4)
+    drawn = [
+        [peers.index(member) for pair in groups(peers, round_number=index) for member in pair]
+        for index in range(3)
+    ]
+    assert drawn == [[3, 1, 0, 2], [2, 3, 1, 0], [0, 3, 2, 1]]
+
+
+def test_small_and_wrong_sizes():
+    peers = members(3)
+    assert partner(peers[0], peers[:1], round_number=0) is None
+    assert push_targets(peers[0], peers[:1], count=2, rng=random.Random(1)) == []
+    assert sorted(push_targets(peers[0], peers, count=9, rng=random.Random(1))) == sorted(peers[1:])
+    with pytest.raises(ValueError, match="groups of 0"):
+        groups(peers, round_number=0, size=0)

@@ -1,0 +1,193 @@
+"""What learning together brings, and what it costs: eight peers, each with text of its own kind.
+
+    python -m tools.bench.learning [--seed N] [--quick] [--json] [--only PART] [--curves FILE]
+
+    all-reduce   one model, the mean gradient of all peers at each step: as if all text were in one
+                 place, eight times the batch; bytes as a ring all-reduce of float32 sends them
+    local        nobody sends anything
+    FedAvg, DiLoCo, NoLoCo   with rounds of 20 steps
+    ours         `llmload.learn.outer`, without rounds
+    ours, text   the same, after each peer has given 64 kB of its text to each other one
+
+Then ours again with a peer that is ten times slower and one that comes and goes, and with peers
+that attack. `tools/bench/simulated_learning.py` says how time, links and text are simulated.
+Learning rates were chosen for each method with `--rates --seed 11`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tools.bench.simulated_learning import (
+    PEER_COUNT,
+    Classroom,
+    Curve,
+    Size,
+    all_reduce,
+    di_lo_co,
+    fed_avg,
+    local,
+    no_lo_co,
+    ours,
+)
+
+Method = Callable[[Classroom], Curve]
+
+METHODS: dict[str, tuple[float, Method]] = {
+    "all-reduce": (0.016, all_reduce),
+    "local": (0.008, local),
+    "FedAvg": (0.008, fed_avg),
+    "DiLoCo": (0.008, di_lo_co),
+    "NoLoCo": (0.008, no_lo_co),
+    "ours": (0.032, ours),
+    "ours, text": (0.032, lambda room: ours(room, has_records=True)),
+}
+RATES = (0.008, 0.016, 0.032)
+SLOW, FLAPPING = 6, 7
+ATTACKS = ("flip", "scale", "random")
+
+FULL = Size(200, 20, (2, 3, 4))
+QUICK = Size(40, 20, (2,))
+
+AT_LEAST = {"gap_recovered": 0.9}
+AT_MOST = {"bytes_share": 0.01, "slow_time_rise": 0.05, "attack_loss_rise": 0.02}
+
+
+def compare(seed: int, size: Size, curves: dict[str, Curve]) -> dict[str, Any]:
+    """Run all methods; returns what each reached and what it cost."""
+    for name, (rate, method) in METHODS.items():
+        curves[name] = method(Classroom(seed, size, rate))
+    best, alone = curves["all-reduce"].loss, curves["local"].loss
+    dearest = curves["all-reduce"].points[-1][2]
+    figures: dict[str, Any] = {}
+    for name, curve in curves.items():
+        steps, seconds, sent, _ = curve.points[-1]
+        figures[name] = {
+            "loss": round(curve.loss, 4),
+            "gap_recovered": round((alone - curve.loss) / (alone - best), 3),
+            "steps": steps,
+            "virtual_s": round(seconds, 1),
+            "sent_bytes_per_peer": round(sent),
+            "bytes_share": round(sent / dearest, 5),
+        }
+    return figures
+
+
+def disturb(seed: int, size: Size, curves: dict[str, Curve]) -> dict[str, Any]:
+    """Slow and flapping peers: what they cost the others, and those who wait for rounds."""
+    rate = METHODS["ours"][0]
+    clean = curves.get("ours") or ours(Classroom(seed, size, rate))
+    slow = ours(Classroom(seed, size, rate), slow=(SLOW,), flapping=(FLAPPING,))
+    without = ours(Classroom(seed, size, rate), absent=(SLOW, FLAPPING))
+    rounds = fed_avg(Classroom(seed, size, METHODS["FedAvg"][0]), slowest=10.0)
+    # A loss that both reach: half a percent above the worse end.
+    goal = 1.005 * max(curve.points[-1][3] for curve in (clean, slow))
+    return {
+        "loss": round(slow.loss, 4),
+        "loss_all_well": round(clean.loss, 4),
+        "loss_without_the_two": round(without.loss, 4),
+        "virtual_s": round(slow.points[-1][1], 1),
+        "goal_loss": round(goal, 4),
+        "slow_time_rise": round(slow.time_to(goal) / clean.time_to(goal) - 1, 3),
+        "fed_avg_virtual_s": round(rounds.points[-1][1], 1),
+    }
+
+
+def attack(seed: int, size: Size) -> dict[str, Any]:
+    """Peers that send something else; compared with the same others undisturbed."""
+    rate = METHODS["ours"][0]
+    figures: dict[str, Any] = {}
+    for count in size.attackers:
+        liars = tuple(range(PEER_COUNT - count, PEER_COUNT))
+        clean = ours(Classroom(seed, size, rate), absent=liars).loss
+        figures[f"{count} of {PEER_COUNT}"] = row = {"loss_without_them": round(clean, 4)}
+        for kind in ATTACKS:
+            loss = ours(Classroom(seed, size, rate), attackers=liars, attack=kind).loss
+            row[kind] = round(loss / clean - 1, 4)
+    return figures
+
+
+def rates(seed: int) -> dict[str, Any]:
+    """Run each method at each learning rate."""
+    return {
+        name: {str(rate): round(method(Classroom(seed, FULL, rate)).loss, 4) for rate in RATES}
+        for name, (_, method) in METHODS.items()
+    }
+
+
+def verdicts(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return which targets were met."""
+    values: dict[str, float] = {}
+    if "methods" in report:
+        values["gap_recovered"] = report["methods"]["ours"]["gap_recovered"]
+        values["bytes_share"] = report["methods"]["ours"]["bytes_share"]
+    if "slow" in report:
+        values["slow_time_rise"] = report["slow"]["slow_time_rise"]
+    if "attacks" in report:
+        two = report["attacks"][f"2 of {PEER_COUNT}"]
+        values["attack_loss_rise"] = max(two[kind] for kind in ATTACKS)
+    return {
+        name: {
+            "value": value,
+            "target": AT_LEAST.get(name, AT_MOST.get(name)),
+            "ok": value >= AT_LEAST[name] if name in AT_LEAST else value <= AT_MOST[name],
+        }
+        for name, value in values.items()
+    }
+
+
+def write_curves(path: Path, curves: dict[str, Curve]) -> None:
+    """Write all points as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "step", "virtual_s", "sent_bytes_per_peer", "loss"])
+        for name, curve in curves.items():
+            writer.writerows([name, *point] for point in curve.points)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="What learning together brings.")
+    parser.add_argument("--seed", type=int, default=1, help="of weights, batches and links")
+    parser.add_argument("--quick", action="store_true", help="few steps: under 40 s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--only", choices=("methods", "slow", "attacks"), help="one part")
+    parser.add_argument("--rates", action="store_true", help="run methods at all learning rates")
+    parser.add_argument("--curves", type=Path, metavar="FILE", help="write the points as CSV")
+    arguments = parser.parse_args()
+    size = QUICK if arguments.quick else FULL
+    curves: dict[str, Curve] = {}
+    report: dict[str, Any] = {}
+    if arguments.rates:
+        report["rates"] = rates(arguments.seed)
+    else:
+        if arguments.only in (None, "methods"):
+            report["methods"] = compare(arguments.seed, size, curves)
+        if arguments.only in (None, "slow"):
+            report["slow"] = disturb(arguments.seed, size, curves)
+        if arguments.only in (None, "attacks"):
+            report["attacks"] = attack(arguments.seed, size)
+    if arguments.curves:
+        write_curves(arguments.curves, curves)
+    targets = verdicts(report)
+    if arguments.json:
+        setting = {"seed": arguments.seed, "python": platform.python_version()}
+        print(json.dumps({"benchmark": "learning", **setting, **report, "targets": targets}))
+        return
+    for part, figures in report.items():
+        print(part)
+        for name, value in figures.items():
+            print(f"    {name:<22} {value}")
+    for name, verdict in targets.items():
+        met = "met" if verdict["ok"] else "MISSED"
+        print(f"{name:<22} {verdict['value']} (target {verdict['target']}: {met})")
+
+
+if __name__ == "__main__":
+    main()

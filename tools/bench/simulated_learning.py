@@ -1,0 +1,445 @@
+"""Eight peers that learn, on virtual time: what `tools/bench/learning.py` measures.
+
+All methods train the same small GPT-2 (35 thousand parameters, bytes as tokens) from the same
+weights, with the same number of local steps, on text of eight packages of Python's standard
+library, one a peer; the loss is that of held-out text of all eight, in nats a byte. Time is
+virtual: a step takes `STEP_S` on a device, and what is sent waits for the sender's uplink, then
+takes one way over two 4G links. Methods with rounds wait for the slowest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec import structs
+from numpy.typing import NDArray
+
+from llmload import AdamWSettings, GPT2Config, Trainer
+from llmload.learn.codecs import Codec
+from llmload.learn.exchange import AVERAGE_EVERY_S
+from llmload.learn.mixing import groups, partner
+from llmload.learn.outer import AVERAGE_CODEC, OuterLoop, OuterSettings
+from llmload.learn.shards import (
+    EncodedShard,
+    ShardLayout,
+    Vector,
+    decode_shard_untrusted,
+    encode_shard,
+)
+from llmload.learn.trainer import AdamW
+from llmload.weights import random_weights
+from natswarm import PeerId, World
+from natswarm.sim.presets import LINK_4G
+
+CONFIG = GPT2Config(vocab_size=256, n_ctx=48, n_embd=32, n_layer=2, n_head=4)
+PACKAGES = (
+    "asyncio", "email", "tkinter", "unittest", "encodings", "pydoc_data", "multiprocessing", "xml",
+)  # fmt: skip
+PEER_COUNT = len(PACKAGES)
+TEXT_BYTES = 400_000
+BATCH, TIME = 4, 48
+VALIDATION_WINDOWS = 24  # of each peer's text
+
+# A phone's, for a model a hundred times as large: so that steps and transfers are of one order.
+STEP_S = 0.25
+# What one QUIC connection carries over the emulated 4G links, measured.
+UPLINK_BYTES_PER_S = 300_000
+ROUND_STEPS = 20
+RECORDS_BYTES = 64_000
+WARM_UP_STEPS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much work a run is.
+
+    Attributes:
+        steps: Local steps of each peer.
+        measure_every: Steps between two points of a curve.
+        attackers: How many of the peers attack, one experiment for each.
+    """
+
+    steps: int
+    measure_every: int
+    attackers: tuple[int, ...]
+
+
+@dataclass
+class Curve:
+    """How one method went: points (step, virtual seconds, bytes a peer, loss)."""
+
+    points: list[tuple[int, float, float, float]] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """The mean of the last three points: single ones are noisy."""
+        return float(np.mean([point[3] for point in self.points[-3:]]))
+
+    def time_to(self, loss: float) -> float:
+        """Return the virtual time at which the curve first is at `loss`, between two points.
+
+        That of the first point if it starts below, and infinity if it never gets there.
+        """
+        if self.points[0][3] <= loss:
+            return self.points[0][1]
+        for (_, t0, _, l0), (_, t1, _, l1) in zip(self.points, self.points[1:], strict=False):
+            if l1 <= loss < l0:
+                return t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)
+        return math.inf
+
+
+class Classroom:
+    """The model, the texts, and what every method needs of them."""
+
+    def __init__(self, seed: int, size: Size, rate: float) -> None:
+        self.size = size
+        self.seed = seed
+        self._rate = rate
+        self._trainer = Trainer(CONFIG, random_weights(CONFIG, seed))
+        self.start = self._trainer.parameters.copy()
+        self.space = self._trainer.space
+        texts = [read_text(package) for package in PACKAGES]
+        cut = [int(0.9 * len(text)) for text in texts]
+        self.texts = [text[:end] for text, end in zip(texts, cut, strict=True)]
+        rng = np.random.default_rng([seed, 99])
+        windows = [
+            draw(text[end:], VALIDATION_WINDOWS, rng) for text, end in zip(texts, cut, strict=True)
+        ]
+        self._validation = windows
+
+    def students(self) -> list[Student]:
+        """Return peers at the start, each with its text."""
+        return [Student(self, index) for index in range(PEER_COUNT)]
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate: linear warm-up, then half a cosine down to a tenth."""
+        warm = min(1.0, (step + 1) / WARM_UP_STEPS)
+        done = min(1.0, step / self.size.steps)
+        rate: float = self._rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return rate
+
+    def gradient(self, parameters: Vector, batch: tuple[Any, Any]) -> Vector:
+        """Return the gradient at some parameters."""
+        self._trainer.parameters[:] = parameters
+        return self._trainer.gradients(*batch)[1]
+
+    def loss(self, parameters: Vector) -> float:
+        """Return the loss on held-out text of all peers."""
+        self._trainer.parameters[:] = parameters
+        return float(np.mean([self._trainer.loss(*windows) for windows in self._validation]))
+
+
+class Student:
+    """One peer: parameters, optimiser and text."""
+
+    def __init__(self, room: Classroom, index: int) -> None:
+        self.room = room
+        self.index = index
+        self.parameters = room.start.copy()
+        self.optimizer = AdamW(room.space, AdamWSettings())
+        self.rng = np.random.default_rng([room.seed, index])
+        self.texts = [room.texts[index]]
+        self.peer_id = PeerId(hashlib.sha256(f"{room.seed}/{index}".encode()).digest())
+
+    def batch(self) -> tuple[Any, Any]:
+        """Draw windows from all texts that the peer has, each as likely as its length."""
+        lengths = np.array([len(text) for text in self.texts])
+        chosen = self.rng.choice(len(self.texts), size=BATCH, p=lengths / lengths.sum())
+        windows = [draw(self.texts[text], 1, self.rng) for text in chosen]
+        tokens, targets = (np.concatenate(part) for part in zip(*windows, strict=True))
+        return tokens, targets
+
+    def step(self, number: int) -> None:
+        """Make one local step."""
+        gradient = self.room.gradient(self.parameters, self.batch())
+        self.optimizer.update(self.parameters, gradient, learning_rate=self.room.rate_at(number))
+
+
+def read_text(package: str) -> NDArray[np.int64]:
+    """Return source files of a package of the standard library as bytes, int64 (length,)."""
+    folder = Path(os.__file__).parent / package
+    data = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
+    return np.frombuffer(data[:TEXT_BYTES], dtype=np.uint8).astype(np.int64)
+
+
+def draw(text: NDArray[np.int64], count: int, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Return tokens and targets, int64 (count, TIME) each."""
+    starts = rng.integers(len(text) - TIME - 1, size=count)
+    windows = text[starts[:, None] + np.arange(TIME + 1)]
+    return windows[:, :-1], windows[:, 1:]
+
+
+def one_way_s(rng: random.Random) -> float:
+    """Return the delay between two devices on 4G, two access links."""
+    return 2 * LINK_4G.delay_s + LINK_4G.jitter_s * (rng.random() + rng.random())
+
+
+# --- Methods with rounds -----------------------------------------------------------------------
+
+
+def in_rounds(
+    room: Classroom,
+    round_steps: int,
+    sent_bytes: float,
+    average: Callable[[list[Student], int], None],
+    *,
+    slowest: float = 1.0,
+) -> Curve:
+    """Let all make some steps, wait for the slowest, exchange, and so on."""
+    students, curve = room.students(), Curve()
+    round_s = round_steps * STEP_S * slowest + sent_bytes / UPLINK_BYTES_PER_S
+    round_s += 4 * (LINK_4G.delay_s + LINK_4G.jitter_s / 2)  # there and back
+    for index in range(room.size.steps // round_steps):
+        for student in students:
+            for step in range(index * round_steps, (index + 1) * round_steps):
+                student.step(step)
+        average(students, index)
+        steps = (index + 1) * round_steps
+        if steps % room.size.measure_every < round_steps:
+            loss = np.mean([room.loss(student.parameters) for student in measured(students)])
+            sent = sent_bytes * (index + 1)
+            curve.points.append((steps, (index + 1) * round_s, sent, float(loss)))
+    return curve
+
+
+def measured(students: list[Student]) -> list[Student]:
+    """Return those whose models differ: one is enough where all are equal."""
+    first = students[0].parameters
+    equal = all(np.array_equal(first, other.parameters) for other in students[1:])
+    return students[:1] if equal else students
+
+
+def all_reduce(room: Classroom) -> Curve:
+    """Average the gradients of all peers at each step."""
+    students, curve = room.students(), Curve()
+    model = students[0]
+    sent_bytes = 2 * (PEER_COUNT - 1) / PEER_COUNT * 4 * room.space.size
+    step_s = STEP_S + sent_bytes / UPLINK_BYTES_PER_S
+    step_s += 2 * (PEER_COUNT - 1) * 2 * (LINK_4G.delay_s + LINK_4G.jitter_s / 2)
+    for step in range(room.size.steps):
+        gradients = [room.gradient(model.parameters, each.batch()) for each in students]
+        mean: Vector = np.stack(gradients).mean(axis=0)
+        model.optimizer.update(model.parameters, mean, learning_rate=room.rate_at(step))
+        done = step + 1
+        if done % room.size.measure_every == 0:
+            loss = room.loss(model.parameters)
+            curve.points.append((done, done * step_s, done * sent_bytes, loss))
+    return curve
+
+
+def local(room: Classroom) -> Curve:
+    """Let everybody learn alone."""
+    return in_rounds(room, room.size.measure_every, 0.0, lambda students, index: None)
+
+
+def fed_avg(room: Classroom, *, slowest: float = 1.0) -> Curve:
+    """Average all models after each round, sent to each other as a ring does."""
+
+    def average(students: list[Student], _index: int) -> None:
+        mean = np.mean([student.parameters for student in students], axis=0, dtype=np.float32)
+        for student in students:
+            student.parameters[:] = mean
+
+    sent_bytes = 2 * (PEER_COUNT - 1) / PEER_COUNT * 4 * room.space.size
+    steps = ROUND_STEPS
+    return in_rounds(room, steps, sent_bytes, average, slowest=slowest)
+
+
+def di_lo_co(room: Classroom) -> Curve:
+    """Average pseudo-gradients; Nesterov momentum 0.9, outer rate 0.7 (arXiv 2311.08105)."""
+    anchor, momentum = room.start.copy(), np.zeros_like(room.start)
+
+    def average(students: list[Student], _index: int) -> None:
+        mean = np.mean([student.parameters for student in students], axis=0, dtype=np.float32)
+        movement = anchor - mean
+        momentum[:] = 0.9 * momentum + movement
+        anchor[:] -= 0.7 * (movement + 0.9 * momentum)
+        for student in students:
+            student.parameters[:] = anchor
+
+    sent_bytes = 2 * (PEER_COUNT - 1) / PEER_COUNT * 4 * room.space.size
+    return in_rounds(room, ROUND_STEPS, sent_bytes, average)
+
+
+def no_lo_co(room: Classroom) -> Curve:
+    """Average with one partner a round, momentum 0.5, outer rate 0.7 (arXiv 2506.10911)."""
+    anchors = np.stack([room.start] * PEER_COUNT)
+    momenta = np.zeros_like(anchors)
+
+    def average(students: list[Student], index: int) -> None:
+        by_id = {student.peer_id: student for student in students}
+        for pair in groups(list(by_id), round_number=index):
+            rows = [by_id[member].index for member in pair]
+            movement = np.mean([students[row].parameters - anchors[row] for row in rows], axis=0)
+            mean = anchors[rows].mean(axis=0)
+            for row in rows:
+                momenta[row] = 0.5 * momenta[row] + 0.7 * (movement + mean - anchors[row])
+            for row in rows:
+                anchors[row] += momenta[row]
+                students[row].parameters[:] = anchors[row]
+
+    sent_bytes = 2 * 4 * room.space.size
+    return in_rounds(room, ROUND_STEPS, sent_bytes, average)
+
+
+# --- Ours --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Who is special in a run of ours; indices of peers.
+
+    Attributes:
+        slow: Takes ten times as long for a step.
+        flapping: Is there for half a minute, then away for one.
+        attackers: Send something else than what they learned.
+        attack: "flip", "scale" or "random".
+        absent: Take no part.
+        has_records: Whether texts are exchanged first.
+    """
+
+    slow: tuple[int, ...] = ()
+    flapping: tuple[int, ...] = ()
+    attackers: tuple[int, ...] = ()
+    attack: str = ""
+    absent: tuple[int, ...] = ()
+    has_records: bool = False
+
+
+class Ours:
+    """Eight outer loops on virtual time."""
+
+    def __init__(self, room: Classroom, setting: Setting) -> None:
+        self.room, self.setting = room, setting
+        self.world = World(room.seed)
+        self.layout = ShardLayout(room.space)
+        self.present = [i for i in range(PEER_COUNT) if i not in setting.absent]
+        self.watched = [
+            i for i in self.present
+            if i not in (*setting.slow, *setting.flapping, *setting.attackers)
+        ]  # fmt: skip
+        self.students = room.students()
+        self.loops = [
+            OuterLoop(self.layout, student.parameters, OuterSettings()) for student in self.students
+        ]
+        self.rng = self.world.stream("links")
+        self.noise = np.random.default_rng([room.seed, 7])
+        self.idle_from = [0.0] * PEER_COUNT
+        self.sent_bytes = [0.0] * PEER_COUNT
+        self.steps = [0] * PEER_COUNT
+        self.curve = Curve()
+
+    def run(self) -> Curve:
+        """Run until the watched have made all their steps."""
+        if self.setting.has_records:
+            self._exchange_records()
+        for index in self.present:
+            self.world.after(self._step_s(index), self._end_step, index)
+            self.world.after(AVERAGE_EVERY_S, self._average, index, 1)
+        every_s = self.room.size.measure_every * STEP_S
+        for number in range(1, self.room.size.steps // self.room.size.measure_every + 1):
+            self.world.run_until(number * every_s + STEP_S / 2)
+            losses = [self.room.loss(self.loops[i].anchor) for i in self.watched]
+            sent = float(np.mean([self.sent_bytes[i] for i in self.watched]))
+            point = (number * self.room.size.measure_every, self.world.now, sent)
+            self.curve.points.append((*point, float(np.mean(losses))))
+        return self.curve
+
+    def _step_s(self, index: int) -> float:
+        return STEP_S * (10.0 if index in self.setting.slow else 1.0)
+
+    def _is_there(self, index: int) -> bool:
+        return index not in self.setting.flapping or self.world.now % 90 < 30
+
+    def _end_step(self, index: int) -> None:
+        """End a step that began one step ago, with the parameters of then."""
+        loop, student = self.loops[index], self.students[index]
+        student.step(self.steps[index])
+        self.steps[index] += 1
+        if self.steps[index] % loop.settings.local_steps == 0:
+            update = loop.publish()
+            if self._is_there(index):
+                shards = [self._forged(index, shard) for shard in update.shards]
+                for other in self.present:
+                    if other != index:
+                        self._send(index, other, shards)
+        loop.merge()
+        self.world.after(self._step_s(index), self._end_step, index)
+
+    def _send(self, index: int, other: int, shards: list[EncodedShard]) -> None:
+        size = sum(len(shard.payload) + 90 for shard in shards)
+        self.world.at(self._arrival(index, size), self._receive, index, other, shards)
+
+    def _arrival(self, index: int, size: int) -> float:
+        self.sent_bytes[index] += size
+        begin = max(self.world.now, self.idle_from[index])
+        self.idle_from[index] = begin + size / UPLINK_BYTES_PER_S
+        return self.idle_from[index] + one_way_s(self.rng)
+
+    def _receive(self, index: int, other: int, shards: list[EncodedShard]) -> None:
+        if self._is_there(other):
+            me, sender = self.loops[other], self.students[index].peer_id
+            seen = self.loops[index].seen(self.students[other].peer_id)
+            for shard in shards:
+                me.receive(sender, structs.replace(shard.header, seen=seen), shard.payload)
+
+    def _average(self, index: int, round_number: int) -> None:
+        ids = [self.students[i].peer_id for i in self.present]
+        met = partner(self.students[index].peer_id, ids, round_number=round_number)
+        other = next((i for i in self.present if self.students[i].peer_id == met), None)
+        # One of the two begins.
+        if other is not None and index < other and self._is_there(index) and self._is_there(other):
+            shard = round_number % self.layout.shard_count
+            halves = [
+                encode_shard(
+                    self.layout, shard, self.loops[i].anchor[self.layout.bounds(shard)],
+                    codec=AVERAGE_CODEC, version=round_number,
+                )
+                for i in (index, other)
+            ]  # fmt: skip
+            for i, half in zip((other, index), halves, strict=True):
+                sender = index if i == other else other
+                arrival = self._arrival(sender, len(half.payload) + 90)
+                self.world.at(arrival, self.loops[i].average, half.header, half.payload)
+        self.world.after(AVERAGE_EVERY_S, self._average, index, round_number + 1)
+
+    def _forged(self, index: int, shard: EncodedShard) -> EncodedShard:
+        if index not in self.setting.attackers:
+            return shard
+        values = decode_shard_untrusted(self.layout, shard.header, shard.payload)
+        if self.setting.attack == "flip":
+            values = -values
+        elif self.setting.attack == "scale":
+            values = -100 * values
+        else:
+            length = np.linalg.norm(values)
+            values = self.noise.standard_normal(values.size, dtype=np.float32)
+            values *= length / np.linalg.norm(values)
+        header = shard.header
+        return encode_shard(
+            self.layout, header.shard, values, codec=Codec.INT8X256, version=header.version
+        )
+
+    def _exchange_records(self) -> None:
+        """Give everybody a part of everybody's text; packed as records would be."""
+        for index in self.present:
+            text = self.room.texts[index][:RECORDS_BYTES]
+            size = len(zlib.compress(text.astype(np.uint8).tobytes(), 9))
+            for other in self.present:
+                if other != index:
+                    arrival = self._arrival(index, size)
+                    self.world.at(arrival, self.students[other].texts.append, text)
+
+
+def ours(room: Classroom, **setting: Any) -> Curve:
+    """Run our outer loops."""
+    return Ours(room, Setting(**setting)).run()
