@@ -239,7 +239,7 @@ async def test_a_newcomer_gets_in_during_a_flood_of_knocks(open_swarm, autojump_
 
 
 async def test_peers_are_bounded(open_swarm, autojump_clock, monkeypatch):
-    monkeypatch.setattr("natswarm.node.PEERS_MAX", 2)
+    monkeypatch.setattr("natswarm.node.node.PEERS_MAX", 2)
     async with open_swarm() as swarm:
         full = (await swarm.add_observers(1))[0]
         invite = await full.invite()

@@ -1,16 +1,4 @@
-"""A node: every core and driver of natswarm connected, the whole graph in one place.
-
-    main port p ──┐                              ┌── EchoService   what do others see of us?
-    second port q ┴─ PortPump ─ first byte ──────┼── Dialler       probes: dials under way
-                       │                         └── Connector     HELLO: strangers who knock
-                       └─ QUIC by remote endpoint ── Peer ── streams ── handlers by protocol
-                                                                ├── Introducer
-                                                                └── OverlayService  routing
-    PathSet: the paths of each connection    Renewer: the next path    Roamer: are we elsewhere?
-
-`open_node` starts it and, on leaving, closes everything it opened. The node owns its peers: a lost
-connection takes its Peer away and tells `on_event`; connecting again is the caller's decision.
-"""
+"""Every core and driver of natswarm connected: the whole graph, which `__init__.py` draws."""
 
 from __future__ import annotations
 
@@ -18,25 +6,21 @@ import logging
 import math
 import os
 import random
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import trio
 
-from natswarm.address import AddressKind, Endpoint, address_kind
+from natswarm.address import AddressKind, Endpoint
 from natswarm.discovery.introduction import (
     NodeRecord,
-    complaint_about,
     decode_record_untrusted,
     profile_as_seen,
-    record_as_seen,
 )
 from natswarm.discovery.invite import INVITE_LIFETIME_S, Invite
 from natswarm.errors import (
-    AddressError,
     ConfigurationError,
     ConnectFailed,
     DecodeError,
@@ -46,12 +30,9 @@ from natswarm.errors import (
     RequestRefused,
     is_expected,
 )
-from natswarm.identity import Identity, PeerId
-from natswarm.nat.classify import Observation
+from natswarm.identity import PeerId
 from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.inspection import QUICK
-from natswarm.nat.measurement import Observer
-from natswarm.nat.path import PathReport
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
 from natswarm.net.call import (
@@ -64,49 +45,33 @@ from natswarm.net.call import (
     answering,
 )
 from natswarm.net.connector import Connector
-from natswarm.net.dialler import Dialler, PunctureEnded, PunctureStarted
+from natswarm.net.dialler import Dialler
 from natswarm.net.echo import EchoService
 from natswarm.net.introducer import Introducer, Neighbour
-from natswarm.net.lan import Lan, LanService
+from natswarm.net.lan import LanService
 from natswarm.net.mailbox import MailboxService
-from natswarm.net.mainline import MainlineConfig, MainlineService
+from natswarm.net.mainline import MainlineService
 from natswarm.net.mainline_contact import connect_by_mainline
-from natswarm.net.notes import Notes
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.overlay import OverlayService
-from natswarm.net.path import PathNetwork, trace_path
 from natswarm.net.path_keeper import Lifetimes, PathSwitched
 from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
-from natswarm.net.peer_cache import PeerStore
-from natswarm.net.port import DatagramPort, Network
+from natswarm.net.port import DatagramPort
 from natswarm.net.pump import PortPump
 from natswarm.net.rejoin import Rejoiner
-from natswarm.net.renewer import Renewer, lifetimes_of, with_lifetimes_of
+from natswarm.net.renewer import Renewer, lifetimes_of
 from natswarm.net.roaming import Roamer
 from natswarm.net.stream import Stream
-from natswarm.net.tracing import Tracer, Tracing
-from natswarm.net.udp import UdpNetwork
-from natswarm.puncture.plan import Limits
+from natswarm.net.tracing import Tracer
+from natswarm.node.config import PEERS_MAX, NodeConfig, check_presentable
+from natswarm.node.events import NodeEvent, PathChanged, PeerConnected, PeerLost, ProfileLearned
+from natswarm.node.own_nat import OwnNat
 from natswarm.routing.record import Record, RecordKind, service_key
-from natswarm.routing.table import LINKS_MIN
-from natswarm.swarm_key import OPEN_SWARM, SwarmKey
+from natswarm.swarm_key import SwarmKey
 from natswarm.wire import DatagramType
 
-__all__ = [
-    "Node",
-    "NodeConfig",
-    "NodeEvent",
-    "PathChanged",
-    "Peer",
-    "PeerConnected",
-    "PeerLost",
-    "ProfileLearned",
-    "PunctureEnded",
-    "PunctureStarted",
-    "StreamHandler",
-    "open_node",
-]
+__all__ = ["Node", "StreamHandler", "open_node"]
 
 logger = logging.getLogger("natswarm.node")
 
@@ -115,103 +80,6 @@ GOODBYE_S = 1.0
 
 # By the clock: five appointments.
 MEET_AGAIN_S = 600.0
-
-# Peers a node keeps; reference section 4: a phone keeps about 30, a laptop has room for more.
-PEERS_MAX = 256
-
-
-@dataclass(frozen=True, slots=True)
-class NodeConfig:
-    """How to open a node.
-
-    Attributes:
-        identity: Who we are.
-        network: Where UDP ports come from; the real network by default.
-        name: What the user calls this node, at most 64 printable characters; peers see it.
-        swarm: Which swarm it is in: nodes of others get no answer, and see no name.
-        bind_ip: Address to bind, such as that of one interface; `0.0.0.0` is any.
-        port: UDP port of the main port p; 0 lets the system choose.
-        services: Names of what we serve, for others to find; 16 of at most 128 characters.
-        limits: Bounds of a puncture.
-        links_max: Connections to keep for routing, 16 to 128; a phone keeps 30. With 0 the node
-            takes no part in routing: it finds only its neighbours' neighbours.
-        outage_s: How long a connection outlives its last path, at most 600: a phone that changes
-            networks needs seconds, one that sleeps minutes. Streams wait meanwhile.
-        cache: Where to remember peers, such as a `PeerCache`; None: nowhere.
-        notes: What else to remember from run to run, such as which invites are used up.
-        mainline: How to take part in BitTorrent's DHT; None: not at all.
-        lan: Find peers in our own networks by multicast, on the real network alone; None: do not.
-        paths: Where the path outward is traced from whenever our NAT is inspected, such as
-            `SystemPaths()`: openers then have the hop limit that spares the peer's NAT. None: it is
-            not traced.
-        seed: Seed of the node's random behaviour; None draws one. Keys never depend on it.
-        tracing: What of each connection to write into files, for whoever looks for a fault.
-        utc: The clock on the wall: seconds since 1970.
-        on_event: Called with every NodeEvent, at once; must return quickly and not raise.
-    """
-
-    identity: Identity
-    network: Network = field(default_factory=UdpNetwork)
-    name: str = ""
-    swarm: SwarmKey = OPEN_SWARM
-    bind_ip: str = "0.0.0.0"
-    port: int = 0
-    services: tuple[str, ...] = ()
-    limits: Limits = field(default_factory=Limits)
-    links_max: int = 0
-    seed: int | None = None
-    outage_s: float = 60.0
-    cache: PeerStore | None = None
-    notes: Notes = field(default_factory=Notes)
-    mainline: MainlineConfig | None = None
-    lan: Lan | None = None
-    paths: PathNetwork | None = None
-    tracing: Tracing = field(default_factory=Tracing)
-    utc: Callable[[], float] = time.time
-    on_event: Callable[[NodeEvent], None] = lambda _event: None
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileLearned:
-    """The node found out what its NAT does."""
-
-    profile: NatProfile
-
-
-@dataclass(frozen=True, slots=True)
-class PeerConnected:
-    """A peer is authenticated and streams can flow."""
-
-    peer: Peer
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLost:
-    """A connection ended."""
-
-    peer: Peer
-
-
-@dataclass(frozen=True, slots=True)
-class PathChanged:
-    """A connection goes by another path, or has none for the time being; it lives on.
-
-    Attributes:
-        peer: Whose.
-        old: Where the peer was; None: no path was alive.
-        new: Where it is; None: no path is alive.
-        reason: Why, in words.
-    """
-
-    peer: Peer
-    old: Endpoint | None
-    new: Endpoint | None
-    reason: str
-
-
-NodeEvent = (
-    ProfileLearned | PunctureStarted | PunctureEnded | PeerConnected | PathChanged | PeerLost
-)
 
 StreamHandler = Callable[[Stream, Peer], Awaitable[None]]
 
@@ -224,16 +92,7 @@ async def open_node(config: NodeConfig) -> AsyncIterator[Node]:
         ConfigurationError: The address or port cannot be bound, peers would refuse our record, or
             the files of `tracing` cannot be written.
     """
-    _check_presentable(config.name, config.services)
-    if config.links_max and not LINKS_MIN <= config.links_max <= PEERS_MAX // 2:
-        raise ConfigurationError(
-            f"links_max is 0 or {LINKS_MIN} to {PEERS_MAX // 2}, not {config.links_max}: with "
-            "fewer links a node is not found, with more there is no room for peers of your own"
-        )
-    try:
-        address_kind(config.bind_ip)
-    except AddressError as error:
-        raise ConfigurationError(str(error)) from error
+    config.check()
     with (
         closing(Tracer(config.tracing)) as tracer,
         closing(config.network.bind(Endpoint(config.bind_ip, config.port))) as main_port,
@@ -347,10 +206,15 @@ class Node:
         if self._overlay is not None:
             self._handlers.update(self._overlay.handlers())
         self._peers: dict[PeerId, Peer] = {}
-        self._profile: NatProfile | None = None
-        self._inspecting = trio.Lock()
-        self._knowing = trio.Lock()
-        self._looked_at = -math.inf
+        self._nat = OwnNat(
+            self,
+            config=config,
+            echo=self._echo,
+            introducer=self._introducer,
+            mainline=self.mainline,
+            wait_settled=self._roamer.wait_settled,
+            rng=self._rng,
+        )
         self._is_closed = False
         self.rejected_count = 0
 
@@ -403,6 +267,11 @@ class Node:
         return self._config.swarm
 
     @property
+    def is_closed(self) -> bool:
+        """Whether this node was closed."""
+        return self._is_closed
+
+    @property
     def local_endpoint(self) -> Endpoint:
         """Where the main port p is bound."""
         return self._main.port.local_endpoint
@@ -410,7 +279,7 @@ class Node:
     @property
     def profile(self) -> NatProfile | None:
         """What our NAT does, once `inspect` has found out."""
-        return self._profile
+        return self._nat.profile
 
     def peers(self) -> list[Peer]:
         """Whom we are connected to, oldest first."""
@@ -462,7 +331,7 @@ class Node:
             ConfigurationError: More than 16, or not at most 128 printable characters each.
         """
         services = tuple(services)
-        _check_presentable(self._config.name, services)
+        check_presentable(self._config.name, services)
         self._services = services
         await self._share_record_with_all()
 
@@ -495,7 +364,7 @@ class Node:
 
     def record(self) -> NodeRecord:
         """Return what we say of ourselves."""
-        profile = self._profile or NatProfile.unknown(self._host_candidates())
+        profile = self._nat.known_or_unknown()
         alternate = None
         if profile.is_translated is False and profile.main_endpoint is not None:
             alternate = Endpoint(profile.main_endpoint.ip, self._alternate.port.local_endpoint.port)
@@ -511,7 +380,7 @@ class Node:
     @property
     def inspection(self) -> Findings | None:
         """What the newest `inspect` has found, with intervals and reasons; it grows meanwhile."""
-        return self._echo.findings
+        return self._nat.findings
 
     async def inspect(self, tests: Iterable[NatTest] = QUICK) -> NatProfile:
         """Find out what our NAT does by asking the peers we can reach, and mainline nodes.
@@ -525,78 +394,24 @@ class Node:
         Raises:
             ConnectFailed: This node was closed meanwhile.
         """
-        profile = await self._inspect(tests)
+        profile = await self._nat.inspect(tests)
         await self._share_record_with_all()
         return profile
 
     async def look_again(self) -> NatProfile:
         """Find out the quick part; neighbours hear of it while the caller goes on."""
-        profile = await self._inspect(QUICK)
+        profile = await self._nat.inspect(QUICK)
         self._nursery.start_soon(self._share_record_with_all)
         return profile
 
-    async def _inspect(self, tests: Iterable[NatTest]) -> NatProfile:
-        way_out: list[PathReport] = []
-        async with self._inspecting:
-            observers = await self._observers()
-            witnessed = await self._witnessed()
-            # The outer one takes off the groups that the inner one wraps around errors.
-            async with open_private_nursery(), trio.open_nursery() as nursery:
-                nursery.start_soon(self._trace_path, observers, way_out)
-                findings = await self._echo.inspect(
-                    observers,
-                    tests=tests,
-                    host_candidates=self._host_candidates(),
-                    witnessed=witnessed,
-                    rng=self._rng,
-                    ask_neighbour=self._ask_neighbour_to_echo,
-                )
-            if self._is_closed:
-                raise ConnectFailed("this node was closed")
-        profile = findings.profile
-        for report in way_out:
-            profile = replace(
-                profile, nat_count=report.nat_count_at_least, opener_ttl=report.opener_ttl
-            )
-        self._looked_at = trio.current_time()
-        if self._profile is not None:  # a look at the rest does not make us forget lifetimes
-            profile = with_lifetimes_of(profile, self._profile)
-        self._learn_profile(profile)
-        return profile
-
-    async def _witnessed(self) -> list[Observation]:
-        """Return what mainline nodes see of us, where we know some."""
-        if self.mainline is None:
-            return []
-        return [
-            Observation(
-                port_index=0,
-                local_port=self.local_endpoint.port,
-                observer=None,
-                destination=sighting.voter,
-                observed=sighting.observed,
-                sent_at=sighting.at,
-                is_contiguous=False,
-            )
-            for sighting in await self.mainline.witness()
-        ]
-
-    async def _trace_path(self, observers: Sequence[Observer], found: list[PathReport]) -> None:
-        """Look at the way out while observers are asked; it takes no longer than they do."""
-        far_end = next(
-            (each.endpoint for each in observers if each.endpoint.kind is AddressKind.GLOBAL), None
-        )
-        if self._config.paths is not None and far_end is not None:
-            found.append(await trace_path(self._config.paths, far_end))
-
     def adopt_profile(self, profile: NatProfile) -> None:
         """Go by a profile from now on, such as one that more was found out for; neighbours hear."""
-        self._learn_profile(profile)
+        self._nat.learn(profile)
         if not self._is_closed:
             self._nursery.start_soon(self._share_record_with_all)
 
-    def _learn_profile(self, profile: NatProfile) -> None:
-        self._profile = profile
+    def note_profile(self, profile: NatProfile) -> None:
+        """Have all that depends on what our NAT does go by a new profile."""
         for peer in self.peers():
             peer.paths.lifetimes = lifetimes_of(profile).or_else(peer.paths.lifetimes)
         if self._rejoiner is not None and profile.is_translated is not None:
@@ -605,15 +420,13 @@ class Node:
 
     def forget_profile(self) -> None:
         """Know nothing of our NAT: we are somewhere else."""
-        self._profile = None
-        if self.mainline is not None:
-            self.mainline.forget_sightings()
+        self._nat.forget()
         for peer in self.peers():
             peer.paths.lifetimes = Lifetimes()
 
     async def find_peers(self) -> list[NodeRecord]:
         """Ask every neighbour for its neighbours; return all records, the newest of each peer."""
-        found = await self._ask_around()
+        found = await self.ask_around()
         return [found[peer_id][0] for peer_id in sorted(found)]
 
     async def connect(self, target: PeerId | Invite) -> Peer:
@@ -816,12 +629,12 @@ class Node:
 
     def local_addresses(self) -> list[str]:
         """Return the addresses we can be reached at by our network."""
-        return [endpoint.ip for endpoint in self._host_candidates()]
+        return [endpoint.ip for endpoint in self._nat.host_candidates()]
 
     @property
     def accepts_strangers(self) -> bool:
         """Whether a stranger's datagram reaches our main port, as far as is known."""
-        return self._profile is not None and self._profile.accepts_strangers
+        return self.profile is not None and self.profile.accepts_strangers
 
     def is_connected(self, peer_id: PeerId) -> bool:
         """Whether there is a connection to a peer."""
@@ -854,14 +667,7 @@ class Node:
 
     async def known_profile(self, *, max_age_s: float = math.inf) -> NatProfile:
         """Return our profile; look first if nobody has told us what they see, or long ago."""
-        await self._roamer.wait_settled()
-        async with self._knowing:  # who waits for another's look needs none of its own
-            profile = self._profile
-            is_stale = trio.current_time() > self._looked_at + max_age_s
-            has_anybody = bool(self.peers()) or self.mainline is not None
-            if profile is None or is_stale or (profile.is_translated is None and has_anybody):
-                profile = await self.look_again()
-            return profile
+        return await self._nat.known_profile(max_age_s)
 
     def adopt(self, paths: PathSet, report: PunctureReport) -> Peer:
         """Make a peer of a new connection.
@@ -878,8 +684,8 @@ class Node:
             self._nursery.start_soon(trio.aclose_forcefully, peer)
             raise ConnectFailed(f"this node keeps at most {PEERS_MAX} peers; close one first")
         self._peers[peer.peer_id] = peer
-        if self._profile is not None:
-            paths.lifetimes = lifetimes_of(self._profile)
+        if self.profile is not None:
+            paths.lifetimes = lifetimes_of(self.profile)
         paths.on_switch = partial(self._on_switch, peer)
         paths.on_rebound = self._roamer.note_rebound
         self._emit(PeerConnected(peer))
@@ -1004,18 +810,7 @@ class Node:
         """Send one echo reply for somebody our neighbour vouches for."""
         self._echo.answer_for_neighbour(transaction, observed)
 
-    # Knowing our NAT ------------------------------------------------------------------------------
-
-    def _host_candidates(self) -> tuple[Endpoint, ...]:
-        local = self._main.port.local_endpoint
-        ips = (
-            self._config.network.local_addresses()
-            if self._config.bind_ip in ("0.0.0.0", "::")
-            else [self._config.bind_ip]
-        )
-        return tuple(Endpoint(ip, local.port) for ip in ips)
-
-    async def _ask_around(self) -> dict[PeerId, tuple[NodeRecord, Endpoint | None]]:
+    async def ask_around(self) -> dict[PeerId, tuple[NodeRecord, Endpoint | None]]:
         """Return the newest record of everybody our neighbours know, and where they are seen."""
         newest: dict[PeerId, tuple[NodeRecord, Endpoint | None]] = {}
 
@@ -1042,38 +837,6 @@ class Node:
                 note(peer.record, peer.seen_at)
         return newest
 
-    async def _observers(self) -> list[Observer]:
-        """Return who can tell us what they see: neighbours, and their neighbours who are public."""
-        found = await self._ask_around()
-        observers = []
-        for peer in self.peers():
-            found.pop(peer.peer_id, None)
-            if not peer.is_reachable:
-                continue
-            alternate = None
-            if peer.record is not None and peer.record.alternate_endpoint is not None:
-                # Its second port, at the address we see it at ourselves.
-                alternate = Endpoint(peer.seen_at.ip, peer.record.alternate_endpoint.port)
-            observers.append(Observer(peer.peer_id, peer.seen_at, alternate, is_neighbour=True))
-        for record, seen_at in found.values():
-            if seen_at is None or not record.profile.accepts_strangers:
-                continue
-            # Its own word for its address could aim our requests at somebody else.
-            record = record_as_seen(record, seen_at)
-            if (endpoint := record.profile.main_endpoint) is not None:
-                observers.append(
-                    Observer(
-                        record.peer_id, endpoint, record.alternate_endpoint, is_neighbour=False
-                    )
-                )
-        return observers
-
-    async def _ask_neighbour_to_echo(
-        self, peer_id: PeerId, transaction: bytes, observed: Endpoint
-    ) -> None:
-        if (peer := self.living_peer(peer_id)) is not None:
-            await self._introducer.ask_neighbour_to_echo(peer, transaction, observed)
-
     # Datagrams ------------------------------------------------------------------------------------
 
     def _on_main_datagram(self, data: bytes, source: Endpoint) -> None:
@@ -1098,8 +861,3 @@ class Node:
                 self._echo.answer_untrusted(data, source, arrived_at_alternate=True)
         except DecodeError:
             self.rejected_count += 1
-
-
-def _check_presentable(name: str, services: Iterable[str]) -> None:
-    if (complaint := complaint_about(name, tuple(services))) is not None:
-        raise ConfigurationError(complaint)
