@@ -6,10 +6,16 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import trio
 from hypothesis import HealthCheck, settings
+
+# A shell that starts us in the background has us ignore Ctrl-C, and so would the commands that
+# tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FUZZ = bool(os.environ.get("NATSWARM_FUZZ"))
 
