@@ -61,6 +61,7 @@ from natswarm.net.path import SystemPaths
 from natswarm.net.peer_cache import PeerCache
 from natswarm.net.port import Network
 from natswarm.net.stream import Stream
+from natswarm.net.tracing import Tracing
 from natswarm.net.udp import UdpNetwork
 from natswarm.net.virtual import VirtualNetwork, run_world
 from natswarm.node import (
@@ -148,6 +149,7 @@ __all__ = [
     "Surroundings",
     "SwarmKey",
     "SystemPaths",
+    "Tracing",
     "UdpNetwork",
     "VirtualNetwork",
     "World",

@@ -14,10 +14,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from rich.console import Console, Group
 
-from natswarm import ConfigurationError, NodeConfig, VirtualNetwork, open_node
+from natswarm import ConfigurationError, NodeConfig, Tracing, VirtualNetwork, open_node
 from natswarm.cli.show import peer_details_as_json
 from natswarm.cli.status_view import peer_details
-from natswarm.net.tracing import Tracing
 
 
 async def test_figures_of_each_path(open_swarm, autojump_clock):
