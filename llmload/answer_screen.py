@@ -27,6 +27,7 @@ class AnswerScreen:
         self.text = ""
         self._remarks = remarks
         self._quiet = quiet
+        self._news = ""
         self._spinner = Spinner("dots")
         # Its wish to redirect stdout would put the text on stderr, where the progress is.
         self._progress = Live(
@@ -51,6 +52,13 @@ class AnswerScreen:
     def tell(self, progress: str) -> None:
         """Show what is going on, if there is a terminal to show it on."""
         self._spinner.update(text=progress)
+
+    def tell_change(self, news: str) -> None:
+        """Tell what has changed; once the answer has begun, in a line of its own."""
+        self.tell(news)
+        if self.text and news != self._news:
+            self.remark(news)
+        self._news = news
 
     def add(self, piece: str) -> None:
         """Show the next piece of the answer."""

@@ -111,6 +111,11 @@ class StageDirectory:
                 if peer.peer_id in serving and peer.is_reachable:
                     nursery.start_soon(self._describe, peer)
 
+    def speeds(self) -> list[tuple[range, float]]:
+        """Return for each stage its blocks, and the seconds of one position in one block."""
+        costs = self._costs(frozenset())
+        return [(offer.blocks, costs.compute_s(offer.peer_id)) for offer in self.offers]
+
     async def warm_up(self) -> None:
         """Connect to stages that we may need, nearest to being needed first, and ask them."""
         wanted = sorted({offer.peer_id for offer in self.offers} - self._unusable())

@@ -249,7 +249,7 @@ def _no_route(offers: Sequence[StageOffer], layer_count: int) -> NoRoute:
     names = ", ".join(format_blocks(blocks) for blocks in missing)
     return NoRoute(
         f"nobody we know of serves block {names} of this model's 0-{layer_count - 1}. "
-        f"Start `llmload serve --blocks {format_blocks(missing[0])}` on another device.",
+        f"Start `llmload up --blocks {format_blocks(missing[0])}` on another device.",
         missing,
     )
 

@@ -120,6 +120,9 @@ class FakeNode:
     async def lookup(self, key):
         raise ConfigurationError("this node takes no part in routing")
 
+    async def publish(self, topic, value=b"", *, is_service=False):
+        raise ConfigurationError("this node takes no part in routing")
+
     async def find_peers(self) -> list[FakeRecord]:
         await trio.lowlevel.checkpoint()
         return [

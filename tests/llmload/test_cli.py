@@ -14,14 +14,13 @@ from functools import partial
 import pytest
 import trio
 
-from llmload import cli
+from llmload import cli, cli_up
 from llmload.engine.generate import generate_tokens
 from llmload.engine.sampler import SamplingParameters
 from llmload.engine.session import StageEngine
 from llmload.errors import StageFailed
 from llmload.model_folder import load_model
-from llmload.swarm.blocks import BlockStack
-from llmload.swarm.route import NoRoute, stage_service
+from llmload.swarm.route import NoRoute
 from natswarm import (
     ConnectFailed,
     Identity,
@@ -137,10 +136,11 @@ def test_terminal_gets_no_control_characters(monkeypatch, capsys):
         ("generate", "x", "-n", "0"),
         ("generate", "x", "--seed", str(2**64)),
         ("generate", "x", "--local", "--join", "natswarm:x"),
-        ("serve",),
-        ("serve", "--blocks", "2-1"),
-        ("serve", "--blocks", "0-3"),
-        ("serve", "--blocks", "0-1", "--port", "65536"),
+        ("up", "--memory", "much"),
+        ("up", "--memory", "0.001MB"),
+        ("up", "--blocks", "2-1"),
+        ("up", "--blocks", "0-3"),
+        ("up", "--blocks", "0-1", "--port", "65536"),
         ("nonsense",),
     ],
     ids=" ".join,
@@ -154,7 +154,7 @@ def test_wrong_usage_is_status_2_and_no_traceback(llmload, arguments):
 
 
 def test_block_that_is_not_there_is_said_so(llmload):
-    _, _, err = llmload("serve", "--blocks", "0-3")
+    _, _, err = llmload("up", "--blocks", "0-3")
     assert "this model has blocks 0-2" in err
 
 
@@ -189,18 +189,18 @@ def test_failure_on_the_way_is_one_line(llmload, monkeypatch):
 def test_help_names_every_command(llmload):
     status, out, _ = llmload("--help", model=False)
     assert status == 0
-    for command in ("info", "generate", "serve"):
+    for command in ("info", "generate", "up"):
         assert command in out
         assert llmload(command, "--help", model=False)[0] == 0
 
 
-# --- serve, and generate over the mesh ---------------------------------------------------------
+# --- up, and generate over the mesh ------------------------------------------------------------
 
 
 async def test_peers_serve_what_generate_asks_for(nursery, model_folder, monkeypatch, capsys):
     model = load_model(model_folder)
     said_in, said = trio.open_memory_channel(20)
-    monkeypatch.setattr(cli, "_print_json", said_in.send_nowait)
+    monkeypatch.setattr(cli_up, "print_json", said_in.send_nowait)
     internet = Internet(World(seed=3))
     asker = VirtualNetwork(internet.add_host("asker", "linux-home"))
     monkeypatch.setattr(cli, "NodeConfig", partial(NodeConfig, network=asker, seed=9))
@@ -210,12 +210,15 @@ async def test_peers_serve_what_generate_asks_for(nursery, model_folder, monkeyp
             identity=Identity(name.encode().ljust(32, b".")),
             network=VirtualNetwork(internet.add_host(name, "public")),
             seed=1,
-            services=(stage_service(model.content_hash, blocks),),
-            on_event=partial(cli._show_event, True),
+            on_event=partial(cli_up._show_event, True),
         )
-        engine = BlockStack.open(model.config, model.weights, blocks)
+
+        def open_block(block: int) -> StageEngine:
+            return StageEngine(model.config, model.weights, range(block, block + 1))
+
         nursery.start_soon(
-            cli._serve, engine, model.content_hash, config, cli.DEFAULT_LIMITS, invites, True
+            *(cli_up._serve, config, model.config, model.content_hash, open_block),
+            *([blocks], cli_up.DEFAULT_LIMITS, invites, True),
         )
 
     async def heard(event: str) -> dict:
@@ -254,7 +257,7 @@ async def test_peers_serve_what_generate_asks_for(nursery, model_folder, monkeyp
 
 
 async def test_lost_mesh_is_joined_again(nursery, monkeypatch):
-    monkeypatch.setattr(cli, "REJOIN_INTERVAL_S", 0)
+    monkeypatch.setattr(cli_up, "REJOIN_INTERVAL_S", 0)
     tried_often = trio.Event()
     tries = []
 
@@ -266,7 +269,7 @@ async def test_lost_mesh_is_joined_again(nursery, monkeypatch):
                 tried_often.set()
             raise ConnectFailed("nobody is there")
 
-    nursery.start_soon(cli._stay_joined, LonelyNode(), ["one", "two"])
+    nursery.start_soon(cli_up._stay_joined, LonelyNode(), ["one", "two"])
     with trio.fail_after(TIMEOUT_S):
         await tried_often.wait()
     assert tries[:4] == ["one", "two", "one", "two"]
@@ -279,7 +282,7 @@ def test_interrupt_ends_serving_in_order(model_folder, tmp_path, interrupt):
     process = subprocess.Popen(
         [
             *(sys.executable, "-W", "error", "-c", "from llmload.cli import main; main()"),
-            *("serve", "--blocks", "0-1", "--bind", "127.0.0.1", "--model", str(model_folder)),
+            *("up", "--blocks", "0-1", "--bind", "127.0.0.1", "--model", str(model_folder)),
             *("--state", str(tmp_path / "state"), "--json"),
         ],
         stdout=subprocess.PIPE,

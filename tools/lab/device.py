@@ -2,7 +2,7 @@
 
     python -m tools.lab.device --name a --blocks 0-2 --join natswarm:... --seed 7
 
-What `llmload serve --json` does, with the punctures told as `natswarm up --json` tells them, and
+What `llmload up --json` does, with the punctures told as `natswarm up --json` tells them, and
 with an identity and a node that draw from a seed.
 """
 

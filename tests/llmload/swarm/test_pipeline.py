@@ -603,7 +603,7 @@ def test_fake_mesh_is_a_mesh():
     """The fake has the methods of the real node that are used here."""
     from natswarm import Node, Peer
 
-    for name in ("serve", "connect", "find_peers", "announce", "peers", "lookup"):
+    for name in ("serve", "connect", "find_peers", "announce", "peers", "lookup", "publish"):
         assert hasattr(Node, name)
     for name in ("open_stream", "is_reachable", "statistics"):
         assert hasattr(Peer, name)

@@ -1,0 +1,263 @@
+"""The `llmload up` command: serve a part of a model to the mesh.
+
+No logic of its own; see `swarm/volunteer.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+import trio
+import typer
+
+from llmload.cli_shared import (
+    BindOption,
+    JoinOption,
+    JsonOption,
+    ModelOption,
+    PortOption,
+    ThreadsOption,
+    join_mesh,
+    model_folder,
+    output,
+    print_json,
+    remarks,
+    run_async,
+    swarm_of,
+)
+from llmload.config import GPT2Config
+from llmload.engine.prepared import open_stage
+from llmload.engine.session import StageEngine
+from llmload.engine.tuning import EngineSettings
+from llmload.graph.stage import default_attention
+from llmload.model_folder import load_model
+from llmload.swarm.beside import open_quiet_nursery
+from llmload.swarm.placement import windows
+from llmload.swarm.route import format_blocks, parse_blocks, stage_service
+from llmload.swarm.stage import StageLimits
+from llmload.swarm.volunteer import Volunteer, block_bytes
+from natswarm import (
+    ConnectFailed,
+    Identity,
+    Invite,
+    Node,
+    NodeConfig,
+    NodeEvent,
+    PeerConnected,
+    PeerLost,
+    PunctureEnded,
+    SystemPaths,
+    open_node,
+)
+
+__all__ = ["up"]
+
+# A peer that restarts is back in about a minute; dialling costs one datagram a try.
+REJOIN_INTERVAL_S = 15.0
+DEFAULT_LIMITS = StageLimits()
+DEFAULT_STATE = platformdirs.user_state_path("llmload", appauthor=False)
+# The rest is for the keys and values of sessions.
+WEIGHTS_SHARE = 0.75
+# Half of what a small phone has, where the system does not tell.
+MEMORY_BYTES_UNKNOWN = 1_000_000_000
+
+
+def up(
+    model: ModelOption = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Memory for blocks and sessions, such as 300MB or 2GB. Without it, half of what "
+            "is free.",
+            show_default=False,
+        ),
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            "--blocks",
+            metavar="FIRST-LAST",
+            help="Serve exactly these, such as 0-3, instead of what the swarm lacks most.",
+            show_default=False,
+        ),
+    ] = None,
+    join: JoinOption = None,
+    state: Annotated[
+        Path,
+        typer.Option(
+            "--state", metavar="DIR", help="Folder of this device's identity.", show_default=False
+        ),
+    ] = DEFAULT_STATE,
+    name: Annotated[str, typer.Option("--name", help="What other peers see.")] = "",
+    bind: BindOption = "0.0.0.0",
+    port: PortOption = 0,
+    threads: ThreadsOption = 1,
+    sessions: Annotated[
+        int, typer.Option("--sessions", min=1, help="How many may be served at once.")
+    ] = DEFAULT_LIMITS.session_count_max,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a part of a model to the mesh until interrupted.
+
+    Looks who serves what, measures this device, and takes the blocks that are lacking most, as many
+    as the memory holds; every minute it looks again, and moves if that helps the swarm. Devices
+    that together hold all blocks answer each `llmload generate --join`. Without --join this is the
+    first device of a new mesh: give the invite that it prints to the others.
+    """
+    folder = model_folder(model)
+    config = GPT2Config.from_folder(folder)
+    candidates, cache_bytes_max = _room(config, memory, blocks)
+    invites = [Invite.parse(text) for text in join or ()]
+    node_config = NodeConfig(
+        identity=Identity.load_or_create(state / "identity"),
+        swarm=swarm_of(invites),
+        name=name,
+        bind_ip=bind,
+        port=port,
+        paths=SystemPaths(ip=bind),
+        on_event=partial(_show_event, as_json),
+    )
+    limits = StageLimits(session_count_max=sessions, cache_bytes_max=cache_bytes_max)
+    # The form of attention that computes several sequences together.
+    settings = EngineSettings(attention=default_attention(config), threads=threads)
+
+    def open_block(block: int) -> StageEngine:
+        return open_stage(folder, range(block, block + 1), settings=settings)
+
+    content_hash = load_model(folder).content_hash
+    run_async(
+        _serve, node_config, config, content_hash, open_block, candidates, limits, invites, as_json
+    )
+
+
+def _room(config: GPT2Config, memory: str | None, blocks: str | None) -> tuple[list[range], int]:
+    """Return the ranges of blocks to choose from, and the bytes for keys and values."""
+    memory_bytes = _free_memory_bytes() // 2 if memory is None else _parse_size(memory)
+    sizes = block_bytes(config)
+    if blocks is None:
+        candidates = windows(sizes, int(memory_bytes * WEIGHTS_SHARE))
+        if not candidates:
+            raise typer.BadParameter(
+                f"a block of this model takes {min(sizes) / 1e6:.0f} MB, and a quarter of the "
+                f"memory is kept for sessions: give at least "
+                f"{min(sizes) / WEIGHTS_SHARE / 1e6 + 1:.0f}MB",
+                param_hint="--memory",
+            )
+    else:
+        try:
+            held = parse_blocks(blocks)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--blocks") from error
+        if held.stop > config.n_layer:
+            raise typer.BadParameter(
+                f"this model has blocks {format_blocks(config.blocks)}", param_hint="--blocks"
+            )
+        candidates = [held]
+    largest = max(sum(sizes[block] for block in window) for window in candidates)
+    return candidates, max(memory_bytes - largest, memory_bytes // 4)
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB)", text.strip(), re.IGNORECASE | re.ASCII)
+    if match is None or not float(match[1]):
+        raise typer.BadParameter(f"{text!r} is no size; write 300MB or 2GB", param_hint="--memory")
+    return int(float(match[1]) * {"MB": 1e6, "GB": 1e9}[match[2].upper()])
+
+
+def _free_memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return 2 * MEMORY_BYTES_UNKNOWN
+
+
+async def _serve(
+    node_config: NodeConfig,
+    config: GPT2Config,
+    model_hash: str,
+    open_block: Callable[[int], StageEngine],
+    candidates: Sequence[range],
+    limits: StageLimits,
+    invites: Sequence[Invite],
+    as_json: bool,
+) -> None:
+    async with open_node(node_config) as node:
+        await join_mesh(node, invites)
+        invite = str(await node.invite())
+
+        def on_change(blocks: range, reason: str) -> None:
+            if as_json:
+                facts = {"event": "serving", "peer_id": str(node.peer_id), "reason": reason}
+                service = stage_service(model_hash, blocks)
+                print_json({**facts, "service": service, "invite": invite})
+            else:
+                output.print(
+                    f"Serving blocks {format_blocks(blocks)} of model {model_hash[:16]} as "
+                    f"{node.peer_id.short}: {reason}.\nInvite  {invite}\nPress Ctrl-C to stop.",
+                    markup=False,
+                )
+
+        volunteer = Volunteer(
+            node,
+            config,
+            model_hash,
+            open_block=open_block,
+            candidates=candidates,
+            limits=limits,
+            on_change=on_change,
+        )
+        try:
+            async with open_quiet_nursery() as nursery:
+                nursery.start_soon(_stay_joined, node, invites)
+                await volunteer.run()
+        finally:
+            if volunteer.server is not None and not as_json:
+                done = volunteer.server.statistics
+                remarks.print(
+                    f"[dim]{done.opened_session_count} sessions, {done.position_count} positions "
+                    f"computed, {done.failed_session_count} sessions failed[/]"
+                )
+
+
+async def _stay_joined(node: Node, invites: Sequence[Invite]) -> None:
+    """Dial the peers that we joined by again and again; nothing happens while they are there."""
+    while True:
+        await trio.sleep(REJOIN_INTERVAL_S)
+        for invite in invites:
+            # Their loss was shown as an event, and the next try comes soon.
+            with suppress(ConnectFailed):
+                await node.connect(invite)
+
+
+def _show_event(as_json: bool, event: NodeEvent) -> None:
+    facts: dict[str, Any]
+    match event:
+        case PunctureEnded(peer_id, report):
+            word, who = "punctured" if report.is_ok else "closed", peer_id
+            facts = {
+                "strategy": report.strategy,
+                "probes": report.probe_count,
+                "seconds": round(report.seconds, 4),
+                "ok": report.is_ok,
+                "reason": report.reason,
+            }
+        case PeerConnected(peer):
+            word, who, facts = "connected", peer.peer_id, {"at": str(peer.seen_at)}
+        case PeerLost(peer):
+            word, who, facts = "lost", peer.peer_id, {"at": str(peer.seen_at)}
+        case _:
+            return
+    if as_json:
+        print_json({"event": word, "peer_id": str(who), **facts})
+    else:
+        text = ", ".join(f"{name} {value}" for name, value in facts.items() if value != "")
+        output.print(f"{word:<10} {who.short} {text}", markup=False)
