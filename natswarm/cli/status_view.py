@@ -91,21 +91,21 @@ def peer_details(peer: dict[str, Any]) -> RenderableType:
         f"{probes['forged_count']} forged, {probes['replayed_count']} replayed, "
         f"{probes['stray_count']} stray",
     )
-    paths = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("path", "state", "trip", "silent", "age", "sent", "got"):
-        paths.add_column(heading, no_wrap=True)
     for each in peer["paths"]:
         state = "[yellow]dead[/]" if each["is_dead"] else "active" if each["is_active"] else "ready"
-        paths.add_row(
-            f"{each['local']} - {each['remote']}",
-            state,
-            _milliseconds_text(each["rtt_s"]),
-            "" if each["silent_s"] is None else f"{each['silent_s']:.1f} s",
-            _duration_text(each["age_s"]),
-            f"{_bytes_text(each['sent_bytes'])} in {each['sent_datagram_count']}",
-            f"{_bytes_text(each['received_bytes'])} in {each['received_datagram_count']}",
+        silence = "never heard" if each["silent_s"] is None else f"silent {each['silent_s']:.1f} s"
+        facts.add_row(
+            "path",
+            f"{each['local']} - {each['remote']}: {state}, "
+            f"{_milliseconds_text(each['rtt_s'])} round trip, {silence}, "
+            f"{_duration_text(each['age_s'])} old",
         )
-    return Group(peer_line(peer), facts, paths)
+        facts.add_row(
+            "",
+            f"sent {_bytes_text(each['sent_bytes'])} in {each['sent_datagram_count']} datagrams, "
+            f"got {_bytes_text(each['received_bytes'])} in {each['received_datagram_count']}",
+        )
+    return Group(peer_line(peer), facts)
 
 
 def peer_line(peer: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ async def test_figures_of_each_path(open_swarm, autojump_clock):
         json.dumps(found)
         screen = Console(width=120, file=io.StringIO())
         screen.print(Group(peer_details(found)))
-        assert f"- {peer.seen_at}" in screen.file.getvalue()
+        assert f"- {peer.seen_at}: active" in screen.file.getvalue()
 
 
 async def test_a_qlog_tells_of_datagrams_paths_and_the_end(open_swarm, autojump_clock, tmp_path):
