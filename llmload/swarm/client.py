@@ -18,6 +18,8 @@ This file does not know how a stage computes, nor how a failure is survived: `li
 
 from __future__ import annotations
 
+import random
+import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +37,7 @@ from llmload.swarm.living_sequence import LivingSequence, SwarmTimeouts
 from llmload.swarm.route import StageOffer
 from llmload.swarm.route_session import SequenceTerms, TokenDesk
 from llmload.swarm.speculate import GuessCount, PromptLookup, accepted_count
+from llmload.swarm.spot_check import SpotChecker
 from natswarm import Node
 
 __all__ = [
@@ -47,6 +50,8 @@ __all__ = [
 ]
 
 GREEDY = SamplingParameters(temperature=0)
+# Of all steps; each costs a prompt on other peers.
+CHECK_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class GenerationStatistics:
         guess_count: Tokens guessed, to save trips.
         accepted_count: Guesses that were right.
         failover_count: How often another route took over.
+        check_count: Steps that were repeated over other peers, and compared.
         open_s: Until all stages were ready.
         first_token_s: From sending the prompt to the first token; 0 before it.
         decode_s: All trips after the first, together.
@@ -90,6 +96,7 @@ class GenerationStatistics:
     guess_count: int
     accepted_count: int
     failover_count: int
+    check_count: int
     open_s: float
     first_token_s: float
     decode_s: float
@@ -145,6 +152,7 @@ class SwarmClient:
         route: Sequence[StageOffer] | None = None,
         codec: Codec = "float32",
         speculate: bool = True,
+        check_share: float = CHECK_SHARE,
         tell: Callable[[str], None] = lambda _text: None,
     ) -> AsyncIterator[Generation]:
         """Open a session through all stages; iterate over what it gives.
@@ -160,6 +168,8 @@ class SwarmClient:
             codec: The least exact form in which hidden states may travel over long links. Only
                 float32 promises the tokens of a single device.
             speculate: Guess tokens, to save trips; the answer is the same.
+            check_share: Of the steps that are repeated over other peers, to find stages that give
+                wrong numbers; 0..1.
             tell: Told what is going on, in words for the user.
 
         Raises:
@@ -182,17 +192,28 @@ class SwarmClient:
             position_count=len(token_ids) + token_count_max,
             sampling=sampling,
             codec=codec,
+            receipt_seed=secrets.randbits(63),
         )
         async with open_quiet_nursery() as nursery:
             started_at = trio.current_time()
             sequence = LivingSequence(
                 nursery, self._desk, self._directory, terms, self._timeouts, tell
             )
+            checker = SpotChecker(
+                nursery,
+                self._desk,
+                self._directory,
+                terms,
+                share=check_share,
+                tell=tell,
+                rng=random.SystemRandom(),  # whoever can foretell it lies between two checks
+            )
             try:
                 await sequence.open(route)
                 yield Generation(
                     self._model,
                     sequence,
+                    checker,
                     token_ids,
                     token_count_max=token_count_max,
                     speculate=speculate,
@@ -238,6 +259,7 @@ class Generation:
         self,
         model: Model,
         sequence: LivingSequence,
+        checker: SpotChecker,
         prompt_ids: Sequence[int],
         *,
         token_count_max: int,
@@ -247,6 +269,7 @@ class Generation:
         self.prompt_ids = tuple(prompt_ids)
         self._model = model
         self._sequence = sequence
+        self._checker = checker
         self._token_count_max = token_count_max
         self._answer_ids: list[int] = []
         self._drawn: deque[int] = deque()  # drawn, and not given out yet
@@ -291,6 +314,7 @@ class Generation:
             guess_count=self._guesses.guess_count,
             accepted_count=self._guesses.accepted_count,
             failover_count=self._sequence.failover_count,
+            check_count=self._checker.check_count,
             open_s=self._open_s,
             first_token_s=self._first_token_s,
             decode_s=self._decode_s,
@@ -328,6 +352,7 @@ class Generation:
         sent_at = trio.current_time()
         drawn = await self._sequence.advance(self.token_ids, guesses)
         elapsed_s = trio.current_time() - sent_at
+        self._checker.maybe_check(self.route, (*self.token_ids, *guesses), drawn)
         accepted = accepted_count(guesses, drawn.token_ids)
         new_ids = drawn.token_ids[: accepted + 1]
         self._drawn.extend(new_ids)

@@ -150,6 +150,25 @@ class StageDirectory:
         known.avoid_until = max(known.avoid_until, trio.current_time() + avoid_s)
         return known.avoid_until
 
+    def replica(self, offer: StageOffer, without: Collection[PeerId]) -> StageOffer | None:
+        """Return the same blocks at another peer, the quickest; None if nobody else has them."""
+        unusable = {*self._unusable(), *without, offer.peer_id}
+        costs = self._costs(frozenset())
+        others = [
+            other.peer_id
+            for other in self.offers
+            if other.peer_id not in unusable and set(offer.blocks) <= set(other.blocks)
+        ]
+        if not others:
+            return None
+        quickest = min(others, key=lambda one: (costs.hop_s(costs.client, one), one))
+        return StageOffer(offer.first, offer.last, quickest)
+
+    def is_trusted(self, route: Iterable[StageOffer]) -> bool:
+        """Whether none of these stages gave wrong numbers."""
+        now = trio.current_time()
+        return all(self._of(offer.peer_id).distrust_until <= now for offer in route)
+
     def distrust(self, offer: StageOffer) -> None:
         """Leave a stage alone that gave wrong numbers."""
         self._of(offer.peer_id).distrust_until = trio.current_time() + DISTRUST_S

@@ -163,6 +163,8 @@ class LivingSequence:
             except HopFailed as error:
                 await outcomes_in.send((racer, error))
 
+        if self._session is not None and not self._directory.is_trusted(self._session.route):
+            self._drop(self._session)
         async with open_quiet_nursery() as racing:
 
             def start(racer: _Racer) -> None:

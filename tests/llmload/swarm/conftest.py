@@ -69,6 +69,7 @@ class Pipeline:
     async def tokens(self, prompt, **options) -> list[int]:
         # Without guesses the number of steps is known.
         options.setdefault("speculate", False)
+        options.setdefault("check_share", 0)
         async with self.client.generate(prompt, **options) as answer:
             return [token.token_id async for token in answer]
 
