@@ -1,4 +1,4 @@
-"""Many streams over the one byte stream that QUIC carries, with credit for each.
+"""Many streams over the lanes that lead to one peer, with credit for each.
 
 QUIC has streams of its own, but those of qh3 2.1 can't be handed out:
     * it extends flow control as soon as data arrive, so a reader that stops never stops the writer;
@@ -8,16 +8,9 @@ QUIC has streams of its own, but those of qh3 2.1 can't be handed out:
     * where several streams send both ways over a lossy path, acknowledgements queue up behind data:
       at 5 % loss the estimates of a 0.3 s round trip grew to 1.1 s, and the odd one to 10 s.
 
-So one QUIC stream, number 0, carries frames in both directions. A lost packet holds up all streams
-for a round trip, as it does under HTTP/2; who can't bear that opens a second connection.
-
-    frame: kind 1 | stream id 8 | value 4, big-endian; then the payload of OPEN and DATA
-        OPEN   1   a new stream; payload of `value` bytes is the name of its protocol
-        DATA   2   payload of `value` bytes, 1..65,536, for the stream
-        CREDIT 3   I read: you may send `value` bytes more on the stream
-        END    4   the stream's data in this direction are complete
-        ABORT  5   they are not, and never will be; `value` 1: nobody here speaks the protocol
-        STOP   6   I read no more of the stream
+So one QUIC stream of each lane, number 0, carries frames (frames.py) in both directions. On one
+lane a lost packet holds up all streams for a round trip, as it does under HTTP/2. While there are
+more lanes, they take the bulk, and the first has only messages.
 
 Ids are used once, in order; odd where the QUIC client opened the stream. A direction starts with
 16 KiB of credit, and ends with END or ABORT. After both directions have ended the stream is over.
@@ -30,8 +23,6 @@ how the peer was authenticated: quic.py feeds it.
 from __future__ import annotations
 
 import contextlib
-import enum
-import struct
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -39,39 +30,27 @@ from itertools import islice
 import trio
 
 from natswarm.identity import PeerId
-from natswarm.net.quic_engine import ENGINE_REFUSALS, QuicEngine
-from natswarm.net.stream import ProtocolViolation, Stream
+from natswarm.net.frames import (
+    FRAME,
+    MAX_PAYLOAD_BYTES,
+    MAX_PROTOCOL_CHARACTERS,
+    UNKNOWN_PROTOCOL,
+    FrameKind,
+    FrameReader,
+    ProtocolViolation,
+)
+from natswarm.net.lane import Lane
+from natswarm.net.quic_engine import ENGINE_REFUSALS
+from natswarm.net.stream import Stream
 
-__all__ = ["QUIC_STREAM_ID", "Multiplexer"]
+__all__ = ["MAX_OPEN_STREAMS", "Multiplexer"]
 
-# --- Specification: changing one of these changes the protocol ---
-
-QUIC_STREAM_ID = 0
-FRAME = struct.Struct(">BQI")
-MAX_PAYLOAD_BYTES = 64 * 1024
-MAX_PROTOCOL_CHARACTERS = 64
-# Thousands of calls at once, each a stream. What a peer may fill with garbage is 32 MB.
+# Thousands of calls at once, each a stream; part of the protocol. What a peer may fill with garbage
+# is 32 MB.
 MAX_OPEN_STREAMS = 2048
-UNKNOWN_PROTOCOL = 1
 
-
-class FrameKind(enum.IntEnum):
-    """What a frame says."""
-
-    OPEN = 1
-    DATA = 2
-    CREDIT = 3
-    END = 4
-    ABORT = 5
-    STOP = 6
-
-
-# --- Implementation ---
-
-# What may wait in QUIC for its first transmission is one congestion window: enough to fill the path
-# while the application is woken, and no more, since whatever is sent next waits behind it.
-MIN_SEND_BUFFER_BYTES = 64 * 1024
-MAX_SEND_BUFFER_BYTES = 512 * 1024
+# Less room is not worth waking anybody for.
+MIN_MESSAGE_ROOM_BYTES = 32 * 1024
 
 
 class Multiplexer:
@@ -82,15 +61,26 @@ class Multiplexer:
         is_client: Whether this side is the QUIC client; decides which ids are ours.
         window_bytes: How far a stream's sender may be ahead of its reader here.
         wake: Called when there is something for QUIC to send.
+        on_lane_note: Takes LANE and WANTED: the kind, the connection id, the value.
     """
 
     def __init__(
-        self, peer_id: PeerId, *, is_client: bool, window_bytes: int, wake: Callable[[], None]
+        self,
+        peer_id: PeerId,
+        *,
+        is_client: bool,
+        window_bytes: int,
+        wake: Callable[[], None],
+        on_lane_note: Callable[[FrameKind, int, int], None],
     ) -> None:
         self.peer_id = peer_id
         self.window_bytes = window_bytes
+        self.stripe_count = 1
+        """Over how many lanes bulk goes, where there are as many; 1: it goes with the messages."""
         self._wake = wake
-        self._engine: QuicEngine | None = None  # until `start`
+        self._on_lane_note = on_lane_note
+        self._lanes: list[Lane] = []  # proved ones; none until `add_lane`
+        self._readers: dict[Lane, FrameReader] = {}
         self._end_error: Callable[[], Exception] | None = None
 
         self._streams: dict[int, Stream] = {}
@@ -99,17 +89,11 @@ class Multiplexer:
         self._own_count = 0
         self._peer_count = 0
         self._slot_freed = trio.lowlevel.ParkingLot()
-        self._waiting_senders: dict[int, Stream] = {}
+        self._waiting_messages: dict[int, Stream] = {}
+        self._waiting_bulk: dict[int, Stream] = {}
 
         self._arrived: deque[Stream] = deque()
         self._arrival = trio.lowlevel.ParkingLot()
-
-        # The frame that is coming in.
-        self._header = bytearray()
-        self._name = bytearray()
-        self._payload_left = 0
-        self._payload_stream: Stream | None = None  # None also where it is the name of a protocol
-        self._opening_id = 0
 
     @property
     def stream_count(self) -> int:
@@ -119,12 +103,17 @@ class Multiplexer:
     @property
     def buffered_bytes(self) -> int:
         """Bytes that arrived and were not read, over all streams."""
-        return sum(len(stream._buffer) for stream in self._streams.values())
+        return sum(stream._buffered_bytes for stream in self._streams.values())
 
-    def start(self, engine: QuicEngine) -> None:
-        """Let streams be opened and accepted: both ends have proved who they are."""
-        self._engine = engine
+    def add_lane(self, lane: Lane) -> None:
+        """Use a lane, both of whose ends have proved who they are; streams need the first."""
+        self._readers[lane] = FrameReader(self, is_first=not self._lanes)
+        self._lanes.append(lane)
         self._slot_freed.unpark_all()
+
+    def has_lane(self, lane: Lane) -> bool:
+        """Return whether the lane is in use."""
+        return lane in self._readers
 
     # --- opening and accepting ---
 
@@ -139,14 +128,14 @@ class Multiplexer:
         await trio.lowlevel.checkpoint()
         while True:
             self.raise_if_ended()
-            if self._engine is not None and self._own_count < MAX_OPEN_STREAMS:
+            if self._lanes and self._own_count < MAX_OPEN_STREAMS:
                 break
             await self._slot_freed.park()
         stream = Stream(self, self._next_own_id, protocol, is_in_use=True)
         self._next_own_id += 2
         self._own_count += 1
         self._streams[stream.id] = stream
-        self._send(FrameKind.OPEN, stream.id, len(name), name)
+        self._send(FrameKind.OPEN, stream.id, 0, len(name), name)
         return stream
 
     async def accept(self) -> Stream:
@@ -164,85 +153,60 @@ class Multiplexer:
 
     # --- what comes in ---
 
-    def receive(self, data: bytes) -> None:
-        """Take bytes of the QUIC stream, in any portions.
+    def receive(self, lane: Lane, data: bytes) -> None:
+        """Take bytes of a lane, in any portions.
 
         Raises:
             ProtocolViolation: The peer broke a rule.
         """
-        view = memoryview(data)
-        while view:
-            if self._payload_left:
-                part = view[: self._payload_left]
-                self._payload_left -= len(part)
-                self._receive_payload(part)
-            else:
-                part = view[: FRAME.size - len(self._header)]
-                self._header += part
-                if len(self._header) == FRAME.size:
-                    kind, stream_id, value = FRAME.unpack(self._header)
-                    self._header.clear()
-                    self._receive_frame(kind, stream_id, value)
-            view = view[len(part) :]
+        self._readers[lane].receive(data)
 
-    def _receive_frame(self, kind: int, stream_id: int, value: int) -> None:
-        if kind == FrameKind.OPEN:
-            self._receive_open(stream_id, value)
-            return
-        stream = self._find(stream_id)
-        match kind:
-            case FrameKind.DATA:
-                if stream is None or not 1 <= value <= MAX_PAYLOAD_BYTES:
-                    raise ProtocolViolation(f"{value} bytes of data on stream {stream_id}")
-                stream._on_data_announced(value)
-                self._payload_left = value
-                self._payload_stream = stream
-            # Notes may come in late, when the stream is over on this side.
-            case FrameKind.CREDIT:
-                if stream is not None:
-                    stream._on_credit(value)
-            case FrameKind.STOP:
-                if stream is not None:
-                    stream._on_stop()
-            case FrameKind.END | FrameKind.ABORT:
-                if stream is not None:
-                    is_unknown = value == UNKNOWN_PROTOCOL
-                    stream._on_end(is_clean=kind == FrameKind.END, is_unknown=is_unknown)
-                    self._note_end(stream)
-                    self.forget_if_over(stream)
-            case _:
-                raise ProtocolViolation(f"unknown kind of frame {kind}")
-
-    def _receive_open(self, stream_id: int, name_bytes: int) -> None:
+    def on_open(self, stream_id: int, name: bytes) -> None:
+        """See `FrameSink`."""
         if stream_id != self._next_peer_id:
             raise ProtocolViolation(f"stream {stream_id} is not next")
-        if not 1 <= name_bytes <= MAX_PROTOCOL_CHARACTERS:
-            raise ProtocolViolation(f"a protocol with a name of {name_bytes} bytes")
         if self._peer_count >= MAX_OPEN_STREAMS:
             raise ProtocolViolation("too many streams at once")
-        self._next_peer_id += 2
-        self._peer_count += 1
-        self._opening_id = stream_id
-        self._payload_left = name_bytes
-        self._payload_stream = None
-
-    def _receive_payload(self, part: memoryview) -> None:
-        if self._payload_stream is not None:
-            self._payload_stream._on_data(part)
-            return
-        self._name += part
-        if self._payload_left:
-            return
-        name = bytes(self._name)
-        self._name.clear()
         try:
             _check_name(name)
         except ValueError as error:
             raise ProtocolViolation(str(error)) from error
-        stream = Stream(self, self._opening_id, name.decode("ascii"), is_in_use=False)
+        self._next_peer_id += 2
+        self._peer_count += 1
+        stream = Stream(self, stream_id, name.decode("ascii"), is_in_use=False)
         self._streams[stream.id] = stream
         self._arrived.append(stream)
         self._arrival.unpark()
+
+    def on_data_announced(self, stream_id: int, position: int, count: int) -> None:
+        """See `FrameSink`."""
+        if (stream := self._find(stream_id)) is not None:
+            stream._on_data_announced(position, count)
+
+    def on_data(self, stream_id: int, position: int, data: memoryview) -> None:
+        """See `FrameSink`."""
+        # Of a stream that was given up, data may be late on another lane.
+        if (stream := self._find(stream_id)) is not None:
+            stream._on_data(position, data)
+            self.forget_if_over(stream)
+
+    def on_note(self, kind: FrameKind, stream_id: int, position: int, value: int) -> None:
+        """See `FrameSink`."""
+        if kind in (FrameKind.LANE, FrameKind.WANTED):
+            self._on_lane_note(kind, stream_id, value)
+            return
+        # Notes may come in late, when the stream is over on this side.
+        if (stream := self._find(stream_id)) is None:
+            return
+        if kind == FrameKind.CREDIT:
+            stream._on_credit(position)
+        elif kind == FrameKind.STOP:
+            stream._on_stop()
+        else:
+            is_unknown = kind == FrameKind.ABORT and value == UNKNOWN_PROTOCOL
+            stream._on_end(position if kind == FrameKind.END else None, is_unknown=is_unknown)
+            self._note_end(stream)
+            self.forget_if_over(stream)
 
     def _find(self, stream_id: int) -> Stream | None:
         """Return a stream, None if it is over."""
@@ -256,78 +220,114 @@ class Multiplexer:
 
     # --- what streams do ---
 
-    def send_room(self) -> int:
-        """Return how many bytes may go to QUIC now; 0 or less means `wait_room`."""
-        engine = self._started_engine()
-        limit = engine.congestion_window_bytes
-        limit = min(max(limit, MIN_SEND_BUFFER_BYTES), MAX_SEND_BUFFER_BYTES)
-        return limit - engine.get_send_buffer_size(QUIC_STREAM_ID)
+    def choose_lane(self, stream: Stream, *, is_bulk: bool) -> tuple[Lane, int]:
+        """Return a lane for the stream, and how many bytes it may take now; 0 or less is none."""
+        if not is_bulk:
+            return self._lanes[0], self.message_room
+        lanes = self._bulk_lanes if stream._is_known_to_peer else self._lanes[:1]
+        rooms = [lane.bulk_room for lane in lanes]
+        room = max(rooms)
+        return lanes[rooms.index(room)], room
 
-    def send_data(self, stream_id: int, data: memoryview) -> None:
+    @property
+    def message_room(self) -> int:
+        """How many bytes of messages may be sent now; 0 or less for none."""
+        return self._lanes[0].message_room
+
+    @property
+    def _bulk_lanes(self) -> list[Lane]:
+        """The lanes for bulk: not the first, which has the messages, where there are others."""
+        others = self._lanes[1 : 1 + self.stripe_count] if self.stripe_count > 1 else []
+        return others or self._lanes[:1]
+
+    def note_message(self) -> None:
+        """Hold bulk back for a while: somebody sends messages."""
+        for lane in self._lanes:
+            lane.has_messages = True
+
+    def send_data(self, lane: Lane, stream_id: int, position: int, data: memoryview) -> None:
         """Queue one frame of at most 64 KiB for QUIC, at once.
 
         Raises:
             trio.BrokenResourceError: QUIC has ended, which will be known here in a moment.
         """
-        self._send(FrameKind.DATA, stream_id, len(data), data)
+        self._send(FrameKind.DATA, stream_id, position, len(data), data, lane=lane)
 
-    def send_credit(self, stream_id: int, count: int) -> None:
-        """Let the peer send `count` bytes more."""
-        self._send_note(FrameKind.CREDIT, stream_id, count)
+    def send_credit(self, stream_id: int, limit: int) -> None:
+        """Let the peer send up to position `limit` of a stream."""
+        self.send_note(FrameKind.CREDIT, stream_id, limit)
 
     def send_stop(self, stream_id: int) -> None:
         """Tell the peer that nobody reads a stream any more."""
-        self._send_note(FrameKind.STOP, stream_id, 0)
+        self.send_note(FrameKind.STOP, stream_id)
 
-    def send_end(self, stream: Stream, *, is_clean: bool, is_unknown: bool) -> None:
-        """Tell the peer that what was sent on a stream is complete, or that it was given up."""
-        kind = FrameKind.END if is_clean else FrameKind.ABORT
-        self._send_note(kind, stream.id, UNKNOWN_PROTOCOL if is_unknown else 0)
+    def send_end(self, stream: Stream, position: int | None, *, is_unknown: bool) -> None:
+        """Tell the peer where a stream ends, or with None that it was given up."""
+        if position is None:
+            value = UNKNOWN_PROTOCOL if is_unknown else 0
+            self.send_note(FrameKind.ABORT, stream.id, value=value)
+        else:
+            self.send_note(FrameKind.END, stream.id, position)
         self._note_end(stream)
 
+    def send_note(self, kind: FrameKind, stream_id: int, position: int = 0, value: int = 0) -> None:
+        """Queue a frame without payload; nothing happens where QUIC has ended."""
+        # Notes wait for no room. What can queue up is bounded: a stream says STOP and END once, and
+        # each credit needs a quarter of a window to have arrived.
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            self._send(kind, stream_id, position, value)
+
     def _send(
-        self, kind: FrameKind, stream_id: int, value: int, payload: bytes | memoryview = b""
+        self,
+        kind: FrameKind,
+        stream_id: int,
+        position: int,
+        value: int,
+        payload: bytes | memoryview = b"",
+        *,
+        lane: Lane | None = None,
     ) -> None:
-        engine = self._started_engine()
+        header = FRAME.pack(kind, stream_id, position, value)
         try:
-            engine.send_stream_data(QUIC_STREAM_ID, FRAME.pack(kind, stream_id, value))
-            if payload:
-                engine.send_stream_data(QUIC_STREAM_ID, payload)
+            (lane or self._lanes[0]).write(header, payload)
         except ENGINE_REFUSALS as error:
             self.raise_if_ended()
             raise trio.BrokenResourceError(f"QUIC has ended: {error}") from error
         self._wake()
 
-    def _send_note(self, kind: FrameKind, stream_id: int, value: int) -> None:
-        # Notes wait for no room. What can queue up is bounded: a stream says STOP and END once, and
-        # each credit needs a quarter of a window to have arrived.
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            self._send(kind, stream_id, value)
-
-    def _started_engine(self) -> QuicEngine:
-        assert self._engine is not None, "there are no streams before the handshake is done"
-        return self._engine
-
-    async def wait_room(self, stream: Stream) -> None:
+    async def wait_room(self, stream: Stream, *, is_bulk: bool) -> None:
         """Wait in line until the stream may send, or something has happened to it."""
+        line = self._waiting_bulk if is_bulk else self._waiting_messages
         if stream._has_credit:  # else its peer's reader wakes it, and it would only hold up others
-            self._waiting_senders[stream.id] = stream
+            line[stream.id] = stream
         try:
             await stream._sendable.park()
         finally:
-            self._waiting_senders.pop(stream.id, None)
+            line.pop(stream.id, None)
+
+    def should_yield(self, *, is_bulk: bool) -> bool:
+        """Return whether others could send, so that who has just sent should let them go first."""
+        return bool(self._waiting_messages) or (is_bulk and bool(self._waiting_bulk))
 
     @property
-    def has_waiting_senders(self) -> bool:
-        """Whether others could send, so that who has just sent should let them go first."""
-        return bool(self._waiting_senders)
+    def is_bulk_waiting(self) -> bool:
+        """Whether there is bulk that the lanes, and not its reader, hold up."""
+        return bool(self._waiting_bulk)
 
     def on_flushed(self) -> None:
         """Wake as many waiting senders as there is room for, first come first served."""
-        if not self._waiting_senders or (room := self.send_room()) < MIN_SEND_BUFFER_BYTES // 2:
-            return
+        if self._waiting_messages:
+            room = self.message_room
+            if room >= MIN_MESSAGE_ROOM_BYTES:
+                self._wake_senders(self._waiting_messages, room)
+        if self._waiting_bulk:
+            rooms = [room for lane in self._bulk_lanes if (room := lane.bulk_room) > 0]
+            self._wake_senders(self._waiting_bulk, sum(rooms))
+
+    @staticmethod
+    def _wake_senders(line: dict[int, Stream], room: int) -> None:
         count = -(-room // MAX_PAYLOAD_BYTES)
-        for stream in list(islice(self._waiting_senders.values(), count)):
+        for stream in list(islice(line.values(), count)):
             stream._sendable.unpark_all()
 
     def _note_end(self, stream: Stream) -> None:

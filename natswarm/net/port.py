@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from natswarm.address import Endpoint
 
-__all__ = ["Arrival", "DatagramPort", "Network", "PortGroup", "PortStatistics"]
+__all__ = ["Arrival", "DatagramPort", "MergedArrival", "Network", "PortGroup", "PortStatistics"]
 
 
 class Arrival(NamedTuple):
@@ -21,6 +21,15 @@ class Arrival(NamedTuple):
 
     data: bytes
     source: Endpoint
+
+
+class MergedArrival(NamedTuple):
+    """A datagram, or several from one source that the system has merged."""
+
+    data: bytes
+    source: Endpoint
+    segment_bytes: int
+    """0: one datagram; else of so many bytes each, of which the last may be shorter."""
 
 
 @dataclass(slots=True)
@@ -73,6 +82,10 @@ class DatagramPort(Protocol):
         Raises:
             trio.ClosedResourceError: The port was closed, before or while waiting.
         """
+        ...
+
+    async def receive_merged(self) -> list[MergedArrival]:
+        """As `receive_batch`, with what the system has merged left as it is: for bulk."""
         ...
 
     def close(self) -> None:

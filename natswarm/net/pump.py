@@ -28,6 +28,7 @@ from natswarm.net.port import DatagramPort
 __all__ = ["PortPump", "PumpStatistics"]
 
 QUIC_FIXED_BIT = 0x40
+QUIC_FIRST_BYTES = bytes(byte for byte in range(256) if byte & QUIC_FIXED_BIT)
 NATSWARM_FIRST_BYTES = range(4, 16)
 
 
@@ -99,34 +100,53 @@ class PortPump:
         """
         while True:
             try:
-                arrivals = await self._port.receive_batch()
+                arrivals = await self._port.receive_merged()
             except trio.ClosedResourceError:
                 return
-            statistics = self._statistics
             quic: dict[Endpoint, list[bytes]] = {}
             run: list[bytes] = []
             run_source: Endpoint | None = None
-            for data, source in arrivals:
-                first_byte = data[0] if data else 0
-                if first_byte & QUIC_FIXED_BIT:
-                    # Datagrams come in runs from one source, and hashing an endpoint is slow.
-                    if source is not run_source:
-                        run = quic.setdefault(source, [])
-                        run_source = source
+            for data, source, segment_bytes in arrivals:
+                # Datagrams come in runs from one source, and hashing an endpoint is slow.
+                if source is not run_source:
+                    run = quic.setdefault(source, [])
+                    run_source = source
+                if segment_bytes:
+                    run += self._split(data, source, segment_bytes)
+                elif data and data[0] & QUIC_FIXED_BIT:
                     run.append(data)
-                elif first_byte in NATSWARM_FIRST_BYTES:
-                    statistics.natswarm_count += 1
-                    self._on_datagram(data, source)
                 else:
-                    statistics.unknown_count += 1
+                    self._take_other(data, source)
             for source, datagrams in quic.items():
+                if not datagrams:
+                    continue
                 # Looked up late: a natswarm datagram of the same batch may have made the path.
                 receiver = self._receivers.get(source)
                 if receiver is None:
                     self._sort_strays(datagrams, source)
                 else:
-                    statistics.quic_count += len(datagrams)
+                    self._statistics.quic_count += len(datagrams)
                     receiver(datagrams)
+
+    def _split(self, data: bytes, source: Endpoint, segment_bytes: int) -> list[bytes]:
+        """Return the QUIC datagrams among those that the system merged, and hand on the others."""
+        # The hottest lines of the transport, 740,000 datagrams a gigabyte.
+        datagrams = [
+            data[start : start + segment_bytes] for start in range(0, len(data), segment_bytes)
+        ]
+        if not data[::segment_bytes].translate(None, QUIC_FIRST_BYTES):
+            return datagrams
+        for datagram in datagrams:
+            if not datagram[0] & QUIC_FIXED_BIT:
+                self._take_other(datagram, source)
+        return [datagram for datagram in datagrams if datagram[0] & QUIC_FIXED_BIT]
+
+    def _take_other(self, data: bytes, source: Endpoint) -> None:
+        if data and data[0] in NATSWARM_FIRST_BYTES:
+            self._statistics.natswarm_count += 1
+            self._on_datagram(data, source)
+        else:
+            self._statistics.unknown_count += 1
 
     def _sort_strays(self, datagrams: list[bytes], source: Endpoint) -> None:
         for data in datagrams:

@@ -17,23 +17,19 @@ import trio
 
 from natswarm.errors import ProtocolUnknown
 from natswarm.identity import PeerId
+from natswarm.net.frames import MAX_PAYLOAD_BYTES, ProtocolViolation
+from natswarm.net.reassembly import Reassembly
 
 if TYPE_CHECKING:
     from natswarm.net.multiplexer import Multiplexer
 
-__all__ = ["INITIAL_CREDIT_BYTES", "ProtocolViolation", "Stream"]
+__all__ = ["INITIAL_CREDIT_BYTES", "Stream"]
 
 # What may be sent on a stream before its reader says more; part of the protocol. Small, because a
 # peer can open thousands of streams that nobody reads, and fill them with garbage.
 INITIAL_CREDIT_BYTES = 16 * 1024
 
-# One frame at most at a time, so that others get their turn between.
-MAX_SEND_BYTES = 64 * 1024
 DEFAULT_RECEIVE_BYTES = 64 * 1024
-
-
-class ProtocolViolation(Exception):
-    """The peer broke the rules; the connection must end. Never leaves natswarm.net."""
 
 
 class _ConflictDetector:
@@ -54,6 +50,9 @@ class _ConflictDetector:
 
 class Stream(trio.abc.HalfCloseableStream):
     """One stream of a connection: a `trio.abc.HalfCloseableStream` with a protocol and a peer.
+
+    What is sent in one go and fits a frame, 64 KiB, is a message; what is longer is bulk, and lets
+    the messages of other streams go first. So send bulk in large pieces.
 
     Sending waits while the connection has more to send than its path takes at once, or while the
     peer's reader is a whole window behind. What `send_all` took is delivered as long as the
@@ -80,7 +79,9 @@ class Stream(trio.abc.HalfCloseableStream):
 
         self._send_conflict = _ConflictDetector("another task is sending on this stream")
         self._sendable = trio.lowlevel.ParkingLot()
-        self._send_credit_bytes = INITIAL_CREDIT_BYTES
+        self._send_position = 0
+        self._send_limit = INITIAL_CREDIT_BYTES  # the position that the peer's credit reaches to
+        self._has_bulk = False  # whether any was sent
         self._is_end_sent = False
         self._is_stopped = False
         self._on_reader_gone: Callable[[], None] | None = None
@@ -89,7 +90,11 @@ class Stream(trio.abc.HalfCloseableStream):
         self._receive_conflict = _ConflictDetector("another task is receiving from this stream")
         self._readable = trio.lowlevel.ParkingLot()
         self._buffer = bytearray()
-        self._receive_credit_bytes = INITIAL_CREDIT_BYTES  # that the peer has not used up
+        self._pieces = Reassembly()
+        self._received_position = 0
+        self._announced_bytes = 0
+        self._receive_limit = INITIAL_CREDIT_BYTES  # the position that our credit reaches to
+        self._final_position: int | None = None
         self._is_end_received = False
         self._is_aborted = False
         self._is_unknown = False  # to the peer, who said so
@@ -128,27 +133,37 @@ class Stream(trio.abc.HalfCloseableStream):
             self._raise_if_unsendable()
             view = memoryview(data).cast("B")
             total_bytes = len(view)
+            is_bulk = total_bytes > MAX_PAYLOAD_BYTES
+            self._has_bulk |= is_bulk
+            if not self._has_bulk:  # else it is the head of what follows
+                self._multiplexer.note_message()
             while view:
-                if (room := self._send_room()) > 0:
-                    part = view[: min(room, MAX_SEND_BYTES)]
-                    self._multiplexer.send_data(self._id, part)
-                    self._send_credit_bytes -= len(part)
-                    view = view[len(part) :]
-                    if not view or not self._multiplexer.has_waiting_senders:
+                if (sent := self._send_part(view, is_bulk=is_bulk)) > 0:
+                    view = view[sent:]
+                    if not view or not self._multiplexer.should_yield(is_bulk=is_bulk):
                         continue
                 try:
-                    await self._wait_sendable()
+                    await self._wait_sendable(is_bulk=is_bulk)
                 except trio.Cancelled:
                     self._is_send_interrupted = len(view) < total_bytes
                     raise
+
+    def _send_part(self, view: memoryview, *, is_bulk: bool) -> int:
+        """Send what may be sent of `view` now, in one frame; return how much that was."""
+        lane, room = self._multiplexer.choose_lane(self, is_bulk=is_bulk)
+        count = min(len(view), room, self._send_limit - self._send_position, MAX_PAYLOAD_BYTES)
+        if count > 0:
+            self._multiplexer.send_data(lane, self._id, self._send_position, view[:count])
+            self._send_position += count
+        return count
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until `send_all` would take at least one byte; raises what it raises."""
         with self._send_conflict:
             await trio.lowlevel.checkpoint()
             self._raise_if_unsendable()
-            while self._send_room() <= 0:
-                await self._wait_sendable()
+            while not (self._has_credit and self._multiplexer.message_room > 0):
+                await self._wait_sendable(is_bulk=False)
 
     async def send_eof(self) -> None:
         """Tell the peer that nothing follows; receiving goes on. Idempotent.
@@ -167,14 +182,15 @@ class Stream(trio.abc.HalfCloseableStream):
 
     @property
     def _has_credit(self) -> bool:
-        return self._send_credit_bytes > 0
+        return self._send_limit > self._send_position
 
-    def _send_room(self) -> int:
-        """Return how many bytes may be sent now; 0 or less means wait."""
-        return min(self._send_credit_bytes, self._multiplexer.send_room())
+    @property
+    def _is_known_to_peer(self) -> bool:
+        """Whether the peer has shown that it knows the stream, by giving credit."""
+        return self._send_limit > INITIAL_CREDIT_BYTES
 
-    async def _wait_sendable(self) -> None:
-        await self._multiplexer.wait_room(self)
+    async def _wait_sendable(self, *, is_bulk: bool) -> None:
+        await self._multiplexer.wait_room(self, is_bulk=is_bulk)
         self._raise_if_unsendable()
 
     def _raise_if_unsendable(self) -> None:
@@ -191,10 +207,11 @@ class Stream(trio.abc.HalfCloseableStream):
     def _end_sending(self, *, is_clean: bool, is_unknown: bool = False) -> None:
         if not self._is_end_sent:
             self._is_end_sent = True
-            self._multiplexer.send_end(self, is_clean=is_clean, is_unknown=is_unknown)
+            position = self._send_position if is_clean else None
+            self._multiplexer.send_end(self, position, is_unknown=is_unknown)
 
-    def _on_credit(self, count: int) -> None:
-        self._send_credit_bytes += count
+    def _on_credit(self, limit: int) -> None:
+        self._send_limit = max(self._send_limit, limit)
         self._sendable.unpark_all()
 
     def _on_stop(self) -> None:
@@ -266,19 +283,37 @@ class Stream(trio.abc.HalfCloseableStream):
         if self._is_closed or self._is_end_received:
             return
         window_bytes = self._multiplexer.window_bytes
-        count = window_bytes - len(self._buffer) - self._receive_credit_bytes
-        if count >= window_bytes // 4:
-            self._receive_credit_bytes += count
-            self._multiplexer.send_credit(self._id, count)
+        limit = self._received_position - len(self._buffer) + window_bytes
+        if limit - self._receive_limit >= window_bytes // 4:
+            self._receive_limit = limit
+            self._multiplexer.send_credit(self._id, limit)
 
-    def _on_data_announced(self, count: int) -> None:
-        self._receive_credit_bytes -= count
-        if self._receive_credit_bytes < 0:
+    @property
+    def _buffered_bytes(self) -> int:
+        return len(self._buffer) + len(self._pieces)
+
+    def _on_data_announced(self, position: int, count: int) -> None:
+        # Counted as well, so that what comes twice can't fill the memory.
+        self._announced_bytes += count
+        if max(position + count, self._announced_bytes) > self._receive_limit:
             raise ProtocolViolation(f"stream {self._id} overran its credit")
-        if self._is_end_received:
+        if self._final_position is not None and position + count > self._final_position:
             raise ProtocolViolation(f"stream {self._id} went on after its end")
 
-    def _on_data(self, data: memoryview) -> None:
+    def _on_data(self, position: int, data: memoryview) -> None:
+        if position < self._received_position:
+            raise ProtocolViolation(f"stream {self._id} began anew at {position}")
+        if position > self._received_position:
+            self._pieces.add(position, data)
+            return
+        self._take(data)
+        while (piece := self._pieces.take(self._received_position)) is not None:
+            self._take(piece)
+        self._check_end()
+
+    def _take(self, data: memoryview | bytearray) -> None:
+        """Take the next data of the stream."""
+        self._received_position += len(data)
         if not self._is_closed:
             self._buffer += data
             self._readable.unpark_all()
@@ -288,16 +323,27 @@ class Stream(trio.abc.HalfCloseableStream):
             return None
         return ProtocolUnknown(f"{self.peer_id.short} does not speak {self._protocol}")
 
-    def _on_end(self, *, is_clean: bool, is_unknown: bool = False) -> None:
-        if self._is_end_received:
+    def _on_end(self, final_position: int | None, *, is_unknown: bool) -> None:
+        """Take the end; None if the peer gave up."""
+        if self._is_end_received or self._final_position is not None:
             raise ProtocolViolation(f"stream {self._id} ended twice")
-        self._is_end_received = True
-        if not is_clean:
+        if final_position is None:
             # What came in is part of something that will never be whole.
-            self._is_aborted = True
+            self._is_aborted = self._is_end_received = True
             self._is_unknown = is_unknown
             self._buffer.clear()
-        self._readable.unpark_all()
+            self._pieces.clear()
+            self._readable.unpark_all()
+            return
+        if not self._received_position <= final_position <= self._receive_limit:
+            raise ProtocolViolation(f"stream {self._id} ended at {final_position}")
+        self._final_position = final_position
+        self._check_end()
+
+    def _check_end(self) -> None:
+        if self._received_position == self._final_position:
+            self._is_end_received = True
+            self._readable.unpark_all()
 
     # --- closing ---
 
@@ -341,13 +387,14 @@ class Stream(trio.abc.HalfCloseableStream):
 
     @property
     def _is_ended(self) -> bool:
-        """Whether both directions have ended."""
-        return self._is_end_sent and self._is_end_received
+        """Whether both sides have said that they are done; data may still be under way."""
+        is_end_announced = self._is_end_received or self._final_position is not None
+        return self._is_end_sent and is_end_announced
 
     @property
     def _is_over(self) -> bool:
         """Whether both directions have ended and the application has let go of it."""
-        return self._is_closed and self._is_ended
+        return self._is_closed and self._is_end_sent and self._is_end_received
 
     def _wake_all(self) -> None:
         """Let everybody who waits look again at what has become of the stream."""

@@ -28,7 +28,7 @@ from natswarm.address import Endpoint
 from natswarm.errors import ConfigurationError
 from natswarm.nat.path import PathAnswer
 from natswarm.net.nursery import open_private_nursery
-from natswarm.net.port import Arrival, PortStatistics
+from natswarm.net.port import Arrival, MergedArrival, PortStatistics
 from natswarm.sim.packet import TIME_EXCEEDED, Packet
 from natswarm.sim.topology import DEFAULT_TTL, Host, SimPort
 from natswarm.sim.world import World
@@ -275,6 +275,10 @@ class VirtualPort:
     async def receive_batch(self) -> list[Arrival]:
         """Wait for datagrams; see `DatagramPort.receive_batch`."""
         return await self._inbox.receive_batch()
+
+    async def receive_merged(self) -> list[MergedArrival]:
+        """Wait for datagrams; see `DatagramPort.receive_merged`. Here nothing is merged."""
+        return [MergedArrival(*arrival, 0) for arrival in await self._inbox.receive_batch()]
 
     def close(self) -> None:
         """Close; idempotent."""

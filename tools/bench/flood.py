@@ -53,8 +53,8 @@ from natswarm import (
     open_node,
     run_world,
 )
+from natswarm.net.lane import ALPN
 from natswarm.net.mainline import MainlineConfig
-from natswarm.net.quic import ALPN
 from natswarm.net.quic_engine import QuicEngine
 from natswarm.sim.packet import Packet
 from natswarm.sim.topology import Host
@@ -272,7 +272,7 @@ def _genuine_initial() -> bytes:
     """Return the first datagram of a client that anybody may be."""
     engine = QuicEngine.client(QuicConfiguration(alpn_protocols=[ALPN]))
     engine.connect(("192.0.2.1", 1), 0.0)
-    return engine.drain(0.0)[0]
+    return engine.drain(0.0, 1)[0]
 
 
 def _signed_datagrams(node: Node, rng: random.Random) -> list[bytes]:

@@ -1,14 +1,15 @@
-"""What the QUIC transport carries and costs, beside Trio's TLS over TCP.
+"""What the QUIC transport carries and costs, beside Trio's TLS over TCP and plain QUIC drivers.
 
     python -m tools.bench.transport [--seed N] [--quick] [--json]
 
-Two processes on 127.0.0.1, since the ends of a real connection share no core. Every round moves the
-same data through one connection of each kind, one right after the other, so that both see the same
-noise of the machine: the ratio is the figure to trust. Each figure is the median of the rounds.
+Four parts. Two processes on 127.0.0.1, since the ends of a real connection share no core: every
+round moves data through one connection of each kind, one right after the other, so that all see the
+same noise of the machine; the ratio is the figure to trust, then CPU seconds. Plain drivers of qh3
+and aioquic get less data, since they take their time; aioquic is left out, with a word, where it is
+not installed. Then, in virtual time, emulated paths of 100 Mbit/s: those figures are the same on
+any machine. Then many connections in one process: handshakes and memory.
 
-The targets are what bare qh3 2.1 did once, on two cores of the kind this was written on: the
-transport should not cost more than its engine. Loopback has no loss and no NAT; the tests and the
-lab look at those.
+Loopback has no loss and no NAT; tools/bench/roaming_transfer.py and the lab look at those.
 """
 
 from __future__ import annotations
@@ -16,43 +17,66 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
-import ssl
 import statistics
-import struct
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import trio
+import trio.testing
 
 from natswarm.address import Endpoint
-from natswarm.errors import ConnectionLost
-from natswarm.identity import Identity
-from natswarm.net.pump import PortPump
-from natswarm.net.quic import Connection
 from natswarm.net.udp import UdpNetwork
+from tools.bench.emulated_path import Emulated, Path, measure_path
+from tools.bench.transport_kinds import (
+    COUNT,
+    ECHO,
+    HERE,
+    MESSAGE_BYTES,
+    SECONDS,
+    SINK,
+    SLOW,
+    SLOW_BYTES_PER_S,
+    WRITE_BYTES,
+    OpenStream,
+    connect_plain,
+    connect_quic,
+    connect_tls,
+    receive_exactly,
+    resident_bytes,
+    serve_plain_kind,
+    serve_quic,
+    serve_tls,
+)
+from tools.bench.transport_load import Load, measure_load
+from tools.bench.transport_rivals import LIBRARIES, is_installed
 
-HERE = "127.0.0.1"
-WRITE_BYTES = 256 * 1024
-MESSAGE_BYTES = 4096
-# A task starts with one of these bytes; SINK is followed by the number of bytes to swallow.
-SINK = b"s"
-ECHO = b"e"
-COUNT = struct.Struct(">Q")
-SECONDS = struct.Struct(">d")
+# How much of the bulk a kind gets, so that a round of each takes about as long.
+SHARES = {"quic": 1.0, "tls": 1.0, "qh3": 0.2, "aioquic": 0.03}
 
-AT_LEAST = {"quic_to_tls_throughput": 0.5}
+# From the figures and ratios that the transport is to reach.
+AT_LEAST = {
+    "quic_to_tls_throughput": 0.8,
+    "quic_to_aioquic_throughput": 10.0,
+    "striped_to_single_20_ms_1_percent": 3.0,
+}
 AT_MOST = {
     "quic_send_cpu_s_per_gb": 5.0,
     "quic_receive_cpu_s_per_gb": 2.2,
     "quic_round_trip_p50_ms": 1.9,
+    "under_bulk_to_idle_p50": 5.0,
+    "under_bulk_to_idle_p50_20_ms": 5.0,
+    "quic_slow_reader_sender_growth_mb": 8.0,
+    "quic_slow_reader_growth_mb": 8.0,
 }
+
+RTTS_S = (0.002, 0.02, 0.1)
+LOSSES = (0.0, 0.01, 0.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +86,17 @@ class Size:
     rounds: int
     bulk_bytes: int
     round_trips: int
+    path_s: float
+    paths: tuple[tuple[float, float], ...]
+    connections: int
+    slow_s: int
 
 
-FULL = Size(5, 400_000_000, 1000)
-QUICK = Size(3, 60_000_000, 200)
+FULL = Size(
+    5, 200_000_000, 500, 10.0, tuple((rtt_s, loss) for rtt_s in RTTS_S for loss in LOSSES), 1000, 10
+)
+QUICK = Size(2, 30_000_000, 100, 5.0, ((0.02, 0.0), (0.02, 0.01)), 50, 3)
+WARM_UP = Size(1, 5_000_000, 50, 0.0, (), 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,160 +109,28 @@ class Figures:
     receive_cpu_s_per_gb: float
     round_trip_p50_ms: float
     round_trip_p99_ms: float
+    under_bulk_p50_ms: float | None
+    under_bulk_p99_ms: float | None
+    slow_reader_mb_per_s: float | None
+    """What a sender that could do more was let send to a reader of 1 MB/s."""
+    slow_reader_sender_growth_mb: float | None
+    slow_reader_growth_mb: float | None
 
 
-OpenStream = Callable[[], Awaitable[trio.abc.Stream]]
 Connect = Callable[[], AbstractAsyncContextManager[OpenStream]]
 
 
-def identities(seed: int) -> tuple[Identity, Identity]:
-    """Return the client's and the server's identity."""
-    rng = random.Random(seed)
-    return Identity(rng.randbytes(32)), Identity(rng.randbytes(32))
-
-
-# --- QUIC ---
-
-
-@asynccontextmanager
-async def quic_connection(
-    seed: int, *, is_client: bool, local: Endpoint, remote: Endpoint
-) -> AsyncIterator[Connection]:
-    """Yield a running connection between two UDP ports of this machine."""
-    client, server = identities(seed)
-    own, peer = (client, server) if is_client else (server, client)
-    port = UdpNetwork().bind(local)
-    connection = Connection(
-        own,
-        peer.peer_id,
-        is_client=is_client,
-        send=lambda datagrams: port.send_run(datagrams, remote),
-        handshake_timeout_s=10.0 if is_client else 600.0,  # the child waits for its turn
-    )
-    pump = PortPump(port, lambda *_: None)
-    pump.attach(remote, connection.receive_datagrams)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(pump.run)
-            await nursery.start(connection.run)
-            yield connection
-            nursery.cancel_scope.cancel()
-    finally:
-        port.close()
-
-
-@asynccontextmanager
-async def connect_quic(seed: int, local: Endpoint, remote: Endpoint) -> AsyncIterator[OpenStream]:
-    """Connect to the child; yield what opens a stream."""
-    async with quic_connection(seed, is_client=True, local=local, remote=remote) as connection:
-
-        async def open_stream() -> trio.abc.Stream:
-            return await connection.open_stream("bench")
-
-        yield open_stream
-        await connection.aclose()
-
-
-async def serve_quic(seed: int, local: Endpoint, remote: Endpoint) -> None:
-    """Serve one connection after the other, for ever."""
-    while True:
-        async with (
-            quic_connection(seed, is_client=False, local=local, remote=remote) as connection,
-            trio.open_nursery() as nursery,
-        ):
-            with suppress(ConnectionLost):
-                while True:
-                    nursery.start_soon(do_task, await connection.accept_stream())
-
-
-# --- TLS over TCP ---
-
-
-def tls_context(identity: Identity, *, is_client: bool) -> ssl.SSLContext:
-    """Return a TLS 1.3 context with the same kind of certificate that QUIC uses."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if is_client else ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    if not is_client:
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(identity.private_key_pem + identity.certificate_pem)
-            file.flush()
-            context.load_cert_chain(file.name)
-    return context
-
-
-@asynccontextmanager
-async def connect_tls(seed: int, remote: Endpoint) -> AsyncIterator[OpenStream]:
-    """Connect to the child once; the connection serves one task after the other."""
-    tcp = await trio.open_tcp_stream(remote.ip, remote.port)
-    context = tls_context(identities(seed)[0], is_client=True)
-    stream = trio.SSLStream(tcp, context, https_compatible=True)
-    await stream.do_handshake()
-
-    async def open_stream() -> trio.abc.Stream:
-        return stream
-
-    yield open_stream
-    await trio.aclose_forcefully(stream)
-
-
-async def serve_tls(seed: int, listener: trio.SocketListener) -> None:
-    """Serve connections, for ever."""
-    context = tls_context(identities(seed)[1], is_client=False)
-
-    async def serve(tcp: trio.SocketStream) -> None:
-        stream = trio.SSLStream(tcp, context, server_side=True, https_compatible=True)
-        with suppress(trio.BrokenResourceError):  # the parent is done with it
-            while await do_task(stream, keep_open=True):
-                pass
-
-    await trio.serve_listeners(serve, [listener])
-
-
-# --- the work, the same for both ---
-
-
-async def receive_exactly(stream: trio.abc.Stream, count: int) -> bytes:
-    """Return `count` bytes, or b"" if the stream ends before."""
-    data = bytearray()
-    while len(data) < count:
-        chunk = await stream.receive_some(count - len(data))
-        if not chunk:
-            return b""
-        data += chunk
-    return bytes(data)
-
-
-async def do_task(stream: trio.abc.Stream, *, keep_open: bool = False) -> bool:
-    """Do what the other side asks for, once; False if it asks for nothing any more."""
-    try:
-        task = await receive_exactly(stream, 1)
-        if task == SINK:
-            (left,) = COUNT.unpack(await receive_exactly(stream, COUNT.size))
-            cpu_started = time.process_time()
-            while left:
-                left -= len(await stream.receive_some(WRITE_BYTES))
-            await stream.send_all(SECONDS.pack(time.process_time() - cpu_started))
-        elif task == ECHO:
-            (left,) = COUNT.unpack(await receive_exactly(stream, COUNT.size))
-            for _ in range(left):
-                await stream.send_all(await receive_exactly(stream, MESSAGE_BYTES))
-    finally:
-        if not keep_open:
-            await stream.aclose()
-    return bool(task)
-
-
-async def measure(connect: Connect, size: Size) -> Figures:
+async def measure(connect: Connect, size: Size, share: float, *, has_streams: bool) -> Figures:
     """Measure one connection: connecting, bulk to the child, then messages there and back."""
     started = time.perf_counter()
     async with connect() as open_stream:
         stream = await open_stream()
+        await ask(stream, 1)
         connect_s = time.perf_counter() - started
 
+        stream = await open_stream()
         data = bytes(WRITE_BYTES)
-        writes = size.bulk_bytes // WRITE_BYTES
+        writes = max(1, round(size.bulk_bytes * share / WRITE_BYTES))
         bulk_gb = writes * WRITE_BYTES / 1e9
         started, cpu_started = time.perf_counter(), time.process_time()
         await stream.send_all(SINK + COUNT.pack(writes * WRITE_BYTES))
@@ -240,52 +139,126 @@ async def measure(connect: Connect, size: Size) -> Figures:
         (receive_cpu_s,) = SECONDS.unpack(await receive_exactly(stream, SECONDS.size))
         bulk_s, send_cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
 
-        stream = await open_stream()
-        message = bytes(MESSAGE_BYTES)
-        round_trips = []
-        await stream.send_all(ECHO + COUNT.pack(size.round_trips))
-        for _ in range(size.round_trips):
-            started = time.perf_counter()
-            await stream.send_all(message)
-            await receive_exactly(stream, MESSAGE_BYTES)
-            round_trips.append(time.perf_counter() - started)
-        percentiles = statistics.quantiles(round_trips, n=100)
+        idle = percentiles(await ask(await open_stream(), size.round_trips))
+        under_bulk = slow = None
+        if has_streams:
+            under_bulk = percentiles(await ask_under_bulk(open_stream, size.round_trips))
+            slow = await send_to_slow_reader(await open_stream(), size.slow_s)
     return Figures(
         connect_ms=connect_s * 1e3,
         mb_per_s=bulk_gb * 1e3 / bulk_s,
         send_cpu_s_per_gb=send_cpu_s / bulk_gb,
         receive_cpu_s_per_gb=receive_cpu_s / bulk_gb,
-        round_trip_p50_ms=percentiles[49] * 1e3,
-        round_trip_p99_ms=percentiles[98] * 1e3,
+        round_trip_p50_ms=idle[0],
+        round_trip_p99_ms=idle[1],
+        under_bulk_p50_ms=under_bulk and under_bulk[0],
+        under_bulk_p99_ms=under_bulk and under_bulk[1],
+        slow_reader_mb_per_s=slow and slow[0],
+        slow_reader_sender_growth_mb=slow and slow[1],
+        slow_reader_growth_mb=slow and slow[2],
     )
 
 
+async def ask(stream: trio.abc.Stream, count: int) -> list[float]:
+    """Return how long each of `count` messages took there and back, one after the other."""
+    message = bytes(MESSAGE_BYTES)
+    round_trips = []
+    await stream.send_all(ECHO + COUNT.pack(count))
+    for _ in range(count):
+        started = time.perf_counter()
+        await stream.send_all(message)
+        await receive_exactly(stream, MESSAGE_BYTES)
+        round_trips.append(time.perf_counter() - started)
+    return round_trips
+
+
+async def ask_under_bulk(open_stream: OpenStream, count: int) -> list[float]:
+    """As `ask`, while another stream sends as fast as it can."""
+    bulk, talk = await open_stream(), await open_stream()
+
+    async def send_bulk() -> None:
+        await bulk.send_all(SINK + COUNT.pack(1 << 60))
+        while True:
+            await bulk.send_all(bytes(WRITE_BYTES))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send_bulk)
+        await trio.sleep(0.3)
+        round_trips = await ask(talk, count)
+        nursery.cancel_scope.cancel()
+    await trio.aclose_forcefully(bulk)
+    return round_trips
+
+
+async def send_to_slow_reader(stream: trio.abc.Stream, seconds: int) -> tuple[float, float, float]:
+    """Send as fast as possible to who reads 1 MB/s: MB/s, growth here and there in MB."""
+    sent_bytes = 0
+
+    async def send() -> None:
+        nonlocal sent_bytes
+        with suppress(trio.BrokenResourceError):  # the reader has seen enough
+            while True:
+                await stream.send_all(bytes(WRITE_BYTES))
+                sent_bytes += WRITE_BYTES
+
+    await stream.send_all(SLOW + COUNT.pack(seconds) + bytes(SLOW_BYTES_PER_S))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        await trio.sleep(0.5)  # the window fills
+        before_bytes, started, sent_bytes = resident_bytes(), time.perf_counter(), 0
+        (peer_growth_bytes,) = COUNT.unpack(await receive_exactly(stream, COUNT.size))
+        nursery.cancel_scope.cancel()
+    rate = sent_bytes / (time.perf_counter() - started)
+    growth_bytes = max(0, resident_bytes() - before_bytes)
+    await trio.aclose_forcefully(stream)
+    return rate / 1e6, growth_bytes / 1e6, peer_growth_bytes / 1e6
+
+
+def percentiles(times: list[float]) -> tuple[float, float]:
+    """Return the median and the 99th percentile, in ms."""
+    cuts = statistics.quantiles(times, n=100)
+    return cuts[49] * 1e3, cuts[98] * 1e3
+
+
+# --- the two processes ---
+
+
 async def run_child(seed: int, parent_port: int) -> None:
-    """Serve both kinds; print the ports once both listen."""
-    udp = free_udp_endpoint()
+    """Serve all kinds; print the ports once all listen."""
+    udp = {kind: free_udp_endpoint() for kind in ("quic", *LIBRARIES)}
     listeners = await trio.open_tcp_listeners(0, host=HERE)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_quic, seed, udp, Endpoint(HERE, parent_port))
+        nursery.start_soon(serve_quic, seed, udp["quic"], Endpoint(HERE, parent_port))
         nursery.start_soon(serve_tls, seed, listeners[0])
-        print(json.dumps([udp.port, listeners[0].socket.getsockname()[1]]), flush=True)
+        for library in filter(is_installed, LIBRARIES):
+            nursery.start_soon(serve_plain_kind, library, seed, udp[library])
+        ports = {kind: endpoint.port for kind, endpoint in udp.items()}
+        ports["tls"] = listeners[0].socket.getsockname()[1]
+        await trio.testing.wait_all_tasks_blocked()
+        print(json.dumps(ports), flush=True)
 
 
 async def run_parent(
-    seed: int, size: Size, udp: Endpoint, ports: tuple[int, int]
+    seed: int, size: Size, udp: Endpoint, ports: dict[str, int]
 ) -> dict[str, list[Figures]]:
     """Measure every round and return its figures by kind of connection."""
-    quic_remote, tls_remote = (Endpoint(HERE, port) for port in ports)
+    remotes = {kind: Endpoint(HERE, port) for kind, port in ports.items()}
     connects: dict[str, Connect] = {
-        "quic": lambda: connect_quic(seed, udp, quic_remote),
-        "tls": lambda: connect_tls(seed, tls_remote),
+        "quic": lambda: connect_quic(seed, udp, remotes["quic"]),
+        "tls": lambda: connect_tls(seed, remotes["tls"]),
     }
-    # The first connections of a process load and compile what the others find ready.
-    for connect in connects.values():
-        await measure(connect, Size(1, 10_000_000, 100))
+    for library in filter(is_installed, LIBRARIES):
+        connects[library] = partial(
+            connect_plain, library, seed, free_udp_endpoint(), remotes[library]
+        )
     rounds: dict[str, list[Figures]] = {kind: [] for kind in connects}
-    for _ in range(size.rounds):
+    # The first connections of a process load and compile what the others find ready.
+    for number, each in enumerate([WARM_UP, *[size] * size.rounds]):
         for kind, connect in connects.items():
-            rounds[kind].append(await measure(connect, size))
+            has_streams = kind == "quic"
+            figures = await measure(connect, each, SHARES[kind], has_streams=has_streams)
+            if number:
+                rounds[kind].append(figures)
     return rounds
 
 
@@ -309,32 +282,101 @@ async def main_parent(seed: int, size: Size) -> dict[str, list[Figures]]:
         line = bytearray()
         while not line.endswith(b"\n"):
             line += await child.stdout.receive_some()
-        rounds = await run_parent(seed, size, udp, tuple(json.loads(line)))
+        rounds = await run_parent(seed, size, udp, json.loads(line))
         nursery.cancel_scope.cancel()
     return rounds
 
 
+# --- what it comes to ---
+
+
 def summarize(rounds: dict[str, list[Figures]]) -> dict[str, float]:
-    """Return the median of every figure, and the ratio of round to round."""
-    figures = {
-        f"{kind}_{name}": round(statistics.median(getattr(one, name) for one in ones), 3)
-        for kind, ones in rounds.items()
-        for name in Figures.__slots__
-    }
-    figures["quic_to_tls_throughput"] = round(
-        statistics.median(
-            quic.mb_per_s / tls.mb_per_s
-            for quic, tls in zip(rounds["quic"], rounds["tls"], strict=True)
-        ),
-        3,
+    """Return the median of every figure, and the ratios of round to round."""
+    figures = {}
+    for kind, ones in rounds.items():
+        for name in Figures.__slots__:
+            values = [value for one in ones if (value := getattr(one, name)) is not None]
+            if values:
+                figures[f"{kind}_{name}"] = statistics.median(values)
+    for kind in rounds:
+        if kind != "quic":
+            figures[f"quic_to_{kind}_throughput"] = statistics.median(
+                quic.mb_per_s / other.mb_per_s
+                for quic, other in zip(rounds["quic"], rounds[kind], strict=True)
+            )
+    figures["under_bulk_to_idle_p50"] = statistics.median(
+        one.under_bulk_p50_ms / one.round_trip_p50_ms
+        for one in rounds["quic"]
+        if one.under_bulk_p50_ms is not None
     )
     return figures
+
+
+def summarize_paths(paths: dict[str, tuple[Emulated, Emulated]]) -> dict[str, float]:
+    """Return the ratios that have targets."""
+    single, striped = paths["20 ms, 1 %"]
+    clean, _ = paths["20 ms, 0 %"]
+    return {
+        "striped_to_single_20_ms_1_percent": striped.mb_per_s / single.mb_per_s,
+        "under_bulk_to_idle_p50_20_ms": clean.under_bulk_p50_ms / clean.idle_p50_ms,
+    }
+
+
+def measure_paths(size: Size, seed: int) -> dict[str, tuple[Emulated, Emulated]]:
+    """Return what one lane and what as many as help do on each path."""
+    return {
+        f"{rtt_s * 1e3:g} ms, {loss:.0%}".replace("%", " %"): (
+            measure_path(Path(100, rtt_s, loss), seconds=size.path_s, seed=seed, may_stripe=False),
+            measure_path(Path(100, rtt_s, loss), seconds=size.path_s, seed=seed),
+        )
+        for rtt_s, loss in size.paths
+    }
+
+
+def judge(figures: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Return each target with its figure; one whose figure was not taken is left out."""
+    targets: dict[str, dict[str, Any]] = {}
+    for bounds, is_met in ((AT_LEAST, float.__ge__), (AT_MOST, float.__le__)):
+        for name, target in bounds.items():
+            if name in figures:
+                value = figures[name]
+                targets[name] = {"value": value, "target": target, "ok": is_met(value, target)}
+    return targets
+
+
+def show(
+    figures: dict[str, float],
+    targets: dict[str, dict[str, Any]],
+    paths: dict[str, tuple[Emulated, Emulated]],
+    load: Load,
+) -> None:
+    """Print for people."""
+    for name, value in figures.items():
+        verdict = ""
+        if name in targets:
+            word = "met" if targets[name]["ok"] else "MISSED"
+            verdict = f"   target {targets[name]['target']:g}: {word}"
+        print(f"{name:36} {value:10,.2f}{verdict}")
+    if not is_installed("aioquic"):
+        print('aioquic is not installed: pip install -e ".[bench]"')
+    print("\n100 Mbit/s      one lane                        as many lanes as help")
+    print("                MB/s  4 KiB idle/under bulk/p99   MB/s  ... (ms)                lanes")
+    for name, ends in paths.items():
+        row = "   ".join(
+            f"{end.mb_per_s:5.2f}  {end.idle_p50_ms:5.1f} {end.under_bulk_p50_ms:6.1f} "
+            f"{end.under_bulk_p99_ms:7.1f}    "
+            for end in ends
+        )
+        print(f"{name:14} {row} {ends[1].lane_count}")
+    print()
+    for name, value in asdict(load).items():
+        print(f"{name:36} {value:10,.2f}")
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=1, help="of the identities")
+    parser.add_argument("--seed", type=int, default=1, help="of the identities and of the losses")
     parser.add_argument("--quick", action="store_true", help="a rough figure in seconds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -343,40 +385,29 @@ def main() -> None:
         trio.run(run_child, arguments.seed, arguments.child)
         return
     size = QUICK if arguments.quick else FULL
+    load = measure_load(size.connections, arguments.seed)
     rounds = trio.run(main_parent, arguments.seed, size)
-    figures = summarize(rounds)
-    targets = {
-        name: {"value": figures[name], "target": target, "ok": figures[name] >= target}
-        for name, target in AT_LEAST.items()
-    } | {
-        name: {"value": figures[name], "target": target, "ok": figures[name] <= target}
-        for name, target in AT_MOST.items()
+    paths = measure_paths(size, arguments.seed)
+    figures = {
+        name: round(value, 3)
+        for name, value in (summarize(rounds) | summarize_paths(paths)).items()
     }
-    if arguments.json:
-        setting = {
-            "seed": arguments.seed,
-            "quick": arguments.quick,
-            "python": platform.python_version(),
-        }
-        every = {kind: [asdict(one) for one in ones] for kind, ones in rounds.items()}
-        print(
-            json.dumps(
-                {
-                    "benchmark": "transport",
-                    **setting,
-                    **figures,
-                    "rounds": every,
-                    "targets": targets,
-                }
-            )
-        )
+    targets = judge(figures)
+    if not arguments.json:
+        show(figures, targets, paths, load)
         return
-    for name, value in figures.items():
-        verdict = ""
-        if name in targets:
-            word = "met" if targets[name]["ok"] else "MISSED"
-            verdict = f"   target {targets[name]['target']:g}: {word}"
-        print(f"{name:32} {value:10,.2f}{verdict}")
+    result = {
+        "benchmark": "transport",
+        "seed": arguments.seed,
+        "quick": arguments.quick,
+        "python": platform.python_version(),
+        **figures,
+        "load": asdict(load),
+        "paths": {name: [asdict(end) for end in ends] for name, ends in paths.items()},
+        "rounds": {kind: [asdict(one) for one in ones] for kind, ones in rounds.items()},
+        "targets": targets,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

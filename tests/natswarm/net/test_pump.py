@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from natswarm.address import Endpoint
-from natswarm.net.port import Arrival, PortStatistics
+from natswarm.net.port import Arrival, MergedArrival, PortStatistics
 from natswarm.net.pump import PortPump
 from natswarm.net.udp import UdpNetwork
 
@@ -25,11 +25,11 @@ class ScriptedPort:
         self.local_endpoint = HERE
         self.statistics = PortStatistics()
 
-    async def receive_batch(self):
+    async def receive_merged(self):
         await trio.lowlevel.checkpoint()
         if not self._batches:
             raise trio.ClosedResourceError
-        return self._batches.pop(0)
+        return [MergedArrival(*(*arrival, 0)[:3]) for arrival in self._batches.pop(0)]
 
     def send(self, data, destination, *, ttl=None):
         raise AssertionError("a pump sends nothing")
@@ -67,6 +67,20 @@ async def test_sorts_by_first_byte_and_source():
     assert statistics.natswarm_count == 2
     assert statistics.stray_quic_count == 1
     assert statistics.unknown_count == 4
+
+
+async def test_takes_apart_what_the_system_merged():
+    """A probe may have the size of the last packet of a run, and be merged with it."""
+    quic = [b"\x40one", b"\xc0two", b"\x40six", b"\x40t"]
+    merged = b"".join([*quic[:2], b"\x07msg", *quic[2:]])
+    batch = [MergedArrival(merged, PEER, 4), MergedArrival(b"".join(quic), PEER, 4)]
+    natswarm, from_peer = [], []
+    pump = PortPump(ScriptedPort([batch]), lambda *a: natswarm.append(a))
+    pump.attach(PEER, from_peer.append)
+    await pump.run()
+    assert from_peer == [quic + quic]
+    assert natswarm == [(b"\x07msg", PEER)]
+    assert pump.statistics().quic_count == 8
 
 
 async def test_receivers_come_and_go_while_it_runs():

@@ -10,8 +10,12 @@ import pytest
 import trio
 
 from natswarm.errors import ConnectionLost, HandshakeFailed
+from natswarm.net import lane as lane_module
 from natswarm.net import quic
-from natswarm.net.multiplexer import FRAME, MAX_OPEN_STREAMS, QUIC_STREAM_ID
+from natswarm.net.frames import FRAME, QUIC_STREAM_ID, FrameKind
+from natswarm.net.lane import initial_connection_id_untrusted
+from natswarm.net.multiplexer import MAX_OPEN_STREAMS
+from natswarm.net.proof import PROOF_BYTES
 from natswarm.net.quic import Connection
 from natswarm.net.stream import INITIAL_CREDIT_BYTES
 
@@ -36,10 +40,11 @@ async def fail_both(lab, client, server, link):
 
 
 @asynccontextmanager
-async def hostile_client(lab, hostile_class):
-    """Yield a client of a hostile class and the server it runs against, neither authenticated."""
+async def hostile_client(lab, instead_of_proof):
+    """Yield a client that says something else than its proof, and the server it says it to."""
     link = lab.Link(seed=0)
-    client = hostile_class(lab.CLIENT, lab.SERVER.peer_id, is_client=True, send=lab.nowhere)
+    client = Connection(lab.CLIENT, lab.SERVER.peer_id, is_client=True, send=lab.nowhere)
+    client._first._check_server_and_prove = on_stream_0(instead_of_proof)
     server = Connection(lab.SERVER, lab.CLIENT.peer_id, is_client=False, send=lab.nowhere)
     client.send = link.sender(server.receive_datagrams)
     server.send = link.sender(client.receive_datagrams)
@@ -112,7 +117,7 @@ async def test_fresh_attempts_outlast_an_outage(lab, autojump_clock):
 
         nursery.start_soon(repair)
         await nursery.start(client.run)
-        assert trio.current_time() < 8.5 + quic.MIN_ATTEMPT_S
+        assert trio.current_time() < 8.5 + lane_module.MIN_ATTEMPT_S
         nursery.cancel_scope.cancel()
 
 
@@ -132,22 +137,22 @@ async def test_replaced_attempt_does_not_come_back(lab, autojump_clock):
             starting.set()
 
         nursery.start_soon(start)
-        await trio.sleep(quic.MIN_ATTEMPT_S / 2)
+        await trio.sleep(lane_module.MIN_ATTEMPT_S / 2)
         first_attempt = list(held)
-        await trio.sleep(quic.MIN_ATTEMPT_S)  # the second has begun
+        await trio.sleep(lane_module.MIN_ATTEMPT_S)  # the second has begun
         second_attempt = held[len(first_attempt) :]
         second_attempt = [
             data
             for data in second_attempt
-            if quic._initial_connection_id_untrusted(data)
-            not in {quic._initial_connection_id_untrusted(old) for old in first_attempt}
+            if initial_connection_id_untrusted(data)
+            not in {initial_connection_id_untrusted(old) for old in first_attempt}
         ]
         assert second_attempt
         server.receive_datagrams(first_attempt)
         server.receive_datagrams(second_attempt)
-        engine = server._engine
+        engine = server._first.engine
         server.receive_datagrams(first_attempt)
-        assert server._engine is engine
+        assert server._first.engine is engine
         client.send = link.sender(server.receive_datagrams)
         with trio.fail_after(5):
             await starting.wait()
@@ -243,41 +248,34 @@ async def test_proof_for_one_server_is_void_at_another(lab, autojump_clock):
     """A client connects to a stranger, who shows its proof to the server it is not for."""
     stolen = []
 
-    class Thief(Connection):
-        def _authenticate(self, engine, data):
-            stolen.append(data)
-
-    class Impostor(Connection):
-        def _check_server_and_prove(self, engine):
-            engine.send_stream_data(QUIC_STREAM_ID, stolen[0])
+    def steal(engine, data):
+        stolen.append(data)
+        return b""
 
     link = lab.Link(seed=0)
     client, _ = lab.make_pair(link, client_expects=lab.STRANGER)
-    thief = Thief(
+    thief = Connection(
         lab.STRANGER,
         lab.CLIENT.peer_id,
         is_client=False,
         send=link.sender(client.receive_datagrams),
     )
+    thief._first._authenticate = steal
     client.send = link.sender(thief.receive_datagrams)
     await fail_both(lab, client, thief, link)
-    assert len(stolen[0]) == quic.PROOF_BYTES
+    assert len(stolen[0]) == PROOF_BYTES
     assert stolen[0].startswith(lab.CLIENT.peer_id.key)
 
     failures = {}
-    async with hostile_client(lab, Impostor) as (impostor, server, nursery):
+    async with hostile_client(lab, stolen[0]) as (impostor, server, nursery):
         nursery.start_soon(run_until_failed, impostor, failures)
         await run_until_failed(server, failures)
     assert "its proof is not its own" in failures[server][1]
 
 
 async def test_no_stream_before_the_proof(lab, autojump_clock):
-    class Hasty(Connection):
-        def _check_server_and_prove(self, engine):
-            engine.send_stream_data(QUIC_STREAM_ID, OPEN_1 + frame(2, 1, 4, b"data"))
-
     failures = {}
-    async with hostile_client(lab, Hasty) as (client, server, nursery):
+    async with hostile_client(lab, OPEN_1 + frame(2, 1, 4, b"data")) as (client, server, nursery):
         nursery.start_soon(run_until_failed, client, failures)
         nursery.start_soon(run_until_failed, server, failures)
         with pytest.raises(ConnectionLost):
@@ -285,8 +283,8 @@ async def test_no_stream_before_the_proof(lab, autojump_clock):
     assert "no proof" in failures[server][1]
 
 
-def frame(kind, stream_id, value=0, payload=b""):
-    return FRAME.pack(kind, stream_id, value) + payload
+def frame(kind, stream_id, value=0, payload=b"", position=0):
+    return FRAME.pack(kind, stream_id, position, value) + payload
 
 
 OPEN_1 = frame(1, 1, 1, b"x")
@@ -310,8 +308,7 @@ def on_stream_0(data, **end):
         (on_stream_0(frame(1, 1, 0)), "a name of 0 bytes"),
         (on_stream_0(frame(1, 1, 65)), "a name of 65 bytes"),
         (on_stream_0(frame(1, 1, 2, b"\xff\n")), "named by"),
-        (on_stream_0(frame(9, 1)), "stream 1 was never opened"),
-        (on_stream_0(OPEN_1 + frame(9, 1)), "unknown kind of frame 9"),
+        (on_stream_0(frame(9, 1)), "unknown kind of frame 9"),
         (on_stream_0(frame(3, 2, 5)), "stream 2 was never opened"),
         (on_stream_0(frame(2, 0, 5)), "stream 0 was never opened"),
         (
@@ -319,6 +316,18 @@ def on_stream_0(data, **end):
                 b"".join(frame(1, 2 * index + 1, 1, b"x") for index in range(MAX_OPEN_STREAMS + 1))
             ),
             "too many streams",
+        ),
+        (on_stream_0(frame(7, 1) * 9), "too many lanes"),
+        (on_stream_0(frame(8, 0, 4)), "the QUIC client opens lanes"),
+        (on_stream_0(OPEN_1 + frame(4, 1, position=70_000)), "ended at 70000"),
+        (on_stream_0(OPEN_1 + frame(2, 1, 1, b"x", position=2**63)), "overran its credit"),
+        (
+            on_stream_0(OPEN_1 + frame(2, 1, 1, b"x") + frame(2, 1, 1, b"x")),
+            "began anew at 0",
+        ),
+        (
+            on_stream_0(OPEN_1 + 2 * frame(2, 1, 40_000, bytes(40_000), position=1)),
+            "overran its credit",
         ),
         (on_stream_0(b"", end_stream=True), "one QUIC stream"),
         (lambda engine: engine.send_stream_data(4, b"x"), "one QUIC stream"),
@@ -331,13 +340,108 @@ async def test_peer_that_breaks_the_rules_loses_the_connection(
     lab, autojump_clock, hostile_action, complaint
 ):
     async with lab.connected_pair() as (client, server, _):
-        hostile_action(client._engine)
+        hostile_action(client._first.engine)
         client._wake_up()
         await server.wait_closed()
         assert complaint in server.close_reason
         assert server.statistics().buffered_bytes <= INITIAL_CREDIT_BYTES
         assert server.statistics().stream_count <= MAX_OPEN_STREAMS
         await client.wait_closed()
+
+
+# --- lanes ---
+
+
+@asynccontextmanager
+async def striped_pair(lab, monkeypatch, *, weather, sender_is_client=True):
+    """Yield both ends of a stream between connections that were made to have 4 lanes for bulk."""
+    async with lab.connected_pair(seed=5, weather=weather) as (client, server, link):
+        ends = (client, server) if sender_is_client else (server, client)
+        ends[0]._lanes._striping.lane_count = 4
+        monkeypatch.setattr(ends[0]._lanes._striping, "observe", lambda *_, **__: None)
+        stream, other = await lab.open_pair(*ends)
+        yield stream, other, ends, link
+
+
+@pytest.mark.parametrize("sender_is_client", [True, False])
+async def test_lanes_carry_bulk_in_any_order_and_messages_pass_it(
+    lab, autojump_clock, monkeypatch, sender_is_client
+):
+    weather = lab.Weather(delay_s=0.02, jitter_s=0.01, loss=0.02, duplication=0.02)
+    data = random.Random(5).randbytes(3_000_000)
+    async with striped_pair(
+        lab, monkeypatch, weather=weather, sender_is_client=sender_is_client
+    ) as (stream, other, ends, _):
+        async with trio.open_nursery() as nursery:
+
+            async def send():
+                await stream.send_all(data[:100_000])  # the reader gives credit
+                await trio.sleep(0.5)
+                await stream.send_all(data[100_000:-5])
+                await stream.send_all(data[-5:])
+                await stream.aclose()
+
+            nursery.start_soon(send)
+            assert await lab.receive_all(other) == data
+        await other.aclose()
+        assert [connection.statistics().lane_count for connection in ends] == [5, 5]
+        for lane in ends[0]._lanes.lanes[1:]:
+            assert lane.bound.delivered_bytes > 100_000
+        await trio.sleep(1)
+        assert [connection.statistics().stream_count for connection in ends] == [0, 0]
+        assert other._buffered_bytes == 0
+
+
+async def test_bulk_that_is_given_up_leaves_nothing_behind(lab, autojump_clock, monkeypatch):
+    weather = lab.Weather(delay_s=0.05, jitter_s=0.02, loss=0.02)
+    async with striped_pair(lab, monkeypatch, weather=weather) as (stream, other, ends, _):
+        with trio.move_on_after(2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.send_all, bytes(20_000_000))
+                while True:
+                    await other.receive_some()
+        await stream.aclose()
+        with pytest.raises(trio.BrokenResourceError):
+            await lab.receive_all(other)
+        await other.aclose()
+        await trio.sleep(2)
+        assert [connection.close_reason for connection in ends] == [None, None]
+        assert [connection.statistics().stream_count for connection in ends] == [0, 0]
+
+
+async def test_nobody_can_open_a_lane_that_was_not_announced(lab, autojump_clock):
+    async with lab.connected_pair() as (_, server, _):
+        stranger = lane_module.Lane(
+            lane_module.LaneSettings(lab.STRANGER, lab.SERVER.peer_id, True, None, 1200, 20.0)
+        )
+        stranger.start(trio.current_time())
+        server.receive_datagrams(stranger.drain(trio.current_time(), 10, is_closing=False))
+        assert server.statistics().lane_count == 1
+        assert server.close_reason is None
+
+
+async def test_whoever_takes_an_announced_lane_must_prove_who_it_is(lab, autojump_clock):
+    """It is of no use, and the connection goes on without it."""
+    async with lab.connected_pair() as (client, server, _):
+        attempt = bytes(range(8))
+        client._streams.send_note(FrameKind.LANE, int.from_bytes(attempt, "big"))
+        await trio.sleep(0.1)
+        settings = lane_module.LaneSettings(
+            lab.STRANGER, lab.SERVER.peer_id, True, None, 1200, 20.0
+        )
+        stranger = lane_module.Lane(settings, attempt=attempt)
+        answers = []
+        server.send = answers.extend
+        stranger.start(trio.current_time())
+        for _ in range(5):
+            server.receive_datagrams(stranger.drain(trio.current_time(), 10, is_closing=False))
+            await trio.sleep(0.01)
+            stranger.receive(list(answers), trio.current_time())
+            list(stranger.received())
+        assert not stranger.is_proved
+        assert server.statistics().lane_count == 2
+        assert not any(lane.is_proved for lane in server._lanes.lanes[1:])
+        assert server.close_reason is None
 
 
 # --- hostile bytes ---
@@ -383,7 +487,7 @@ async def test_server_ignores_initials_that_are_none(lab, autojump_clock):
     for length in [*range(24), 255]:
         server.receive_datagrams([b"\xc0\0\0\0\x01" + bytes([length]) + rng.randbytes(1300)])
     server.receive_datagrams([b"", b"\xc0", b"\x40" * 50, bytes(1300)])
-    assert server._engine is None
+    assert server._first.engine is None
     assert server.statistics().received_datagram_count == 29
 
 
@@ -427,7 +531,7 @@ async def test_data_over_loopback(lab):
 @pytest.mark.parametrize("seed", range(3))
 async def test_keys_change_in_the_middle(lab, autojump_clock, monkeypatch, seed):
     """Both sides change keys all the time, on a link that loses and swaps."""
-    monkeypatch.setattr(quic, "KEY_DATAGRAMS", 30)
+    monkeypatch.setattr(lane_module, "KEY_DATAGRAMS", 30)
     weather = lab.Weather(delay_s=0.02, jitter_s=0.01, loss=0.02, duplication=0.02)
     async with lab.connected_pair(seed=seed, weather=weather) as (client, server, _):
         stream, other = await lab.open_pair(client, server)
@@ -437,7 +541,7 @@ async def test_keys_change_in_the_middle(lab, autojump_clock, monkeypatch, seed)
         async def send(end, data):
             for start in range(0, len(data), 10_000):
                 await end.send_all(data[start : start + 10_000])
-                phases.add(client._engine._core.send_key_phase)
+                phases.add(client._first.engine._core.send_key_phase)
             await end.send_eof()
 
         async with trio.open_nursery() as nursery:

@@ -9,8 +9,8 @@ import trio
 from trio.testing import check_half_closeable_stream, check_two_way_stream, wait_all_tasks_blocked
 
 from natswarm.errors import ConnectionLost
-from natswarm.net import multiplexer
-from natswarm.net import stream as stream_module
+from natswarm.net import frames
+from natswarm.net import lane as lane_module
 from natswarm.net.multiplexer import MAX_OPEN_STREAMS
 from natswarm.net.stream import INITIAL_CREDIT_BYTES
 
@@ -74,7 +74,7 @@ async def test_reader_that_never_reads_gets_no_more_than_the_initial_credit(lab,
         with trio.move_on_after(60) as scope:
             await stream.send_all(bytes(10 * WINDOW))
         assert scope.cancelled_caught
-        assert stream._send_credit_bytes == 0
+        assert not stream._has_credit
         assert server.statistics().buffered_bytes == INITIAL_CREDIT_BYTES
         await other.aclose()
 
@@ -98,7 +98,7 @@ async def test_reader_that_stops_stops_the_sender_within_a_window(lab, autojump_
                 assert 0 < buffered <= WINDOW
                 peak_bytes = max(peak_bytes, buffered)
                 # What the sender handed to QUIC has all arrived: it holds nothing back either.
-                assert client._engine.get_send_buffer_size() == 0
+                assert client._first.engine.queued_bytes == 0
                 received += await lab.receive_exactly(other, 300_000)
             received += await lab.receive_all(other)
         assert received == data
@@ -115,9 +115,9 @@ async def test_sender_on_a_dead_link_queues_no_more_than_its_buffer(lab, autojum
             with trio.move_on_after(1):
                 await stream.send_all(bytes(8 * WINDOW))
             in_flight = client.statistics().congestion_window_bytes
-            queued = 8 * WINDOW - stream._send_credit_bytes
-            assert queued <= 2 * in_flight + 2 * stream_module.MAX_SEND_BYTES
-            assert client._engine.get_send_buffer_size() <= multiplexer.MAX_SEND_BUFFER_BYTES
+            queued = stream._send_position
+            assert queued <= 2 * in_flight + 2 * frames.MAX_PAYLOAD_BYTES
+            assert client._first.engine.queued_bytes <= lane_module.MAX_SEND_BUFFER_BYTES
             nursery.cancel_scope.cancel()
 
 

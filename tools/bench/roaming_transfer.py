@@ -1,0 +1,224 @@
+"""A large transfer through the virtual internet, while its sender roams and a NAT reboots.
+
+    python -m tools.bench.roaming_transfer [--seed N] [--quick] [--json]
+
+Two whole nodes behind NATs, 100 Mbit/s and 2 % loss at the sender's access. Every 5 s the sender is
+in another network, with another NAT and address; once the receiver's NAT forgets all its mappings.
+The application sees one stream. Time is virtual, so the figures are the same on any machine; how
+long the run takes is not, and 1 GB takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import random
+import resource
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import trio
+from trio.testing import MockClock
+
+from natswarm import (
+    Identity,
+    Internet,
+    Node,
+    NodeConfig,
+    NodeEvent,
+    PathChanged,
+    Peer,
+    PeerLost,
+    VirtualNetwork,
+    World,
+    open_node,
+    run_world,
+)
+from natswarm.sim.link import LinkConditions
+from natswarm.sim.topology import Host, NatRouter
+
+PROTOCOL = "bench/transfer"
+ROAM_INTERVAL_S = 5.0
+# All map endpoint-independently: where a side draws ports at random, punctures may take longer
+# than the sender stays.
+KINDS = ("telia-no", "linux-home", "vodafone-nl")
+ACCESS = LinkConditions(
+    delay_s=0.01, loss=0.02, rate_bytes_per_s=100e6 / 8, queue_bytes=round(100e6 / 8 * 0.1)
+)
+BLOCK_BYTES = 1024 * 1024
+REBOOT_AT_S = 12.0
+DEADLINE_S = 3600.0
+
+TARGETS = {"is_identical": 1.0, "reconnects": 0.0}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of the transfer."""
+
+    megabytes: int
+    virtual_s: float = 0.0
+    mb_per_s: float = 0.0
+    roams: int = 0
+    path_changes: int = 0
+    reconnects: int = 0
+    """Connections that the application saw end."""
+    is_identical: bool = False
+    longest_pause_s: float = 0.0
+    lanes: int = 1
+    sent_to_payload: float = 0.0
+    """Bytes of datagrams for each byte of the application's, the sender's."""
+    real_s: float = 0.0
+    peak_memory_mb: float = 0.0
+
+
+class Scene:
+    """Two observers, a sender and a receiver."""
+
+    def __init__(self, seed: int, nursery: trio.Nursery) -> None:
+        self.internet = Internet(World(seed=seed))
+        self.hosts: dict[str, Host] = {}
+        self.nodes: dict[str, Node] = {}
+        self.events: list[NodeEvent] = []
+        self.receiver_nat: NatRouter
+        self._rng = random.Random(seed)
+        self._nursery = nursery
+
+    async def add(self, name: str, kind: str) -> Node:
+        """Start a node on a host of its own."""
+        host = self.hosts[name] = self.internet.add_host(name, kind)
+        config = NodeConfig(
+            identity=Identity(self._rng.randbytes(32)),
+            name=name,
+            seed=self._rng.getrandbits(32),
+            network=VirtualNetwork(host),
+            on_event=self.events.append if name == "sender" else lambda _: None,
+        )
+        node: Node = await self._nursery.start(self._run, config)
+        for other in self.nodes.values():
+            if not name.startswith("observer"):
+                await node.connect(await other.invite())
+        if not name.startswith("observer"):
+            await node.inspect()
+        else:
+            self.nodes[name] = node
+        return node
+
+    async def _run(self, config: NodeConfig, task_status: trio.TaskStatus[Node]) -> None:
+        async with open_node(config) as node:
+            task_status.started(node)
+            await trio.sleep_forever()
+
+    async def roam(self, outcome: Outcome) -> None:
+        """Move the sender again and again, and reboot the receiver's NAT once."""
+        for index in itertools.count():
+            await trio.sleep(ROAM_INTERVAL_S)
+            nat = self.internet.add_nat(f"network{index}", KINDS[index % len(KINDS)])
+            self.hosts["sender"].move(nat)
+            _set_access(self.hosts["sender"])
+            outcome.roams += 1
+
+    async def reboot(self) -> None:
+        """Have the receiver's NAT forget everything, once."""
+        await trio.sleep(REBOOT_AT_S)
+        self.receiver_nat.reboot()
+
+
+def _set_access(host: Host) -> None:
+    host.uplink.upload.conditions = host.uplink.download.conditions = ACCESS
+
+
+async def transfer(megabytes: int, seed: int) -> Outcome:
+    """Carry it out, in virtual time."""
+    outcome = Outcome(megabytes)
+    started = time.perf_counter()
+    async with trio.open_nursery() as nursery:
+        scene = Scene(seed, nursery)
+        async with run_world(scene.internet.world):
+            for name in ("observer0", "observer1"):
+                await scene.add(name, "public")
+            sender = await scene.add("sender", "linux-home")
+            receiver = await scene.add("receiver", "linux-home")
+            scene.receiver_nat = list(scene.internet.nats.values())[-1]
+            peer = await sender.connect(receiver.peer_id)
+            _set_access(scene.hosts["sender"])
+            await _send_and_receive(scene, peer, receiver, outcome, seed)
+            nursery.cancel_scope.cancel()
+    outcome.real_s = time.perf_counter() - started
+    outcome.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return outcome
+
+
+async def _send_and_receive(
+    scene: Scene, peer: Peer, receiver: Node, outcome: Outcome, seed: int
+) -> None:
+    sent, received = hashlib.sha256(), hashlib.sha256()
+    arrivals: list[float] = []
+    done = trio.Event()
+
+    async def receive(stream: trio.abc.ReceiveStream, _peer: Peer) -> None:
+        async for data in stream:
+            received.update(data)
+            arrivals.append(trio.current_time())
+        done.set()
+
+    receiver.serve(PROTOCOL, receive)
+    rng = random.Random(seed)
+    began_at = trio.current_time()
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as moving:
+            moving.start_soon(scene.roam, outcome)
+            moving.start_soon(scene.reboot)
+            stream = await peer.open_stream(PROTOCOL)
+            for _ in range(outcome.megabytes):
+                block = rng.randbytes(BLOCK_BYTES)
+                sent.update(block)
+                await stream.send_all(block)
+            await stream.send_eof()
+            await done.wait()
+            moving.cancel_scope.cancel()
+    outcome.virtual_s = arrivals[-1] - began_at
+    outcome.mb_per_s = outcome.megabytes * BLOCK_BYTES / 1e6 / outcome.virtual_s
+    outcome.is_identical = sent.digest() == received.digest()
+    outcome.longest_pause_s = max(after - before for before, after in itertools.pairwise(arrivals))
+    mine = [event for event in scene.events if getattr(event, "peer", None) is peer]
+    outcome.path_changes = sum(isinstance(event, PathChanged) for event in mine)
+    outcome.reconnects = sum(isinstance(event, PeerLost) for event in mine)
+    statistics = peer.statistics()
+    outcome.lanes = statistics.lane_count
+    outcome.sent_to_payload = statistics.sent_bytes / (outcome.megabytes * BLOCK_BYTES)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=1, help="of the world")
+    parser.add_argument("--quick", action="store_true", help="10 MB instead of 1 GB")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    megabytes = 10 if arguments.quick else 1000
+    outcome = trio.run(transfer, megabytes, arguments.seed, clock=MockClock(autojump_threshold=0))
+    figures: dict[str, Any] = {
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in asdict(outcome).items()
+    }
+    targets = {
+        name: {"value": figures[name], "target": target, "ok": figures[name] == target}
+        for name, target in TARGETS.items()
+    }
+    if arguments.json:
+        head = {"benchmark": "roaming_transfer", "seed": arguments.seed, "quick": arguments.quick}
+        print(json.dumps({**head, **figures, "targets": targets}))
+        return
+    for name, value in figures.items():
+        verdict = ""
+        if name in targets:
+            verdict = "   met" if targets[name]["ok"] else "   MISSED"
+        print(f"{name:18} {value!s:>12}{verdict}")
+
+
+if __name__ == "__main__":
+    main()
