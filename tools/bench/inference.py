@@ -108,17 +108,17 @@ class OwnEngine:
 
 def run_child(name: str, folder: Path, threads: int) -> None:
     """Open an engine, say how long it took, then answer until the input ends."""
+    clock = time.process_time if threads == 1 else time.perf_counter
     engine: Engine
     if name in PRECISIONS:
-        started_at = time.perf_counter()
+        started_at = clock()
         engine = OwnEngine(folder, folder / "cache", name, threads)
     else:
         rival: Rival = RIVALS[name]()  # imports, which are not counted
-        started_at = time.perf_counter()
+        started_at = clock()
         engine = rival.open(folder, threads)
     engine.prefill([1])
-    _say({"start_s": time.perf_counter() - started_at})
-    clock = time.process_time if threads == 1 else time.perf_counter
+    _say({"start_s": round(clock() - started_at, 4)})
     for line in sys.stdin:
         _say(_answer(engine, json.loads(line), clock))
 
