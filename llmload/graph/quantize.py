@@ -7,8 +7,10 @@ whole tensor (`quantize_dynamic`). Even so a difference in the last digit can ro
 the other way: a sequence that is replayed in one piece gives logits that differ by 1 % or so from
 those of one that came token by token, where float32 differs by 1e-6.
 
-Only matrices are quantised. Norms, biases and the embeddings stay float32: of the embeddings one
-row a token is read, so mapped from a file they cost no memory to speak of.
+Matrices are quantised, norms, biases and positions stay float32. The embeddings of tokens have 8
+bits at either precision: one row a token is read of them, so fewer bits would not be faster, but
+the system maps whole neighbourhoods of a row, and float32 embeddings are the largest part of what a
+small stage maps.
 
 Source: the layout is that of the operator MatMulNBits of ONNX Runtime; scales as in llama.cpp's
 q4_0 and q8_0.
@@ -28,12 +30,14 @@ from llmload.config import GPT2Config, parameter_shapes
 
 __all__ = [
     "BLOCK_SIZE",
+    "EMBEDDING_BITS",
     "PRECISIONS",
     "Precision",
     "bits_of",
     "dequantize",
     "quantize",
     "quantized_name",
+    "rows_name",
     "scales_name",
     "stored_tensors",
     "stored_types",
@@ -48,6 +52,8 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "int4")
 # least squared error gained less than 0.001.
 BLOCK_SIZE = 128
 
+EMBEDDING_BITS = 8
+
 _LINEAR_SUFFIXES = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 
 
@@ -59,6 +65,11 @@ def bits_of(precision: Precision) -> int | None:
 def quantized_name(name: str) -> str:
     """Return the name under which the quantised values of a parameter are stored."""
     return f"{name}.quantized"
+
+
+def rows_name(name: str) -> str:
+    """Return the name under which quantised embeddings are stored, a row a token."""
+    return f"{name}.rows"
 
 
 def scales_name(name: str) -> str:
@@ -115,7 +126,11 @@ def stored_types(
         is_embedding = name == "wte.weight" and blocks.start == 0
         is_quantized = bits is not None and (is_head or name.endswith(_LINEAR_SUFFIXES))
         # Tied embeddings are both, in a stage that is the whole model.
-        if is_embedding or not is_quantized:
+        if bits is not None and is_embedding:
+            rows = rows_name(name)
+            types[rows] = (shape, np.uint8)
+            types[scales_name(rows)] = ((shape[0], -(-shape[1] // BLOCK_SIZE)), np.float32)
+        elif not is_quantized:
             types[name] = (shape, np.float32)
         if bits is not None and is_quantized:
             # Linear layers are stored (in, out), the output layer as embeddings, (out, in).
@@ -146,6 +161,11 @@ def stored_tensors(
     for name in parameter_shapes(config, blocks):
         if name in types:
             yield name, read(name)
+        if rows_name(name) in types:
+            matrix = read(name)
+            values, scales = quantize(matrix, EMBEDDING_BITS)
+            yield rows_name(name), values.reshape(len(matrix), -1)[:, : matrix.shape[1]]
+            yield scales_name(rows_name(name)), scales
         if bits is not None and quantized_name(name) in types:
             matrix = read(name)
             values, scales = quantize(matrix if name == config.lm_head_name else matrix.T, bits)

@@ -46,9 +46,11 @@ from llmload.graph.build import (
 )
 from llmload.graph.quantize import (
     BLOCK_SIZE,
+    EMBEDDING_BITS,
     Precision,
     bits_of,
     quantized_name,
+    rows_name,
     scales_name,
     stored_types,
 )
@@ -153,7 +155,7 @@ def build_stage_graph(
     stage = _Stage(builder, config, bits_of(precision), attention)
     if blocks.start == 0:
         token_ids = builder.input("token_ids", ("rows",), TensorProto.INT64)
-        x = embed(builder, token_ids, builder.input("positions", ("rows",), TensorProto.INT64))
+        x = stage.embed(token_ids, builder.input("positions", ("rows",), TensorProto.INT64))
     else:
         x = builder.input("hidden", ("rows", config.n_embd))
     attend_to_past = stage.attention(blocks)
@@ -183,6 +185,24 @@ class _Stage:
         self._config = config
         self._bits = bits
         self._form = form
+
+    def embed(self, token_ids: str, positions: str) -> str:
+        """Emit token embedding + position embedding: (rows,) -> (rows, n_embd)."""
+        builder = self._builder
+        if self._bits is None:
+            return embed(builder, token_ids, positions)
+        rows = rows_name("wte.weight")
+        tokens = builder.node(
+            "GatherBlockQuantized",
+            [builder.parameter(rows), token_ids, builder.parameter(scales_name(rows))],
+            domain=_MICROSOFT,
+            bits=EMBEDDING_BITS,
+            block_size=BLOCK_SIZE,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        places = builder.node("Gather", [builder.parameter("wpe.weight"), positions])
+        return builder.node("Add", [tokens, places])
 
     def block(self, index: int, x: str, attend_to_past: _Attend) -> str:
         """Emit block `index`: (rows, n_embd) to the same."""

@@ -137,7 +137,8 @@ def test_quantised_stages_equal_the_reference_with_the_same_weights(
     head = weights[config.lm_head_name]
     rounded_head = {config.lm_head_name: dequantize(*quantize(head, bits), bits, 48)}
     tokens = np.random.default_rng(2).integers(0, 60, (1, 20))
-    x = reference.embed(config, weights, tokens, 0)
+    wte = dequantize(*quantize(weights["wte.weight"], 8), 8, 48)
+    x = reference.embed(config, weights | {"wte.weight": wte}, tokens, 0)
     for index in config.blocks:
         x, _ = reference.block(config, rounded, index, x)
     expected = reference.next_token_logits(config, rounded | rounded_head, x)
