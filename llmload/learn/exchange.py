@@ -24,24 +24,30 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import trio
-from msgspec import Meta, structs
+from msgspec import structs
 from numpy.typing import NDArray
 
 from llmload.errors import LearningFailed
-from llmload.learn.codecs import Codec
 from llmload.learn.mixing import partner, push_targets
 from llmload.learn.outer import AVERAGE_CODEC, OuterLoop, OuterSettings, Update
+from llmload.learn.protocol import (
+    AVERAGE,
+    SHARDS_PER_FETCH,
+    STATE,
+    UPDATE,
+    FetchShards,
+    UpdateTaken,
+    learner_service,
+)
 from llmload.learn.robust import Reputation
 from llmload.learn.shards import (
-    SHARD_VALUE_COUNT_MAX,
     EncodedShard,
-    LayoutHash,
     ShardHeader,
     ShardLayout,
     Vector,
@@ -53,8 +59,6 @@ from llmload.swarm.beside import beside
 from natswarm import (
     Call,
     DecodeError,
-    Message,
-    Method,
     NatswarmError,
     Node,
     Peer,
@@ -62,17 +66,7 @@ from natswarm import (
     RequestRefused,
 )
 
-__all__ = [
-    "AVERAGE",
-    "STATE",
-    "UPDATE",
-    "Batches",
-    "FetchShards",
-    "Learner",
-    "PartnerReport",
-    "UpdateTaken",
-    "learner_service",
-]
+__all__ = ["Batches", "Learner", "PartnerReport"]
 
 # A phone on a bad link carries an update of GPT-2 124M, some 3 MB, in a minute.
 UPDATE_TIMEOUT_S = 120.0
@@ -87,58 +81,11 @@ LOOK_EVERY_S = 10.0
 AVERAGE_EVERY_S = 60.0
 # A partner that failed is left alone for so long.
 REST_S = 30.0
-# Shards in one call for the model: progress is kept when a call fails.
-SHARDS_PER_FETCH = 16
-MODEL_PREFIX_CHARACTERS = 16
 
 # Tokens and targets, integers (batch, time) each; `trainer.batches` makes them.
 Batches: TypeAlias = Iterator[tuple[NDArray[Any], NDArray[Any]]]
 
 logger = logging.getLogger("llmload.learn")
-
-
-class UpdateTaken(Message, frozen=True):
-    """What became of an update.
-
-    Attributes:
-        shard_count: How many of its shards were made part of the model.
-        weight: The mean factor over all shards that were sent, 0..1.
-    """
-
-    shard_count: Annotated[int, Meta(ge=0, lt=2**31)]
-    weight: Annotated[float, Meta(ge=0, le=1)]
-
-
-class FetchShards(Message, frozen=True):
-    """Send me some shards of your model.
-
-    Attributes:
-        layout: `ShardLayout.hash`.
-        shards: Which.
-    """
-
-    layout: LayoutHash
-    shards: Annotated[
-        tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...], Meta(max_length=SHARDS_PER_FETCH)
-    ]
-
-
-_PAYLOAD_BYTES_MAX = Codec.FP32.payload_bytes(SHARD_VALUE_COUNT_MAX)
-
-UPDATE = Method(
-    "llmload/update/1", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_PAYLOAD_BYTES_MAX
-)
-AVERAGE = Method(
-    "llmload/average/1", (ShardHeader,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
-)
-STATE = Method(
-    "llmload/state/1", (FetchShards,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
-)
-
-
-def learner_service(model_hash: str) -> str:
-    """Return the name under which learners of a model announce themselves."""
-    return f"llmload/learn/{model_hash[:MODEL_PREFIX_CHARACTERS]}"
 
 
 @dataclass(slots=True)
@@ -196,6 +143,8 @@ class Learner:
         settings: How often and how much is published.
         rate_at: Learning rate of a step, counted from 0; None for that of the trainer.
         reputation: What is known of a peer from elsewhere, 0..1; None for 1.
+        between_steps: Called after each step, while nobody else touches the model: the place to
+            evaluate, to save, and to stop by cancelling. What it raises ends `run`.
         rng: Draws whom updates go to when there are more than `FAN_OUT`.
         utc: The wall clock, seconds; pairs are drawn by it.
 
@@ -216,6 +165,7 @@ class Learner:
         settings: OuterSettings | None = None,
         rate_at: Callable[[int], float] | None = None,
         reputation: Reputation | None = None,
+        between_steps: Callable[[], Awaitable[None]] | None = None,
         rng: random.Random | None = None,
         utc: Callable[[], float] = time.time,
     ) -> None:
@@ -230,6 +180,7 @@ class Learner:
         self._trainer = trainer
         self._batches = batches
         self._rate_at = rate_at
+        self._between_steps = between_steps
         self._rng = rng or random.Random()
         self._utc = utc
         self._partners: dict[PeerId, _Partner] = {}
@@ -285,6 +236,8 @@ class Learner:
                         await trio.to_thread.run_sync(self.outer.merge)
                     else:
                         await self._publish()
+                    if self._between_steps is not None:
+                        await self._between_steps()
             made_count += 1
 
     def _step(self, tokens: NDArray[Any], targets: NDArray[Any]) -> None:

@@ -185,6 +185,20 @@ class OuterLoop:
         self._partners: dict[PeerId, _Partner] = {}
         self._distances: deque[float] = deque(maxlen=DISTANCES_KEPT)
 
+    def vectors(self) -> dict[str, Vector]:
+        """Return what a checkpoint needs, float32 (size,) each; not copies."""
+        return {
+            "anchor": self._anchor,
+            "residual": self._residual,
+            "direction": self._direction,
+            "incoming": self._incoming,
+        }
+
+    def go_on_from(self, *, version: int, crowd: float) -> None:
+        """Take the rest of a checkpoint, whose vectors are in place."""
+        self.version, self._crowd = version, crowd
+        self._has_incoming = bool(self._incoming.any())
+
     def restart(self) -> None:
         """Go on from parameters that somebody else has written."""
         self._anchor[:] = self._parameters

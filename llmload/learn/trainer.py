@@ -98,6 +98,19 @@ class AdamW:
         self._chunks = list(_chunks(space))
         self._scratch = np.empty((2, CHUNK_VALUE_COUNT), dtype=np.float32)
 
+    def vectors(self) -> dict[str, Vector]:
+        """Return the state, float32 (size,) each; not copies: writing to them changes it."""
+        return {"mean": self._mean, "mean_square": self._mean_square}
+
+    @property
+    def powers(self) -> tuple[float, float]:
+        """The betas to the power of the steps made: the rest of the state."""
+        return self._beta1_power, self._beta2_power
+
+    @powers.setter
+    def powers(self, powers: tuple[float, float]) -> None:
+        self._beta1_power, self._beta2_power = powers
+
     def update(
         self, parameters: Vector, gradient: Vector, *, learning_rate: float | None = None
     ) -> float:
@@ -181,6 +194,9 @@ class Trainer:
         optimizer: Hyperparameters of AdamW.
         thread_count: Threads of the runtime. On cores shared with others 1 is often faster than 2.
 
+    Attributes:
+        optimizer: AdamW and its state.
+
     Raises:
         ValueError: `weights` are not those of `config`.
     """
@@ -196,7 +212,7 @@ class Trainer:
         self.config = config
         self.space = ParameterSpace.of(parameter_shapes(config, config.blocks))
         self._parameters = self.space.flatten(weights)
-        self._optimizer = AdamW(self.space, optimizer or AdamWSettings())
+        self.optimizer = AdamW(self.space, optimizer or AdamWSettings())
         self._thread_count = thread_count
         self._graphs: dict[tuple[bool, int, int], _OpenGraph] = {}
 
@@ -241,7 +257,7 @@ class Trainer:
         """
         if gradient.shape != (self.space.size,):
             raise ValueError(f"gradient of shape {gradient.shape}, expected ({self.space.size},)")
-        return self._optimizer.update(self._parameters, gradient, learning_rate=learning_rate)
+        return self.optimizer.update(self._parameters, gradient, learning_rate=learning_rate)
 
     def weights(self) -> dict[str, Vector]:
         """Return a copy of all parameters by name."""

@@ -12,8 +12,9 @@ import trio
 from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
 from llmload.learn import exchange
-from llmload.learn.exchange import AVERAGE, STATE, UPDATE, FetchShards, Learner
+from llmload.learn.exchange import Learner
 from llmload.learn.outer import AVERAGE_CODEC, OuterSettings
+from llmload.learn.protocol import AVERAGE, STATE, UPDATE, FetchShards
 from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
 from llmload.learn.trainer import AdamWSettings, Trainer, batches
 from natswarm import RequestRefused

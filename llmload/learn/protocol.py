@@ -1,0 +1,77 @@
+"""What learners ask of each other: the messages of three calls, and the name of the service.
+
+    update/1    shards of one update, each a `ShardHeader` and its payload  ->  UpdateTaken
+    average/1   shards of a model  ->  the same shards of the other model, in the same order
+    state/1     FetchShards  ->  shards of a model
+
+A shard with its header is of `shards.py`. This file does not know who calls, or when.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from llmload.learn.codecs import Codec
+from llmload.learn.shards import SHARD_VALUE_COUNT_MAX, LayoutHash, ShardHeader
+from natswarm import Message, Method
+
+__all__ = [
+    "AVERAGE",
+    "SHARDS_PER_FETCH",
+    "STATE",
+    "UPDATE",
+    "FetchShards",
+    "UpdateTaken",
+    "learner_service",
+]
+
+# Shards in one call for the model: progress is kept when a call fails.
+SHARDS_PER_FETCH = 16
+# 64 bits tell all models apart that ever meet by accident; each shard names its layout besides.
+MODEL_PREFIX_CHARACTERS = 16
+
+
+class UpdateTaken(Message, frozen=True):
+    """What became of an update.
+
+    Attributes:
+        shard_count: How many of its shards were made part of the model.
+        weight: The mean factor over all shards that were sent, 0..1.
+    """
+
+    shard_count: Annotated[int, Meta(ge=0, lt=2**31)]
+    weight: Annotated[float, Meta(ge=0, le=1)]
+
+
+class FetchShards(Message, frozen=True):
+    """Send me some shards of your model.
+
+    Attributes:
+        layout: `ShardLayout.hash`.
+        shards: Which.
+    """
+
+    layout: LayoutHash
+    shards: Annotated[
+        tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...], Meta(max_length=SHARDS_PER_FETCH)
+    ]
+
+
+_PAYLOAD_BYTES_MAX = Codec.FP32.payload_bytes(SHARD_VALUE_COUNT_MAX)
+
+UPDATE = Method(
+    "llmload/update/1", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+)
+AVERAGE = Method(
+    "llmload/average/1", (ShardHeader,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+)
+STATE = Method(
+    "llmload/state/1", (FetchShards,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+)
+
+
+def learner_service(model_hash: str) -> str:
+    """Return the name under which learners of a model announce themselves."""
+    return f"llmload/learn/{model_hash[:MODEL_PREFIX_CHARACTERS]}"
