@@ -18,7 +18,7 @@ import trio
 import typer
 from rich.markup import escape
 
-from llmload import cli_model
+from llmload import cli_learn, cli_model
 from llmload.answer_screen import AnswerScreen
 from llmload.cli_model import show_model
 from llmload.cli_shared import (
@@ -56,6 +56,8 @@ app = typer.Typer(
 )
 app.add_typer(cli_model.app)
 app.command()(up)
+app.command()(cli_learn.learn)
+app.command("eval")(cli_learn.evaluate)
 
 
 def main() -> None:

@@ -57,12 +57,18 @@ from natswarm import (
     open_node,
 )
 
-__all__ = ["up"]
+__all__ = ["DEFAULT_STATE", "StateOption", "show_event", "stay_joined", "up"]
 
 # A peer that restarts is back in about a minute; dialling costs one datagram a try.
 REJOIN_INTERVAL_S = 15.0
 DEFAULT_LIMITS = StageLimits()
 DEFAULT_STATE = platformdirs.user_state_path("llmload", appauthor=False)
+StateOption = Annotated[
+    Path,
+    typer.Option(
+        "--state", metavar="DIR", help="Folder of this device's identity.", show_default=False
+    ),
+]
 # The rest is for the keys and values of sessions.
 WEIGHTS_SHARE = 0.75
 # Half of what a small phone has, where the system does not tell.
@@ -91,12 +97,7 @@ def up(
         ),
     ] = None,
     join: JoinOption = None,
-    state: Annotated[
-        Path,
-        typer.Option(
-            "--state", metavar="DIR", help="Folder of this device's identity.", show_default=False
-        ),
-    ] = DEFAULT_STATE,
+    state: StateOption = DEFAULT_STATE,
     name: Annotated[str, typer.Option("--name", help="What other peers see.")] = "",
     bind: BindOption = "0.0.0.0",
     port: PortOption = 0,
@@ -124,7 +125,7 @@ def up(
         bind_ip=bind,
         port=port,
         paths=SystemPaths(ip=bind),
-        on_event=partial(_show_event, as_json),
+        on_event=partial(show_event, as_json),
     )
     limits = StageLimits(session_count_max=sessions, cache_bytes_max=cache_bytes_max)
     # The form of attention that computes several sequences together.
@@ -217,7 +218,7 @@ async def _serve(
         )
         try:
             async with open_quiet_nursery() as nursery:
-                nursery.start_soon(_stay_joined, node, invites)
+                nursery.start_soon(stay_joined, node, invites)
                 await volunteer.run()
         finally:
             if volunteer.server is not None and not as_json:
@@ -228,7 +229,7 @@ async def _serve(
                 )
 
 
-async def _stay_joined(node: Node, invites: Sequence[Invite]) -> None:
+async def stay_joined(node: Node, invites: Sequence[Invite]) -> None:
     """Dial the peers that we joined by again and again; nothing happens while they are there."""
     while True:
         await trio.sleep(REJOIN_INTERVAL_S)
@@ -238,7 +239,8 @@ async def _stay_joined(node: Node, invites: Sequence[Invite]) -> None:
                 await node.connect(invite)
 
 
-def _show_event(as_json: bool, event: NodeEvent) -> None:
+def show_event(as_json: bool, event: NodeEvent) -> None:
+    """Print what happened to a node; nothing for most events."""
     facts: dict[str, Any]
     match event:
         case PunctureEnded(peer_id, report):

@@ -1,1 +1,1 @@
-"""Learning over peers: a local trainer, gradients cut into shards, and rounds that average them."""
+"""Learning on this device and over peers: trainer, shards, outer loop, exchange, checkpoints."""

@@ -210,7 +210,7 @@ async def test_peers_serve_what_generate_asks_for(nursery, model_folder, monkeyp
             identity=Identity(name.encode().ljust(32, b".")),
             network=VirtualNetwork(internet.add_host(name, "public")),
             seed=1,
-            on_event=partial(cli_up._show_event, True),
+            on_event=partial(cli_up.show_event, True),
         )
 
         def open_block(block: int) -> StageEngine:
@@ -269,7 +269,7 @@ async def test_lost_mesh_is_joined_again(nursery, monkeypatch):
                 tried_often.set()
             raise ConnectFailed("nobody is there")
 
-    nursery.start_soon(cli_up._stay_joined, LonelyNode(), ["one", "two"])
+    nursery.start_soon(cli_up.stay_joined, LonelyNode(), ["one", "two"])
     with trio.fail_after(TIMEOUT_S):
         await tried_often.wait()
     assert tries[:4] == ["one", "two", "one", "two"]

@@ -1,0 +1,279 @@
+"""`llmload learn` and `llmload eval`: train on files with a mesh, and say how good a model is.
+
+No logic of its own: it reads text, opens a node, runs a `Learner` and writes down how it goes.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import trio
+import typer
+from numpy.typing import NDArray
+
+from llmload.cli_shared import (
+    BindOption,
+    JoinOption,
+    JsonOption,
+    ModelOption,
+    PortOption,
+    ThreadsOption,
+    join_mesh,
+    model_folder,
+    output,
+    print_json,
+    run_async,
+    swarm_of,
+)
+from llmload.cli_up import DEFAULT_STATE, StateOption, show_event, stay_joined
+from llmload.learn.checkpoint import load_checkpoint, save_checkpoint
+from llmload.learn.exchange import Learner
+from llmload.learn.protocol import learner_service
+from llmload.learn.resume import resume, take_checkpoint
+from llmload.learn.trainer import AdamWSettings, Trainer, batches
+from llmload.model_folder import Model, load_model, save_config
+from llmload.swarm.beside import beside
+from llmload.weights import save_weights
+from natswarm import Identity, Invite, NodeConfig, SystemPaths, open_node
+
+__all__ = ["evaluate", "learn"]
+
+# The end of the text is not learned from: by it one sees whether learning helps.
+VALIDATION_SHARE = 0.05
+VALIDATION_WINDOWS_MAX = 16
+TOKENIZER_FILE_NAMES = ("tokenizer.json", "vocab.json", "merges.txt")
+COLUMNS = ("step", "loss", "validation_loss", "partners", "crowd", "taken", "stale", "doubted",
+           "sent_bytes", "received_bytes")  # fmt: skip
+
+DataOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--data", metavar="FILE", exists=True, dir_okay=False, help="Text in UTF-8; more than once."
+    ),
+]
+
+
+def learn(
+    data: DataOption,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of the learned model, its checkpoints and curve."
+        ),
+    ],
+    model: ModelOption = None,
+    join: JoinOption = None,
+    state: StateOption = DEFAULT_STATE,
+    bind: BindOption = "0.0.0.0",
+    port: PortOption = 0,
+    threads: ThreadsOption = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Stop after so many; else at an interrupt."),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows in one step.")] = 4,
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens in one window.")] = 128,
+    rate: Annotated[float, typer.Option("--rate", min=0.0, help="Learning rate.")] = 3e-4,
+    report_every: Annotated[
+        int, typer.Option("--report-every", min=1, help="Steps between two lines and checkpoints.")
+    ] = 20,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the windows.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model on text of this device, together with everybody who trains the same one.
+
+    Goes on where it stopped if --out holds a checkpoint. The text stays here, but much of it can be
+    computed back from what is sent: learn with strangers only from text that strangers may read.
+    """
+    invites = [Invite.parse(text) for text in join or ()]
+    loaded = load_model(model_folder(model))
+    window = min(window, loaded.config.n_ctx)
+    tokens = _read_tokens(loaded, data)
+    cut = int(len(tokens) * (1 - VALIDATION_SHARE))
+    if cut <= window or len(tokens) - cut <= window:
+        raise typer.BadParameter(
+            f"{len(tokens)} tokens are too few for windows of {window}; {VALIDATION_SHARE:.0%} of "
+            "them are kept to validate with",
+            param_hint="--data",
+        )
+    rng = np.random.default_rng(seed)
+    trainer = Trainer(
+        loaded.config,
+        loaded.weights,
+        optimizer=AdamWSettings(learning_rate=rate),
+        thread_count=threads,
+    )
+    config = NodeConfig(
+        identity=Identity.load_or_create(state / "identity"),
+        swarm=swarm_of(invites),
+        bind_ip=bind,
+        port=port,
+        paths=SystemPaths(ip=bind),
+        services=(learner_service(loaded.content_hash),),
+        on_event=partial(show_event, as_json),
+    )
+    course = _Course(
+        loaded, trainer, rng, tokens[:cut], tokens[cut:], batch, window, out, report_every, as_json
+    )
+    run_async(_learn, course, config, invites, steps)
+
+
+def evaluate(
+    data: DataOption,
+    model: ModelOption = None,
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens in one window.")] = 128,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how well a model predicts text: loss a token, perplexity, bits a byte."""
+    loaded = load_model(model_folder(model))
+    window = min(window, loaded.config.n_ctx)
+    tokens = _read_tokens(loaded, data)
+    if len(tokens) <= window:
+        raise typer.BadParameter(f"fewer than {window + 1} tokens", param_hint="--data")
+    loss = _loss(Trainer(loaded.config, loaded.weights), tokens, window)
+    bytes_per_token = sum(file.stat().st_size for file in data) / len(tokens)
+    facts = {
+        "tokens": len(tokens),
+        "loss": round(loss, 4),
+        "perplexity": round(math.exp(loss), 2),
+        "bits_per_byte": round(loss / math.log(2) / bytes_per_token, 4),
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        output.print(", ".join(f"{name} {value}" for name, value in facts.items()), markup=False)
+
+
+async def _learn(
+    course: _Course, config: NodeConfig, invites: Sequence[Invite], steps: int | None
+) -> None:
+    async with open_node(config) as node:
+        learner = Learner(
+            node,
+            course.trainer,
+            batches(course.text, batch=course.batch, time=course.window, rng=course.rng),
+            course.model.content_hash,
+            between_steps=course.between_steps,
+        )
+        course.begin(learner)
+        learner.start()
+        await join_mesh(node, invites)
+        course.tell({"event": "learning", "invite": str(await node.invite())})
+        if learner.step_count == 0:
+            course.tell({"event": "joined", "shards": await learner.join()})
+        left = None if steps is None else max(0, steps - learner.step_count)
+        try:
+            async with beside(stay_joined, node, invites):
+                await learner.run(left)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(course.save)
+
+
+class _Course:
+    """One run of `llmload learn`: its text, its files and what it shows."""
+
+    def __init__(
+        self,
+        model: Model,
+        trainer: Trainer,
+        rng: np.random.Generator,
+        text: NDArray[np.int64],
+        validation: NDArray[np.int64],
+        batch: int,
+        window: int,
+        out: Path,
+        report_every: int,
+        as_json: bool,
+    ) -> None:
+        self.model, self.trainer, self.rng, self.text = model, trainer, rng, text
+        self.batch, self.window = batch, window
+        self._validation = validation
+        self._out, self._report_every, self._as_json = out, report_every, as_json
+
+    def begin(self, learner: Learner) -> None:
+        """Go on from the latest checkpoint, if there is one."""
+        self._learner = learner
+        checkpoint = load_checkpoint(self._out)
+        if checkpoint is not None:
+            learner.step_count = resume(checkpoint, self.trainer, learner.outer, self.rng)
+
+    async def between_steps(self) -> None:
+        """Report and save, now and then."""
+        if self._learner.step_count % self._report_every == 0:
+            self.tell(await trio.to_thread.run_sync(self._report))
+
+    def save(self) -> None:
+        """Write a checkpoint and the model, as a folder that all commands read."""
+        learner = self._learner
+        save_checkpoint(
+            self._out,
+            take_checkpoint(self.trainer, learner.outer, self.rng, learner.step_count),
+        )
+        save_config(self._out, self.model.config)
+        save_weights(self._out, self.trainer.weights())
+        for name in TOKENIZER_FILE_NAMES:
+            source, copy = self.model.folder / name, self._out / name
+            if source.exists() and not copy.exists():
+                shutil.copyfile(source, copy)
+
+    def tell(self, facts: dict[str, Any]) -> None:
+        """Print a line."""
+        if self._as_json:
+            print_json(facts)
+        else:
+            output.print(
+                "  ".join(f"{name} {value}" for name, value in facts.items()), markup=False
+            )
+
+    def _report(self) -> dict[str, Any]:
+        learner, counts = self._learner, self._learner.outer.statistics
+        loss = _loss(self.trainer, self._validation, self.window)
+        row = {
+            "step": learner.step_count,
+            "loss": round(learner.loss or math.nan, 4),
+            "validation_loss": round(loss, 4),
+            "partners": len(learner.partners),
+            "crowd": round(learner.outer.crowd, 2),
+            "taken": counts.taken,
+            "stale": counts.stale,
+            "doubted": counts.doubted,
+            "sent_bytes": sum(report.sent_bytes for report in learner.reports.values()),
+            "received_bytes": sum(report.received_bytes for report in learner.reports.values()),
+        }
+        self.save()
+        curve = self._out / "curve.csv"
+        is_new = not curve.exists()
+        with curve.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+        return row
+
+
+def _read_tokens(model: Model, files: Sequence[Path]) -> NDArray[np.int64]:
+    """Return all text as token ids, int64 (length,)."""
+    ids: list[int] = []
+    for file in files:
+        try:
+            ids += model.tokenizer.encode(file.read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise typer.BadParameter(f"{file} is no text in UTF-8", param_hint="--data") from error
+    return np.array(ids, dtype=np.int64)
+
+
+def _loss(trainer: Trainer, tokens: NDArray[np.int64], window: int) -> float:
+    """Return the mean loss over windows spread evenly over a text, nats a token."""
+    count = min(VALIDATION_WINDOWS_MAX, max(1, (len(tokens) - 1) // window))
+    starts = np.linspace(0, len(tokens) - window - 1, count).astype(np.int64)
+    windows = tokens[starts[:, None] + np.arange(window + 1)]  # (count, window + 1)
+    losses = [trainer.loss(row[None, :-1], row[None, 1:]) for row in windows]
+    return float(np.mean(losses))

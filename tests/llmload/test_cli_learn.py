@@ -1,0 +1,72 @@
+"""`llmload learn` and `llmload eval`: better on the text, resumed where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import pytest
+
+from llmload import cli
+from llmload.model_folder import load_model
+
+TEXT = "the mesh of the peers, the peers of the mesh. " * 60
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, model_folder, tmp_path):
+    """A function that runs a command on the small model; returns exit status and JSON lines."""
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(command, *arguments, model=model_folder):
+        base = ["llmload", command, "--model", str(model), "--data", str(file), "--json"]
+        monkeypatch.setattr(sys, "argv", [*base, *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        written = capsys.readouterr()
+        lines = [json.loads(line) for line in written.out.splitlines()]
+        return status, lines, written.err
+
+    run.file = file
+    return run
+
+
+def learn(run, tmp_path, steps):
+    place = ["--bind", "127.0.0.1", "--state", str(tmp_path / "state")]
+    options = ["--window", "16", "--rate", "0.003", "--report-every", "5", "--steps", str(steps)]
+    return run("learn", "--out", str(tmp_path / "out"), *place, *options)
+
+
+def test_learning_goes_on_where_it_stopped_and_helps(run, tmp_path, model_folder):
+    _, [before], _ = run("eval", "--window", "16")
+    assert before.keys() == {"tokens", "loss", "perplexity", "bits_per_byte"}
+    status, lines, _ = learn(run, tmp_path, 10)
+    assert status == 0
+    assert [line["step"] for line in lines if "step" in line] == [5, 10]
+    status, lines, _ = learn(run, tmp_path, 20)
+    assert status == 0
+    assert [line["step"] for line in lines if "step" in line] == [15, 20]
+    with (tmp_path / "out" / "curve.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["5", "10", "15", "20"]
+    # What came out is a model folder like any other.
+    out = load_model(tmp_path / "out")
+    assert out.content_hash != load_model(model_folder).content_hash
+    _, [after], _ = run("eval", "--window", "16", model=tmp_path / "out")
+    assert after["loss"] < 0.8 * before["loss"]
+
+
+def test_a_text_that_is_too_short_or_no_text_is_a_usage_error(run, tmp_path):
+    run.file.write_text("short")
+    status, _, said = learn(run, tmp_path, 5)
+    assert status == 2
+    assert "too few" in said
+    run.file.write_bytes(b"\xff\xfe\x00\x81")
+    status, _, said = learn(run, tmp_path, 5)
+    assert status == 2
+    assert "UTF-8" in said
