@@ -17,6 +17,7 @@ import json
 import random
 import resource
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,6 +61,9 @@ class Outcome:
     """What became of the transfer."""
 
     megabytes: int
+    received_mb: float = 0.0
+    failure: str = ""
+    """How the application lost the connection, if it did."""
     virtual_s: float = 0.0
     mb_per_s: float = 0.0
     roams: int = 0
@@ -158,11 +162,15 @@ async def _send_and_receive(
     sent, received = hashlib.sha256(), hashlib.sha256()
     arrivals: list[float] = []
     done = trio.Event()
+    received_bytes = 0
 
     async def receive(stream: trio.abc.ReceiveStream, _peer: Peer) -> None:
-        async for data in stream:
-            received.update(data)
-            arrivals.append(trio.current_time())
+        nonlocal received_bytes
+        with suppress(trio.BrokenResourceError):  # the sender tells of it
+            async for data in stream:
+                received.update(data)
+                received_bytes += len(data)
+                arrivals.append(trio.current_time())
         done.set()
 
     receiver.serve(PROTOCOL, receive)
@@ -172,16 +180,20 @@ async def _send_and_receive(
         async with trio.open_nursery() as moving:
             moving.start_soon(scene.roam, outcome)
             moving.start_soon(scene.reboot)
-            stream = await peer.open_stream(PROTOCOL)
-            for _ in range(outcome.megabytes):
-                block = rng.randbytes(BLOCK_BYTES)
-                sent.update(block)
-                await stream.send_all(block)
-            await stream.send_eof()
-            await done.wait()
+            try:
+                stream = await peer.open_stream(PROTOCOL)
+                for _ in range(outcome.megabytes):
+                    block = rng.randbytes(BLOCK_BYTES)
+                    sent.update(block)
+                    await stream.send_all(block)
+                await stream.send_eof()
+                await done.wait()
+            except trio.BrokenResourceError as error:
+                outcome.failure = str(error)
             moving.cancel_scope.cancel()
-    outcome.virtual_s = arrivals[-1] - began_at
-    outcome.mb_per_s = outcome.megabytes * BLOCK_BYTES / 1e6 / outcome.virtual_s
+    outcome.received_mb = received_bytes / BLOCK_BYTES
+    outcome.virtual_s = trio.current_time() - began_at
+    outcome.mb_per_s = received_bytes / 1e6 / outcome.virtual_s
     outcome.is_identical = sent.digest() == received.digest()
     outcome.longest_pause_s = max(after - before for before, after in itertools.pairwise(arrivals))
     mine = [event for event in scene.events if getattr(event, "peer", None) is peer]
