@@ -53,6 +53,7 @@ from natswarm.nat.findings import NatTest
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
 from natswarm.net.call import Call, Method
+from natswarm.net.forwarder import SystemGateway
 from natswarm.net.lan import Lan
 from natswarm.net.mainline import MainlineConfig
 from natswarm.net.message_stream import MessageStream
@@ -148,6 +149,7 @@ __all__ = [
     "Stream",
     "Surroundings",
     "SwarmKey",
+    "SystemGateway",
     "SystemPaths",
     "Tracing",
     "UdpNetwork",

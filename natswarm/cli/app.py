@@ -22,6 +22,7 @@ from natswarm.cli.options import (
     DhtOption,
     DhtOptions,
     ExpiresOption,
+    GatewayOption,
     InterfaceOption,
     JoinOption,
     JsonOption,
@@ -96,6 +97,7 @@ def up(
     port: PortOption = 0,
     join: JoinOption = None,
     lan: Annotated[bool, typer.Option(help="Find peers on the LAN by multicast.")] = True,
+    gateway: GatewayOption = True,
     links: Annotated[
         int,
         typer.Option("--links", help="Connections to keep and route by, 16 to 128; 0: none."),
@@ -137,6 +139,7 @@ def up(
         traces_path=True,
         qlog=qlog,
         keylog=keylog,
+        asks_gateway=gateway,
         on_event=_event_printer(as_json),
     )
 
@@ -169,6 +172,7 @@ def connect(
     state: StateOption = DEFAULT_STATE,
     bind: BindOption = "0.0.0.0",
     interface: InterfaceOption = None,
+    gateway: GatewayOption = True,
     by_clock: Annotated[
         bool,
         typer.Option(
@@ -196,6 +200,7 @@ def connect(
         traces_path=True,
         qlog=qlog,
         keylog=keylog,
+        asks_gateway=gateway,
         on_event=_event_printer(as_json),
     )
 

@@ -19,6 +19,7 @@ from natswarm.address import Endpoint
 from natswarm.discovery.invite import Invite
 from natswarm.errors import ConfigurationError
 from natswarm.identity import Identity
+from natswarm.net.forwarder import SystemGateway
 from natswarm.net.lan import Lan
 from natswarm.net.mainline import MainlineConfig, read_mainline_nodes
 from natswarm.net.notes import Notes
@@ -40,6 +41,7 @@ __all__ = [
     "DhtOption",
     "DhtOptions",
     "ExpiresOption",
+    "GatewayOption",
     "InterfaceOption",
     "JoinOption",
     "JsonOption",
@@ -79,6 +81,10 @@ InterfaceOption = Annotated[
         help="Use this network interface alone, such as wwan0 for one SIM of several.",
         show_default=False,
     ),
+]
+GatewayOption = Annotated[
+    bool,
+    typer.Option(help="Have the router forward our port while we run (PCP, NAT-PMP, UPnP)."),
 ]
 JoinOption = Annotated[
     list[str] | None,
@@ -175,6 +181,7 @@ def make_config(
     traces_path: bool = False,
     qlog: Path | None = None,
     keylog: Path | None = None,
+    asks_gateway: bool = False,
     on_event: Callable[[NodeEvent], None] = lambda _event: None,
 ) -> NodeConfig:
     """Return how to open this device's node, making its identity on the first call.
@@ -202,6 +209,7 @@ def make_config(
         lan=Lan(interface) if lan else None,
         paths=SystemPaths(ip=bind, interface=interface) if traces_path else None,
         tracing=Tracing(qlog, keylog),
+        gateway=SystemGateway(interface, bind) if asks_gateway else None,
         on_event=on_event,
     )
 

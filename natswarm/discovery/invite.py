@@ -111,7 +111,12 @@ class Invite:
         profile = self.record.profile
         if profile.accepts_strangers and profile.main_endpoint is not None:
             return (profile.main_endpoint,)
-        return profile.local_endpoints if profile.is_translated is None else ()
+        # Who has met nobody yet may be on a network of ours, or know its gateway.
+        return (
+            profile.local_endpoints
+            if profile.is_translated is None
+            else profile.forwarded_endpoints
+        )
 
     @property
     def qr_text(self) -> str:

@@ -28,7 +28,7 @@ from natswarm.nat.allocation import (
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Poison, Pooling
 from natswarm.nat.shape import WEIGHT_MAX, WEIGHT_SLICES
 
-__all__ = ["NatProfile", "decode_profile_untrusted"]
+__all__ = ["LOCAL_ENDPOINTS_MAX", "NatProfile", "decode_profile_untrusted"]
 
 PROFILE_VERSION = 2
 # A profile travels in signed records and introductions; usual ones take 300 bytes, full
@@ -55,7 +55,8 @@ class NatProfile:
             known. It is the external endpoint if that is the same for every peer (EIM, a
             preserved port, no NAT), or, behind a NAT that lets in anybody, any endpoint that an
             observer saw. With `mapping` None it is what the only observer saw: right unless ADM.
-        local_endpoints: Host candidates: the main port at each of our own addresses.
+        local_endpoints: Host candidates: the main port at each of our own addresses, and where our
+            gateway forwards to it.
         is_translated: False: an observer saw our own address and port, so there is no NAT on the
             way (there may be a firewall: see `filtering`). None: no echoes.
         echo_count: Echoes the profile rests on.
@@ -142,6 +143,24 @@ class NatProfile:
     def accepts_address(self) -> bool:
         """Whether one packet out to an address opens a port of ours for all its ports."""
         return self.filtering in (Filtering.EIF, Filtering.ADF)
+
+    @property
+    def forwarded_endpoints(self) -> tuple[Endpoint, ...]:
+        """Endpoints that the gateway forwards to us on request (PCP, NAT-PMP, UPnP-IGD).
+
+        They stand among the host candidates: an IPv4 address that is public, not our own, and the
+        one that others see us at. Seen at another, there is a further NAT above the gateway, and
+        the port leads nowhere.
+        """
+        if not self.is_translated:
+            return ()
+        return tuple(
+            endpoint
+            for endpoint in self.local_endpoints
+            if ":" not in endpoint.ip
+            and endpoint.kind is AddressKind.GLOBAL
+            and endpoint.ip in self.public_ips
+        )
 
     def __str__(self) -> str:
         """As on a screen: `APDM/APDF, block 256 at 41216..41471`."""

@@ -1,8 +1,10 @@
 """Connect to a peer: find out how, agree with it on whose wish is carried out, dial.
 
-    Invite of a node that takes strangers    HELLO, then probes, to the endpoint it names
-    Invite of a node that has met nobody     HELLO, then probes, to its own addresses: whoever is
-                                             given that invite is on its network
+    Invite of a node that takes strangers    HELLO, then probes, to the endpoint it names, or to
+                                             the one that its gateway forwards
+    Invite of a node that has met nobody     HELLO, then probes, to its own addresses and what its
+                                             gateway forwards: whoever is given that invite is on
+                                             its network, or may be anywhere
     Invite of any other                      both sides dial, with a name of the attempt that both
                                              derive from the meeting that the lower PeerId's invite
                                              names: needs the other's invite on both sides

@@ -41,7 +41,8 @@ async def connect_by_mainline(
     meeting = await mainline.find_meeting(peer_id)
     profile = meeting.record.profile
     # Who knows nothing of its NAT, and names nobody, may be on a network of ours.
-    if profile.accepts_strangers or (profile.is_translated is None and not meeting.introducers):
+    is_open = profile.accepts_strangers or bool(profile.forwarded_endpoints)
+    if is_open or (profile.is_translated is None and not meeting.introducers):
         return await connector.connect(Invite(meeting.record, ""))
     async with trio.open_nursery() as nursery:
         for introducer, endpoint in meeting.introducers:

@@ -10,6 +10,7 @@ from natswarm.address import address_kind
 from natswarm.discovery.introduction import complaint_about
 from natswarm.errors import AddressError, ConfigurationError
 from natswarm.identity import Identity
+from natswarm.net.forwarder import GatewaySource
 from natswarm.net.lan import Lan
 from natswarm.net.mainline import MainlineConfig
 from natswarm.net.notes import Notes
@@ -53,6 +54,8 @@ class NodeConfig:
         paths: Where the path outward is traced from whenever our NAT is inspected, such as
             `SystemPaths()`: openers then have the hop limit that spares the peer's NAT. None: it is
             not traced.
+        gateway: Which gateway to have the main port forwarded by (PCP, NAT-PMP, UPnP-IGD), such as
+            `SystemGateway()`: strangers then reach it while the node runs. None: it is not asked.
         seed: Seed of the node's random behaviour; None draws one. Keys never depend on it.
         tracing: What of each connection to write into files, for whoever looks for a fault.
         utc: The clock on the wall: seconds since 1970.
@@ -75,6 +78,7 @@ class NodeConfig:
     mainline: MainlineConfig | None = None
     lan: Lan | None = None
     paths: PathNetwork | None = None
+    gateway: GatewaySource | None = None
     tracing: Tracing = field(default_factory=Tracing)
     utc: Callable[[], float] = time.time
     on_event: Callable[[NodeEvent], None] = lambda _event: None

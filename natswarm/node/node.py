@@ -225,6 +225,8 @@ class Node:
         if self._overlay is not None:
             self._nursery.start_soon(self._overlay.run)
         self._nursery.start_soon(self._roamer.run)
+        if self._nat.forwarder is not None:
+            self._nursery.start_soon(self._nat.forwarder.run)
         self._nursery.start_soon(self._config.notes.run)
         if self._rejoiner is not None:
             self._nursery.start_soon(self._rejoiner.run)
@@ -629,7 +631,7 @@ class Node:
 
     def local_addresses(self) -> list[str]:
         """Return the addresses we can be reached at by our network."""
-        return [endpoint.ip for endpoint in self._nat.host_candidates()]
+        return [endpoint.ip for endpoint in self._nat.own_endpoints()]
 
     @property
     def accepts_strangers(self) -> bool:

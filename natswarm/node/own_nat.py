@@ -1,8 +1,8 @@
 """What a node knows of its own NAT: looked at when somebody wants to know, forgotten elsewhere.
 
 A look asks all observers there are: neighbours, public nodes that they know, and mainline nodes. It
-traces the path outward meanwhile. One look goes on at a time, and who waits for another's look
-needs none of its own.
+traces the path outward meanwhile, and gives the gateway a moment to forward our port. One look goes
+on at a time, and who waits for another's look needs none of its own.
 
 Knows nothing of streams, punctures or invites.
 """
@@ -26,8 +26,9 @@ from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.inspection import QUICK
 from natswarm.nat.measurement import Observer
 from natswarm.nat.path import PathReport
-from natswarm.nat.profile import NatProfile
+from natswarm.nat.profile import LOCAL_ENDPOINTS_MAX, NatProfile
 from natswarm.net.echo import EchoService
+from natswarm.net.forwarder import Forwarder
 from natswarm.net.introducer import Introducer
 from natswarm.net.mainline import MainlineService
 from natswarm.net.nursery import open_private_nursery
@@ -72,6 +73,10 @@ class Home(Protocol):
         """Go by a profile that was just found out."""
         ...
 
+    def adopt_profile(self, profile: NatProfile) -> None:
+        """Go by a profile from now on, and have neighbours hear of it."""
+        ...
+
 
 class OwnNat:
     """What our NAT does, as far as is known.
@@ -87,6 +92,7 @@ class OwnNat:
 
     Attributes:
         profile: What was found; None: nobody has looked here.
+        forwarder: Has our port forwarded by the gateway; None: that is not wished for.
     """
 
     def __init__(
@@ -111,6 +117,10 @@ class OwnNat:
         self._inspecting = trio.Lock()
         self._knowing = trio.Lock()
         self._looked_at = -math.inf
+        self.forwarder: Forwarder | None = None
+        if config.gateway is not None:
+            port = home.local_endpoint.port
+            self.forwarder = Forwarder(config.gateway, port, self._on_forwarded)
 
     @property
     def findings(self) -> Findings | None:
@@ -118,6 +128,12 @@ class OwnNat:
         return self._echo.findings
 
     def host_candidates(self) -> tuple[Endpoint, ...]:
+        """Return where peers may find us whatever our NAT does; the gateway's port first."""
+        forwarded = None if self.forwarder is None else self.forwarder.endpoint
+        own = self.own_endpoints()
+        return (own if forwarded is None else (forwarded, *own))[:LOCAL_ENDPOINTS_MAX]
+
+    def own_endpoints(self) -> tuple[Endpoint, ...]:
         """Return our main port at every address we have in our own networks."""
         bind_ip = self._config.bind_ip
         is_any = bind_ip in ("0.0.0.0", "::")
@@ -152,17 +168,20 @@ class OwnNat:
             # The outer one takes off the groups that the inner one wraps around errors.
             async with open_private_nursery(), trio.open_nursery() as nursery:
                 nursery.start_soon(self._trace_path, observers, way_out)
+                if self.forwarder is not None:
+                    nursery.start_soon(self.forwarder.wait_tried)
                 findings = await self._echo.inspect(
                     observers,
                     tests=tests,
-                    host_candidates=self.host_candidates(),
+                    host_candidates=self.own_endpoints(),
                     witnessed=witnessed,
                     rng=self._rng,
                     ask_neighbour=self._ask_neighbour_to_echo,
                 )
             if self._home.is_closed:
                 raise ConnectFailed("this node was closed")
-        profile = findings.profile
+        # Not before: whoever is seen at an endpoint of its own has no NAT.
+        profile = replace(findings.profile, local_endpoints=self.host_candidates())
         for report in way_out:
             profile = replace(
                 profile, nat_count=report.nat_count_at_least, opener_ttl=report.opener_ttl
@@ -183,6 +202,12 @@ class OwnNat:
         self.profile = None
         if self._mainline is not None:
             self._mainline.forget_sightings()
+        if self.forwarder is not None:
+            self.forwarder.move()
+
+    def _on_forwarded(self) -> None:
+        if self.profile is not None:
+            self._home.adopt_profile(replace(self.profile, local_endpoints=self.host_candidates()))
 
     async def _observers(self) -> list[Observer]:
         """Return who can tell us what they see: neighbours, and their neighbours who are public."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from natswarm.address import AddressKind, Endpoint
+from natswarm.address import Endpoint
 from natswarm.errors import PunctureFailed
 from natswarm.nat.allocation import SAFE_RANGE, PortAllocation
 from natswarm.nat.behaviour import AllocationLaw, Poison, Pooling
@@ -20,7 +20,6 @@ from natswarm.puncture.strategy import OPENER_REFRESH_S, Limits
 
 __all__ = [
     "allocation_of",
-    "forwarded_endpoints",
     "live_s",
     "mapping_budget",
     "mapping_pace",
@@ -74,24 +73,6 @@ def somewhere_at(profile: NatProfile) -> tuple[Endpoint, ...]:
     # Inside the range the peer's NAT uses, where a firewall would look least.
     port = max(allocation_of(profile).low, SAFE_RANGE.low)
     return tuple(Endpoint(ip, port) for ip in public_ips_of(profile))
-
-
-def forwarded_endpoints(profile: NatProfile) -> tuple[Endpoint, ...]:
-    """Return endpoints that the gateway forwards to us on request (PCP, NAT-PMP, UPnP-IGD).
-
-    They stand among the host candidates: an IPv4 address that is public, not our own, and the one
-    that others see us at. Seen at another, there is a further NAT above the gateway, and the port
-    leads nowhere.
-    """
-    if not profile.is_translated:
-        return ()
-    return tuple(
-        endpoint
-        for endpoint in profile.local_endpoints
-        if ":" not in endpoint.ip
-        and endpoint.kind is AddressKind.GLOBAL
-        and endpoint.ip in profile.public_ips
-    )
 
 
 def mapping_budget(profile: NatProfile, limits: Limits) -> int:

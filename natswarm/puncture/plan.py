@@ -56,7 +56,6 @@ from natswarm.puncture.birthday import (
 )
 from natswarm.puncture.bounds import (
     allocation_of,
-    forwarded_endpoints,
     opener_ttl,
     port_count_of,
     public_ips_of,
@@ -265,7 +264,7 @@ class _Planner:
                 found.append(_Choice(Strategy.IPV6))
             elif _is_seen_at_one_address(mine, theirs):
                 found.append(_Choice(Strategy.SAME_NETWORK))
-        if forwarded_endpoints(mine) or forwarded_endpoints(theirs):
+        if mine.forwarded_endpoints or theirs.forwarded_endpoints:
             found.append(_Choice(Strategy.GATEWAY_MAPPING))
         first, second = (mine, theirs) if self.is_first else (theirs, mine)
         known = _known_choice(first, second)
@@ -348,7 +347,7 @@ class _Planner:
         return replace(plan, duration_s=min(SAME_NETWORK_S, plan.duration_s))
 
     def _plan_forwarded(self) -> Plan:
-        dialled = forwarded_endpoints(self.theirs)
+        dialled = self.theirs.forwarded_endpoints
         reason = "the peer's gateway forwards a port to it" if dialled else "our gateway forwards"
         plan = self._checks(dialled, Strategy.GATEWAY_MAPPING, reason)
         return replace(plan, duration_s=min(GATEWAY_S, plan.duration_s))

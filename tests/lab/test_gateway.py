@@ -7,6 +7,7 @@ what they translated.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ import trio
 from natswarm.address import Endpoint
 from natswarm.errors import PortMappingFailed
 from natswarm.inspector.gateway import ask_leases, ask_services
+from natswarm.lab.errors import LabError
 from natswarm.lab.namespace import Namespace
 from natswarm.lab.nat import KernelNat, NatKind
 from natswarm.lab.process import LabProcess
@@ -301,6 +303,37 @@ async def test_a_gateway_behind_another_nat_makes_none(home: Host, start_gateway
         async with open_port_mapping(gateway, 5000, reach=reach_of(home)):
             pytest.fail("it made one")
     assert set(caught.value.reasons) == {each.value for each in MappingProtocol}
+
+
+def test_a_node_behind_it_is_dialled_by_its_invite(
+    lab: Lab, home: Host, start_gateway: StartGateway, tmp_path: Path
+):
+    start_gateway(home)
+    assert home.router is not None
+    stranger = lab.add_public("stranger")
+    natswarm = [sys.executable, "-c", "from natswarm.cli import main; main()"]
+
+    def command(name: str, *words: str) -> list[str]:
+        return [*natswarm, *words, "--json", "--state", str(tmp_path / name)]
+
+    def forwarded() -> bool:
+        assert home.router is not None
+        return "dnat" in home.router.run(["nft", "list", "table", "inet", "upnp"], timeout_s=10)
+
+    with home.namespace.spawn(command("home", "up")) as node:
+        line = node.wait_line(lambda line: json.loads(line)["event"] == "up", timeout_s=30)
+        assert forwarded()
+        invite = json.loads(line)["invite"]
+        lines = stranger.namespace.run(command("stranger", "connect", invite), timeout_s=60)
+        assert any(json.loads(each)["event"] == "connected" for each in lines.splitlines())
+        node.interrupt()
+        with contextlib.suppress(LabError):  # its exit status is that of Ctrl-C
+            node.wait(timeout_s=10)
+    assert not forwarded(), "given back"
+
+    with home.namespace.spawn(command("home", "up", "--no-gateway")) as node:
+        node.wait_line(lambda line: json.loads(line)["event"] == "up", timeout_s=30)
+        assert not forwarded()
 
 
 def give_ipv6(lab: Lab, home: Host, stranger: Host) -> None:

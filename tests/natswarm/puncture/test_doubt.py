@@ -6,18 +6,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from simulated_puncture import simulate, two_identities
 
 from natswarm.address import Endpoint
 from natswarm.nat.behaviour import Filtering, Mapping
 from natswarm.puncture.doubt import DOUBT_AFTER_S, plan_in_doubt
 from natswarm.puncture.plan import Limits, Strategy
 
-from .simulated_puncture import simulate, two_identities
-
 if TYPE_CHECKING:
-    from natswarm.nat.profile import NatProfile
+    from simulated_puncture import Lie
 
-    from .simulated_puncture import Lie
+    from natswarm.nat.profile import NatProfile
 
 
 def truth(profile: NatProfile) -> NatProfile:
