@@ -287,6 +287,8 @@ def _check_allocation(allocation: PortAllocation) -> None:
     weights = allocation.weights
     if len(weights) > WEIGHT_SLICES or not all(0 < each <= WEIGHT_MAX for each in weights):
         raise DecodeError("not the weights of a range")
+    if weights and allocation.law is not AllocationLaw.UNIFORM:
+        raise DecodeError("only a range has weights")
     if allocation.law_probability is not None and not 0 <= allocation.law_probability <= 1:
         raise DecodeError("not a probability")
     if allocation.law is AllocationLaw.SEQUENTIAL:

@@ -80,7 +80,7 @@ def plan_in_doubt(
                 if step.guesses
             ][:1]
     time_left_s = limits.duration_s - sum(step.duration_s for step in before)
-    while sum(step.duration_s for step in guesses) > time_left_s:
+    while guesses and sum(step.duration_s for step in guesses) > time_left_s:
         guesses.pop()
     return Plan.chain(before + guesses) if guesses else believed
 

@@ -207,6 +207,7 @@ def test_the_largest_profile_fits() -> None:
         ("allocation", {"law": "uniform", "shape": (0.0, 1.0)}),
         ("allocation", {"law": "uniform", "weights": (1,) * 33}),
         ("allocation", {"law": "uniform", "weights": (0, 1)}),
+        ("allocation", {"law": "preserving", "weights": (1, 1)}),
         ("allocation", {"law": "uniform", "weights": (101, 1)}),
         ("allocation", {"law": "uniform", "law_probability": 1.5}),
         ("allocation", {"law": "block", "block_size": 256, "blocks": (512, 512)}),
