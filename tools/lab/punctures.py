@@ -16,6 +16,7 @@ import signal
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def main() -> None:
     sys.exit(any(result["successes"] < result["runs"] for result in results))
 
 
-def _runs(settings: LabSettings, count: int) -> list[Run]:
+def _runs(settings: LabSettings, count: int) -> Iterator[Run]:
     lab = start_lab(settings)
     try:
         with tempfile.TemporaryDirectory() as state:
@@ -137,7 +138,8 @@ def _runs(settings: LabSettings, count: int) -> list[Run]:
                 scene.invite = _wait(hub, "up")["invite"]
                 with scene.start("observer", "up", "--join", scene.invite) as observer:
                     _wait(observer, "up")
-                    return [_run(scene, number) for number in range(count)]
+                    for number in range(count):
+                        yield _run(scene, number)
     finally:
         stop_lab(lab)
 
