@@ -27,6 +27,8 @@ GUESSES_MAX = 16
 # What is not known yet: half of the guesses are right. One trip changes it by an eighth.
 ACCEPTED_SHARE = 0.5
 TRUST = 0.125
+# Until it was measured: what a further row takes of a step's computing. The weights are read once.
+ROW_SHARE = 0.2
 # When guessing does not pay, it is tried again with one guess in so many trips.
 RETRY_TRIPS = 16
 
@@ -71,8 +73,8 @@ class GuessCount:
         self.guess_count = 0
         self.accepted_count = 0
         self._accepted_share = ACCEPTED_SHARE
-        self._trip_s = 0.0
-        self._row_s = 0.0
+        self._trip_s = 0.0  # without guesses
+        self._row_s = 0.0  # what each guess adds
         self._without = 0
 
     def best(self) -> int:
@@ -100,13 +102,16 @@ class GuessCount:
             accepted: The first so many were right.
             elapsed_s: From sending to the answer.
             compute_s: What the stages took of it.
+
+        The first one carries no guesses: `best` sees to that.
         """
-        rows = guesses + 1
-        row_s = compute_s / rows
-        trip_s = max(elapsed_s - guesses * row_s, row_s)
-        known = TRUST if self._trip_s else 1.0
-        self._trip_s += known * (trip_s - self._trip_s)
-        self._row_s += known * (row_s - self._row_s)
+        if guesses:
+            row_s = max(elapsed_s - self._trip_s, 0.0) / guesses
+            self._row_s += TRUST * (row_s - self._row_s)
+        elif not self._trip_s:
+            self._trip_s, self._row_s = elapsed_s, ROW_SHARE * compute_s
+        else:
+            self._trip_s += TRUST * (elapsed_s - self._trip_s)
         self.guess_count += guesses
         self.accepted_count += accepted
         # Guesses after the first wrong one were not tried.

@@ -35,6 +35,8 @@ CARRIERS = ("linux-home", "vodafone-nl", "lyca-nl", "lebara-nl")
 
 # A block of GPT-2 124M takes a phone about so long for one token.
 BLOCK_S = 0.002
+# What each further row of a step takes of that: the weights are read once.
+ROW_SHARE = 0.1
 CUT = LinkConditions(loss=1.0)
 
 T = TypeVar("T")
@@ -52,7 +54,7 @@ class _Running:
 
 @dataclass(slots=True, eq=False)
 class VirtualSwarm:
-    """Nodes by name around one public node, `campus`."""
+    """Nodes by name around one public node, `campus`; a token takes `block_s` in each block."""
 
     model: Model
     engines: Mapping[int, StageEngine]
@@ -60,6 +62,7 @@ class VirtualSwarm:
     rng: random.Random
     seed: int
     nursery: trio.Nursery
+    block_s: float = BLOCK_S
     running: dict[str, _Running] = field(default_factory=dict)
 
     @property
@@ -91,11 +94,13 @@ class VirtualSwarm:
         stack = BlockStack([self.engines[index] for index in blocks])
 
         async def compute(work: Callable[..., T], /, *arguments: Any) -> T:
-            await trio.sleep(BLOCK_S * len(blocks))
+            batch = arguments[0] if arguments and isinstance(arguments[0], Mapping) else {}
+            rows = sum(len(item.x) for item in batch.values()) or 1
+            await trio.sleep(self.block_s * len(blocks) * (1 + ROW_SHARE * (rows - 1)))
             return work(*arguments)
 
         server = StageServer(
-            self.node(name), stack, self.model.content_hash, block_s=BLOCK_S, compute=compute
+            self.node(name), stack, self.model.content_hash, block_s=self.block_s, compute=compute
         )
         server.start()
         self.running[name].nursery.start_soon(server.keep_links)

@@ -48,6 +48,8 @@ def test_accepted_is_the_right_beginning():
 
 def trained(*, right: float, trip_s: float, row_s: float) -> GuessCount:
     count = GuessCount()
+    assert count.best() == 0  # before the first trip
+    count.learn(guesses=0, accepted=0, elapsed_s=trip_s, compute_s=row_s)
     for index in range(200):
         accepted = 4 if index % 10 < 10 * right else 0
         count.learn(guesses=4, accepted=accepted, elapsed_s=trip_s + 4 * row_s, compute_s=5 * row_s)
