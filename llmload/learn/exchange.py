@@ -171,7 +171,12 @@ class Learner:
     ) -> None:
         self.service = learner_service(model_hash)
         self.outer = OuterLoop(
-            ShardLayout(trainer.space), trainer.parameters, settings, reputation=reputation
+            ShardLayout(trainer.space),
+            trainer.parameters,
+            settings,
+            reputation=reputation,
+            # Milliseconds: more than any earlier run of this peer has published.
+            version=int(1000 * utc()),
         )
         self.reports: dict[PeerId, PartnerReport] = {}
         self.step_count = 0

@@ -100,7 +100,7 @@ class Update:
     """What a peer publishes; everybody gets the same.
 
     Attributes:
-        version: From 1.
+        version: Rising by 1.
         shards: Encoded, in the order of the layout. What they hold of `seen` is for nobody yet.
         payload_bytes: Of all shards; headers (about 90 bytes each) not counted.
     """
@@ -159,6 +159,8 @@ class OuterLoop:
             to it, so they must not run during a step.
         settings: How often and how much.
         reputation: A factor in 0..1 for each peer, from elsewhere; None for 1.
+        version: To count updates from. Who begins anew must not begin below what it published
+            before: its partners would take that for repetitions.
     """
 
     def __init__(
@@ -168,10 +170,11 @@ class OuterLoop:
         settings: OuterSettings | None = None,
         *,
         reputation: Reputation | None = None,
+        version: int = 0,
     ) -> None:
         self.layout = layout
         self.settings = settings or OuterSettings()
-        self.version = 0
+        self.version = version
         self.statistics = OuterStatistics()
         self._parameters = parameters
         self._judge = Judge(reputation)
@@ -196,7 +199,7 @@ class OuterLoop:
 
     def go_on_from(self, *, version: int, crowd: float) -> None:
         """Take the rest of a checkpoint, whose vectors are in place."""
-        self.version, self._crowd = version, crowd
+        self.version, self._crowd = max(self.version, version), crowd
         self._has_incoming = bool(self._incoming.any())
 
     def restart(self) -> None:

@@ -141,6 +141,16 @@ async def test_a_peer_that_never_answers_costs_the_others_nothing(mesh, make_lea
     assert a.reports[silent.peer_id].confirmed == 0
 
 
+async def test_who_begins_anew_is_not_taken_for_a_repetition(make_learner):
+    a, b = await make_learner("a", 1), await make_learner("b", 2)
+    await run_all(a, b, step_count=20)
+    again = await make_learner("b", 2)
+    taken = a.outer.statistics.taken
+    await run_all(a, again, step_count=20)
+    assert a.outer.statistics.taken > taken
+    assert a.outer.statistics.repeated == 0
+
+
 async def test_a_peer_that_vanishes_in_the_middle_is_left_behind(mesh, make_learner):
     a, b = await make_learner("a", 1), await make_learner("b", 2)
 
