@@ -14,7 +14,6 @@ from natswarm.nat.allocation import PortAllocation
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping, Poison, Pooling
 from natswarm.nat.profile import NatProfile
 from natswarm.puncture.bounds import (
-    forwarded_endpoints,
     live_s,
     mapping_budget,
     mapping_pace,
@@ -76,7 +75,7 @@ def test_a_forwarded_port_is_dialled_first() -> None:
     forwarded = Endpoint("198.51.100.1", 40_000)
     mapped = replace(BLOCK_NAT, local_endpoints=(*BLOCK_NAT.local_endpoints, forwarded))
     ours, theirs = both_plans(mapped, at_peer(BLOCK_NAT))
-    assert forwarded_endpoints(mapped) == (forwarded,)
+    assert mapped.forwarded_endpoints == (forwarded,)
     for plan in (ours, theirs):
         assert strategies(plan) == [Strategy.GATEWAY_MAPPING, Strategy.TWO_SIDED_BIRTHDAY]
     assert forwarded in theirs.checks
@@ -85,8 +84,8 @@ def test_a_forwarded_port_is_dialled_first() -> None:
 def test_a_port_forwarded_below_another_nat_or_our_own_address_is_none() -> None:
     elsewhere = Endpoint("203.0.113.200", 40_000)
     above = replace(BLOCK_NAT, local_endpoints=(*BLOCK_NAT.local_endpoints, elsewhere))
-    assert forwarded_endpoints(above) == ()
-    assert forwarded_endpoints(PUBLIC) == ()
+    assert above.forwarded_endpoints == ()
+    assert PUBLIC.forwarded_endpoints == ()
 
 
 # TFTP helpers -------------------------------------------------------------------------------------
