@@ -313,7 +313,8 @@ def plan_prober(
 
 def courteous_pace(expected_count: float, under_way_s: float, limits: Limits) -> float:
     """Return the pace at which `limits.overshoot` of the probes expected are under way."""
-    pace = limits.overshoot * expected_count / under_way_s
+    # A coarse clock measures a round trip of nothing.
+    pace = limits.overshoot * expected_count / max(under_way_s, 0.001)
     return min(max(pace, PROBES_PER_S_MIN), limits.probes_per_s)
 
 

@@ -271,6 +271,12 @@ def test_the_pace_keeps_what_is_under_way_to_a_share_of_what_is_expected() -> No
     assert fast.expected_s < plan_at(0.3).expected_s
 
 
+def test_a_round_trip_of_nothing_is_one_of_a_coarse_clock() -> None:
+    burst = plan_at(0.0).burst
+    assert burst is not None
+    assert burst.probes_per_s == Limits().probes_per_s
+
+
 def test_a_law_that_is_not_flat_takes_fewer_mappings_and_probes() -> None:
     flat = PortAllocation(AllocationLaw.UNIFORM, low=4631, high=18_568)
     beta = replace(flat, shape=(2.242, 5.008))
