@@ -344,12 +344,13 @@ class PathKeeper:
         self._candidates = [path for path in self._candidates if path.port_index != port_index]
 
     def note_traffic(self, now: float) -> bool:
-        """Take note that QUIC has sent by the active path; return whether that is to be asked."""
+        """Take note that QUIC has sent by the active path; return whether the timer is sooner."""
         active = self.active
         if active is None:
             return False
+        is_first = active.traffic_at <= active.asked_at
         active.sent_at = active.traffic_at = now
-        return active.doubted_since is None and now >= active.asked_at + TRAFFIC_INTERVAL_S
+        return is_first and active.doubted_since is None
 
     def receive_datagram(self, port_index: int, data: bytes, source: Endpoint, now: float) -> None:
         """Take a datagram of this connection's name that came in on a port."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 
+from natswarm.errors import RequestRefused
 from natswarm.lab.nat import KernelNat, NatKind
 from natswarm.lab.process import LabProcess
 from natswarm.lab.topology import Host, Lab
@@ -54,8 +55,18 @@ def wait_other(node: LabProcess, hub_id: str) -> None:
 
 async def find_all(folder: Path, peer_ids: set[str]) -> None:
     for peer_id in sorted(peer_ids):
-        found = await ask_running_node(folder, {"do": "find", "peer": peer_id})
+        found = await find(folder, peer_id)
         assert found["peer_id"] == peer_id
+
+
+async def find(folder: Path, peer_id: str) -> dict[str, Any]:
+    """Find a peer, again if need be: half a minute after a loss some links are still missing."""
+    while True:
+        try:
+            return await ask_running_node(folder, {"do": "find", "peer": peer_id})
+        except RequestRefused as error:
+            print(f"{folder.name} does not find {peer_id[:8]} yet: {error}")
+            await trio.sleep(1)
 
 
 def test_all_find_each_other_after_their_first_contact_was_killed(lab: Lab, tmp_path: Path):

@@ -15,4 +15,6 @@ def test_onnx_runtime_keeps_no_device_id_and_no_queue_of_events(tmp_path: Path):
     environment = {name: value for name, value in os.environ.items() if "ORT" not in name}
     environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
-    assert [str(path) for path in tmp_path.rglob("*") if path.is_file()] == []
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    ours = tmp_path / "cache" / "llmload"  # what a model's folder holds, noted by `model_cache.py`
+    assert [str(path) for path in left if not path.is_relative_to(ours)] == []
