@@ -402,10 +402,10 @@ def resident_bytes() -> int:
     return int(path.read_text().split()[1]) * PAGE_BYTES if path.exists() else 0
 
 
-def verdicts(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def verdicts(experiment: str, figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return which targets a swarm meets."""
     return {
-        name: {
+        f"{experiment}.{name}": {
             "value": figures[name],
             "target": target,
             "ok": figures[name] >= target if name in AT_LEAST else figures[name] <= target,
@@ -437,7 +437,7 @@ def main() -> None:
         for count in size.sizes:
             figures = growth(arguments.seed, count, size)
             report[f"growth_{count}"] = figures
-            targets[f"growth_{count}"] = verdicts(figures)
+            targets |= verdicts(f"growth_{count}", figures)
     if arguments.only in (None, "disaster"):
         report["disaster"] = disaster(arguments.seed, size)
     if arguments.only in (None, "attack"):
@@ -448,12 +448,11 @@ def main() -> None:
         return
     for experiment, figures in report.items():
         print(experiment)
-        met = targets.get(experiment, {})
         for name, value in figures.items():
             verdict = ""
-            if name in met:
-                verdict = f"target {met[name]['target']:,}: "
-                verdict += "met" if met[name]["ok"] else "MISSED"
+            if (target := targets.get(f"{experiment}.{name}")) is not None:
+                verdict = f"target {target['target']:,}: "
+                verdict += "met" if target["ok"] else "MISSED"
             print(f"    {name:<36} {value!s:>14}  {verdict}")
 
 
