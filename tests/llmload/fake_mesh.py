@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import trio
 import trio.testing
 
-from natswarm import ConfigurationError, ConnectFailed, NatswarmError, PeerId
+from natswarm import ConfigurationError, ConnectFailed, ConnectionLost, NatswarmError, PeerId
 from natswarm.net.call import CallHandler, answering
 from natswarm.net.caller import Caller
 
@@ -166,7 +166,7 @@ class FakePeer:
         await trio.lowlevel.checkpoint()
         mesh = self.us.mesh
         if self.them.peer_id not in mesh.nodes:
-            raise trio.BrokenResourceError("the connection is lost")
+            raise ConnectionLost("the connection is lost")
         wire = FakeWire(mesh, frozenset({self.us.peer_id, self.them.peer_id}))
         mesh.wires.append(wire)
         ours, theirs = (FakeStream(wire, end, protocol) for end in wire.ends)

@@ -81,7 +81,8 @@ async def test_updates_go_both_ways_and_the_replies_say_what_became_of_them(make
         report = ours.reports[theirs.node.peer_id]
         assert report.confirmed > 0
         assert report.sent_bytes > 0 < report.received_bytes
-        assert 0 < report.taken_weight <= 1
+        assert 0 <= report.taken_weight <= 1  # of the latest, which may have been overtaken
+        assert ours.outer.statistics.weight > 0
         assert ours.outer.statistics.taken > 0
         assert ours.outer.crowd > 1
         assert ours.step_count == 40
@@ -147,8 +148,9 @@ async def test_who_begins_anew_is_not_taken_for_a_repetition(make_learner):
     again = await make_learner("b", 2)
     taken = a.outer.statistics.taken
     await run_all(a, again, step_count=20)
-    assert a.outer.statistics.taken > taken
-    assert a.outer.statistics.repeated == 0
+    # As many as before; one that a later one has overtaken counts as a repetition.
+    assert a.outer.statistics.taken > 1.5 * taken
+    assert a.outer.statistics.repeated < 3
 
 
 async def test_a_peer_that_vanishes_in_the_middle_is_left_behind(mesh, make_learner):
