@@ -249,6 +249,10 @@ class Node:
         """Give up what is under way and say goodbye to every peer."""
         self._is_closed = True
         self._dialler.close()
+        if self._rejoiner is not None:
+            for peer in self.peers():
+                if not peer.introduced.is_set():  # else it has been noted
+                    self._rejoiner.note_connected(peer)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._config.notes.save)
             if self._rejoiner is not None:
