@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import trio
 
 from llmload.engine.session import StageEngine
 from llmload.model_folder import load_model
@@ -17,20 +16,11 @@ from llmload.swarm.route import StageOffer
 from llmload.swarm.stage import StageLimits, StageServer
 
 sys.path.append(str(Path(__file__).parents[1]))
-from fake_mesh import FakeMesh
+from fake_mesh import FakeMesh, compute_here
 
 # Whoever finds nobody gives up at once.
 IMPATIENT = SwarmTimeouts(open_s=10, step_s=10, replica_s=0)
 SPLITS = {2: (range(1), range(1, 3)), 3: (range(1), range(1, 2), range(2, 3))}
-
-
-STEP_S = 0.01
-
-
-async def compute_here(work, *arguments):
-    """Compute on the loop: a mock clock would not wait for a thread."""
-    await trio.sleep(STEP_S)
-    return work(*arguments)
 
 
 @pytest.fixture

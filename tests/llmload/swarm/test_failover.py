@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+from fake_mesh import compute_here
 
 from llmload.engine.generate import generate_tokens
 from llmload.engine.sampler import SamplingParameters
@@ -93,7 +94,8 @@ async def test_without_a_replica_it_waits_for_one(autojump_clock, pipeline, expe
         async def come_back() -> None:
             await trio.sleep(20)
             node = swarm.mesh.node("newcomer")
-            stage = StageServer(node, stack(range(1, 3)), model.content_hash)
+            blocks = stack(range(1, 3))
+            stage = StageServer(node, blocks, model.content_hash, compute=compute_here)
             stage.start()
             await node.announce([stage.service])
 

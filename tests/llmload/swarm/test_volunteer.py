@@ -6,7 +6,7 @@ import random
 
 import pytest
 import trio
-from fake_mesh import FakeMesh
+from fake_mesh import FakeMesh, compute_here
 
 from llmload.engine.generate import generate_tokens
 from llmload.swarm.blocks import BlockStack
@@ -16,11 +16,6 @@ from llmload.swarm.stage import StageLimits
 from llmload.swarm.volunteer import Volunteer, block_bytes
 
 PROMPT = [5, 17, 3, 250, 17]
-
-
-async def compute_here(work, *arguments):
-    await trio.sleep(0.01)
-    return work(*arguments)
 
 
 class Volunteers:
