@@ -20,18 +20,19 @@ from rich.markup import escape
 
 from llmload import cli_learn, cli_model
 from llmload.answer_screen import AnswerScreen
-from llmload.cli_model import show_model
-from llmload.cli_shared import (
+from llmload.cli_mesh import (
     BindOption,
     JoinOption,
+    join_mesh,
+)
+from llmload.cli_model import show_model
+from llmload.cli_shared import (
     JsonOption,
     ModelOption,
-    join_mesh,
     model_folder,
     print_json,
     remarks,
     run_async,
-    swarm_of,
 )
 from llmload.cli_up import up
 from llmload.engine.generate import generate_tokens
@@ -43,7 +44,7 @@ from llmload.model_folder import Model, load_model
 from llmload.swarm.client import Generation, SwarmClient, prompt_token_ids
 from llmload.swarm.codec import Codec
 from llmload.swarm.route import format_blocks
-from natswarm import Identity, Invite, NatswarmError, NodeConfig, SystemPaths, open_node
+from natswarm import LINKS_MIN, Identity, Invite, NatswarmError, NodeConfig, SystemPaths, open_node
 
 __all__ = ["app", "main"]
 
@@ -220,8 +221,9 @@ async def _generate_on_peers(
     # Whoever only asks needs no lasting name, and may ask on a device that serves, too.
     config = NodeConfig(
         identity=Identity.generate(),
-        swarm=swarm_of(invites),
+        swarm=invites[0].swarm,
         bind_ip=bind,
+        links_max=LINKS_MIN,  # or it would find only the neighbours of those who invited us
         paths=SystemPaths(ip=bind),
     )
     with screen:

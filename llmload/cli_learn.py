@@ -18,30 +18,41 @@ import trio
 import typer
 from numpy.typing import NDArray
 
-from llmload.cli_shared import (
+from llmload.cli_mesh import (
+    DEFAULT_LINKS,
+    DEFAULT_STATE,
     BindOption,
+    DhtFileOption,
+    DhtNodeOption,
+    DhtOption,
+    GatewayOption,
+    InterfaceOption,
     JoinOption,
+    LanOption,
+    LinksOption,
+    PortOption,
+    StateOption,
+    join_mesh,
+    show_event,
+    stay_joined,
+)
+from llmload.cli_shared import (
     JsonOption,
     ModelOption,
-    PortOption,
     ThreadsOption,
-    join_mesh,
     model_folder,
     output,
     print_json,
     run_async,
-    swarm_of,
 )
-from llmload.cli_up import DEFAULT_STATE, StateOption, show_event, stay_joined
 from llmload.learn.checkpoint import load_checkpoint, save_checkpoint
 from llmload.learn.exchange import Learner
-from llmload.learn.protocol import learner_service
 from llmload.learn.resume import resume, take_checkpoint
 from llmload.learn.trainer import AdamWSettings, Trainer, batches
 from llmload.model_folder import Model, load_model, save_config
 from llmload.swarm.beside import beside
 from llmload.weights import save_weights
-from natswarm import Identity, Invite, NodeConfig, SystemPaths, open_node
+from natswarm import DhtOptions, Invite, NodeConfig, device_config, open_device
 
 __all__ = ["evaluate", "learn"]
 
@@ -72,7 +83,14 @@ def learn(
     join: JoinOption = None,
     state: StateOption = DEFAULT_STATE,
     bind: BindOption = "0.0.0.0",
+    interface: InterfaceOption = None,
     port: PortOption = 0,
+    lan: LanOption = True,
+    gateway: GatewayOption = True,
+    links: LinksOption = DEFAULT_LINKS,
+    dht: DhtOption = False,
+    dht_node: DhtNodeOption = None,
+    dht_file: DhtFileOption = None,
     threads: ThreadsOption = 1,
     steps: Annotated[
         int | None,
@@ -110,19 +128,24 @@ def learn(
         optimizer=AdamWSettings(learning_rate=rate),
         thread_count=threads,
     )
-    config = NodeConfig(
-        identity=Identity.load_or_create(state / "identity"),
-        swarm=swarm_of(invites),
-        bind_ip=bind,
+    config = device_config(
+        state,
+        invites=invites,
+        bind=bind,
+        interface=interface,
         port=port,
-        paths=SystemPaths(ip=bind),
-        services=(learner_service(loaded.content_hash),),
+        lan=lan,
+        links=links,
+        dht=DhtOptions(dht, dht_node or (), dht_file),
+        publishes=True,
+        traces_path=True,
+        asks_gateway=gateway,
         on_event=partial(show_event, as_json),
     )
     course = _Course(
         loaded, trainer, rng, tokens[:cut], tokens[cut:], batch, window, out, report_every, as_json
     )
-    run_async(_learn, course, config, invites, steps)
+    run_async(_learn, course, state, config, invites, steps)
 
 
 def evaluate(
@@ -152,9 +175,9 @@ def evaluate(
 
 
 async def _learn(
-    course: _Course, config: NodeConfig, invites: Sequence[Invite], steps: int | None
+    course: _Course, state: Path, config: NodeConfig, invites: Sequence[Invite], steps: int | None
 ) -> None:
-    async with open_node(config) as node:
+    async with open_device(state, config) as node:
         learner = Learner(
             node,
             course.trainer,
@@ -164,6 +187,7 @@ async def _learn(
         )
         course.begin(learner)
         learner.start()
+        await node.announce([learner.service])
         await join_mesh(node, invites)
         course.tell({"event": "learning", "invite": str(await node.invite())})
         if learner.step_count == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,22 +16,16 @@ from rich.console import Console
 from llmload.model_store import ModelStore
 from llmload.swarm.beside import beside
 from llmload.weights import bundled_model_path
-from natswarm import OPEN_SWARM, Invite, Node, SwarmKey
 
 __all__ = [
-    "BindOption",
-    "JoinOption",
     "JsonOption",
     "ModelOption",
-    "PortOption",
     "ThreadsOption",
-    "join_mesh",
     "model_folder",
     "output",
     "print_json",
     "remarks",
     "run_async",
-    "swarm_of",
 ]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -48,22 +42,6 @@ ModelOption = Annotated[
         show_default=False,
     ),
 ]
-JoinOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--join",
-        metavar="INVITE",
-        help="Invite of a peer of the mesh, natswarm:...; may be given more than once.",
-        show_default=False,
-    ),
-]
-BindOption = Annotated[
-    str,
-    typer.Option("--bind", metavar="IP", help="Local address, such as that of one interface."),
-]
-PortOption = Annotated[
-    int, typer.Option("--port", min=0, max=65_535, help="UDP port; 0 lets the system choose.")
-]
 ThreadsOption = Annotated[
     int, typer.Option("--threads", min=1, max=256, help="Processor threads for one step.")
 ]
@@ -74,22 +52,9 @@ output = Console(soft_wrap=True, highlight=False)
 remarks = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def swarm_of(invites: Sequence[Invite]) -> SwarmKey:
-    """Return the swarm that we are invited to; the open one without an invite."""
-    return invites[0].swarm if invites else OPEN_SWARM
-
-
 def model_folder(model: Path | None) -> Path:
     """Return the folder of a model: one of this device, a path, or the shipped one."""
     return bundled_model_path() if model is None else ModelStore().find(str(model))
-
-
-async def join_mesh(node: Node, invites: Sequence[Invite]) -> None:
-    """Connect to all who invited us, and find out what our NAT does."""
-    for invite in invites:
-        await node.connect(invite)
-    if invites:
-        await node.inspect()  # punctures to others are planned from what our NAT does
 
 
 def run_async(main: Callable[..., Awaitable[T]], *arguments: Any) -> T:

@@ -8,29 +8,39 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import platformdirs
-import trio
 import typer
 
-from llmload.cli_shared import (
+from llmload.cli_mesh import (
+    DEFAULT_LINKS,
+    DEFAULT_STATE,
     BindOption,
+    DhtFileOption,
+    DhtNodeOption,
+    DhtOption,
+    GatewayOption,
+    InterfaceOption,
     JoinOption,
+    LanOption,
+    LinksOption,
+    PortOption,
+    StateOption,
+    join_mesh,
+    show_event,
+    stay_joined,
+)
+from llmload.cli_shared import (
     JsonOption,
     ModelOption,
-    PortOption,
     ThreadsOption,
-    join_mesh,
     model_folder,
     output,
     print_json,
     remarks,
     run_async,
-    swarm_of,
 )
 from llmload.config import GPT2Config
 from llmload.engine.prepared import open_stage
@@ -44,31 +54,16 @@ from llmload.swarm.route import format_blocks, parse_blocks, stage_service
 from llmload.swarm.stage import StageLimits
 from llmload.swarm.volunteer import Volunteer, block_bytes
 from natswarm import (
-    ConnectFailed,
-    Identity,
+    DhtOptions,
     Invite,
-    Node,
     NodeConfig,
-    NodeEvent,
-    PeerConnected,
-    PeerLost,
-    PunctureEnded,
-    SystemPaths,
-    open_node,
+    device_config,
+    open_device,
 )
 
-__all__ = ["DEFAULT_STATE", "StateOption", "show_event", "stay_joined", "up"]
+__all__ = ["up"]
 
-# A peer that restarts is back in about a minute; dialling costs one datagram a try.
-REJOIN_INTERVAL_S = 15.0
 DEFAULT_LIMITS = StageLimits()
-DEFAULT_STATE = platformdirs.user_state_path("llmload", appauthor=False)
-StateOption = Annotated[
-    Path,
-    typer.Option(
-        "--state", metavar="DIR", help="Folder of this device's identity.", show_default=False
-    ),
-]
 # The rest is for the keys and values of sessions.
 WEIGHTS_SHARE = 0.75
 # Half of what a small phone has, where the system does not tell.
@@ -100,7 +95,14 @@ def up(
     state: StateOption = DEFAULT_STATE,
     name: Annotated[str, typer.Option("--name", help="What other peers see.")] = "",
     bind: BindOption = "0.0.0.0",
+    interface: InterfaceOption = None,
     port: PortOption = 0,
+    lan: LanOption = True,
+    gateway: GatewayOption = True,
+    links: LinksOption = DEFAULT_LINKS,
+    dht: DhtOption = False,
+    dht_node: DhtNodeOption = None,
+    dht_file: DhtFileOption = None,
     threads: ThreadsOption = 1,
     sessions: Annotated[
         int, typer.Option("--sessions", min=1, help="How many may be served at once.")
@@ -111,20 +113,27 @@ def up(
 
     Looks who serves what, measures this device, and takes the blocks that are lacking most, as many
     as the memory holds; every minute it looks again, and moves if that helps the swarm. Devices
-    that together hold all blocks answer each `llmload generate --join`. Without --join this is the
-    first device of a new mesh: give the invite that it prints to the others.
+    that together hold all blocks answer each `llmload generate --join`. Without --join it meets
+    the LAN and whom it remembers; the first device of a new mesh is alone: give the invite that it
+    prints to the others. Meanwhile `natswarm status --state DIR`, `peers` and the like ask it.
     """
     folder = model_folder(model)
     config = GPT2Config.from_folder(folder)
     candidates, cache_bytes_max = _room(config, memory, blocks)
     invites = [Invite.parse(text) for text in join or ()]
-    node_config = NodeConfig(
-        identity=Identity.load_or_create(state / "identity"),
-        swarm=swarm_of(invites),
+    node_config = device_config(
+        state,
+        invites=invites,
         name=name,
-        bind_ip=bind,
+        bind=bind,
+        interface=interface,
         port=port,
-        paths=SystemPaths(ip=bind),
+        lan=lan,
+        links=links,
+        dht=DhtOptions(dht, dht_node or (), dht_file),
+        publishes=True,
+        traces_path=True,
+        asks_gateway=gateway,
         on_event=partial(show_event, as_json),
     )
     limits = StageLimits(session_count_max=sessions, cache_bytes_max=cache_bytes_max)
@@ -136,7 +145,8 @@ def up(
 
     content_hash = load_model(folder).content_hash
     run_async(
-        _serve, node_config, config, content_hash, open_block, candidates, limits, invites, as_json
+        *(_serve, state, node_config, config, content_hash, open_block),
+        *(candidates, limits, invites, as_json),
     )
 
 
@@ -182,6 +192,7 @@ def _free_memory_bytes() -> int:
 
 
 async def _serve(
+    state: Path,
     node_config: NodeConfig,
     config: GPT2Config,
     model_hash: str,
@@ -191,7 +202,7 @@ async def _serve(
     invites: Sequence[Invite],
     as_json: bool,
 ) -> None:
-    async with open_node(node_config) as node:
+    async with open_device(state, node_config) as node:
         await join_mesh(node, invites)
         invite = str(await node.invite())
 
@@ -227,39 +238,3 @@ async def _serve(
                     f"[dim]{done.opened_session_count} sessions, {done.position_count} positions "
                     f"computed, {done.failed_session_count} sessions failed[/]"
                 )
-
-
-async def stay_joined(node: Node, invites: Sequence[Invite]) -> None:
-    """Dial the peers that we joined by again and again; nothing happens while they are there."""
-    while True:
-        await trio.sleep(REJOIN_INTERVAL_S)
-        for invite in invites:
-            # Their loss was shown as an event, and the next try comes soon.
-            with suppress(ConnectFailed):
-                await node.connect(invite)
-
-
-def show_event(as_json: bool, event: NodeEvent) -> None:
-    """Print what happened to a node; nothing for most events."""
-    facts: dict[str, Any]
-    match event:
-        case PunctureEnded(peer_id, report):
-            word, who = "punctured" if report.is_ok else "closed", peer_id
-            facts = {
-                "strategy": report.strategy,
-                "probes": report.probe_count,
-                "seconds": round(report.seconds, 4),
-                "ok": report.is_ok,
-                "reason": report.reason,
-            }
-        case PeerConnected(peer):
-            word, who, facts = "connected", peer.peer_id, {"at": str(peer.seen_at)}
-        case PeerLost(peer):
-            word, who, facts = "lost", peer.peer_id, {"at": str(peer.seen_at)}
-        case _:
-            return
-    if as_json:
-        print_json({"event": word, "peer_id": str(who), **facts})
-    else:
-        text = ", ".join(f"{name} {value}" for name, value in facts.items() if value != "")
-        output.print(f"{word:<10} {who.short} {text}", markup=False)

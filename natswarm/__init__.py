@@ -9,12 +9,13 @@
 
 What is exported here is what users may rely on; everything else may move. General layout, lowest
 layer first: address, errors, identity, wire, message; nat; puncture, discovery; sim; net; node;
-inspector; cli. docs/architecture.md draws it.
+inspector, device; cli. docs/architecture.md draws it.
 """
 
 from __future__ import annotations
 
 from natswarm.address import AddressKind, Endpoint
+from natswarm.device import DhtOptions, device_config, open_device
 from natswarm.discovery.introduction import NodeRecord
 from natswarm.discovery.invite import Invite
 from natswarm.errors import (
@@ -80,12 +81,15 @@ from natswarm.node import (
 )
 from natswarm.puncture.plan import Limits, Plan
 from natswarm.routing.record import Record, own_key, service_key
+from natswarm.routing.table import LINKS_MAX, LINKS_MIN
 from natswarm.sim.presets import PRESETS
 from natswarm.sim.topology import Internet
 from natswarm.sim.world import World
 from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 
 __all__ = [
+    "LINKS_MAX",
+    "LINKS_MIN",
     "OPEN_SWARM",
     "PRESETS",
     "AddressError",
@@ -99,6 +103,7 @@ __all__ = [
     "ConnectFailed",
     "ConnectionLost",
     "DecodeError",
+    "DhtOptions",
     "Endpoint",
     "Evidence",
     "Filtering",
@@ -155,7 +160,9 @@ __all__ = [
     "UdpNetwork",
     "VirtualNetwork",
     "World",
+    "device_config",
     "inspect",
+    "open_device",
     "open_node",
     "open_signed_profile_untrusted",
     "own_key",

@@ -269,15 +269,27 @@ class Learner:
     # --- Ours to others ----------------------------------------------------------------------
 
     async def _look_for_partners(self) -> None:
+        with suppress(NatswarmError):  # nobody to keep it yet: the node tries again
+            await self._node.publish(self.service, is_service=True)
         while True:
-            for record in await self._node.find_peers():
-                if self.service in record.services and record.peer_id not in self._partners:
+            for peer_id in await self._others():
+                if peer_id not in self._partners:
                     try:
-                        self.meet(await self._node.connect(record.peer_id))
+                        self.meet(await self._node.connect(peer_id))
                     except NatswarmError as error:
-                        short = record.peer_id.short
-                        logger.info("can't reach %s, who learns too: %s", short, error)
+                        logger.info("can't reach %s, who learns too: %s", peer_id.short, error)
             await trio.sleep(LOOK_EVERY_S)
+
+    async def _others(self) -> list[PeerId]:
+        """Return who else learns this model: of our neighbourhood, and by routing."""
+        found = {
+            record.peer_id
+            for record in await self._node.find_peers()
+            if self.service in record.services
+        }
+        with suppress(NatswarmError):  # this node takes no part in routing, or nobody answers
+            found.update(await self._node.find_service(self.service))
+        return sorted(found - {self._node.peer_id})
 
     def meet(self, peer: Peer) -> None:
         """Exchange with a peer from now on, if there is room; who is found needs no introduction.
@@ -424,11 +436,7 @@ class Learner:
         Returns:
             Shards that were taken over: all or none.
         """
-        sources = [
-            record.peer_id
-            for record in await self._node.find_peers()
-            if self.service in record.services
-        ]
+        sources = await self._others()
         layout = self.outer.layout
         found = self._trainer.parameters.copy()
         missing = deque(range(layout.shard_count))

@@ -20,7 +20,6 @@ from natswarm.cli.options import (
     DhtFileOption,
     DhtNodeOption,
     DhtOption,
-    DhtOptions,
     ExpiresOption,
     GatewayOption,
     InterfaceOption,
@@ -33,18 +32,18 @@ from natswarm.cli.options import (
     StateOption,
     console,
     duration_s,
-    make_config,
     print_json,
     with_node,
 )
 from natswarm.cli.recipes import recipes_app
-from natswarm.cli.running import Answers, find, invite, join, peers, status
-from natswarm.cli.show import event_as_json, event_as_text, show_qr, status_as_json
+from natswarm.cli.running import find, invite, join, peers, status
+from natswarm.cli.show import event_as_json, event_as_text, show_qr
 from natswarm.cli.status_view import show_live
 from natswarm.cli.swarm import swarm_app
+from natswarm.device import DhtOptions, device_config
+from natswarm.device.facts import status_as_json
 from natswarm.discovery.invite import Invite
 from natswarm.identity import Identity, PeerId
-from natswarm.net.control import open_control
 from natswarm.node import Node, NodeEvent
 from natswarm.routing.table import LINKS_MAX
 
@@ -125,7 +124,7 @@ def up(
     """
     lifetime_s = duration_s(expires)
     invites = [Invite.parse(text) for text in join or ()]
-    config = make_config(
+    config = device_config(
         state,
         invites=invites,
         name=name,
@@ -144,20 +143,19 @@ def up(
     )
 
     async def body(node: Node) -> None:
-        async with open_control(state, Answers(node).answer):
-            await _meet(node, invites)
-            invite = await node.invite(lifetime_s=lifetime_s, is_one_time=one_time)
-            if as_json:
-                print_json({"event": "up", "peer_id": str(node.peer_id), "invite": str(invite)})
-            else:
-                console.print(f"PeerId  {node.peer_id}\nInvite  {invite}\nPress Ctrl-C to stop.")
-                if qr:
-                    show_qr(invite)
-            if live and console.is_terminal and not as_json:
-                await show_live(console, partial(status_as_json, node))
-            await trio.sleep_forever()
+        await _meet(node, invites)
+        invite = await node.invite(lifetime_s=lifetime_s, is_one_time=one_time)
+        if as_json:
+            print_json({"event": "up", "peer_id": str(node.peer_id), "invite": str(invite)})
+        else:
+            console.print(f"PeerId  {node.peer_id}\nInvite  {invite}\nPress Ctrl-C to stop.")
+            if qr:
+                show_qr(invite)
+        if live and console.is_terminal and not as_json:
+            await show_live(console, partial(status_as_json, node))
+        await trio.sleep_forever()
 
-    trio.run(with_node, config, body)
+    trio.run(with_node, state, config, body)
 
 
 app.command()(inspect)
@@ -190,7 +188,7 @@ def connect(
     """Puncture to one peer and report how it went."""
     target = Invite.parse(peer) if peer.startswith("natswarm:") else PeerId.parse(peer)
     invites = [Invite.parse(text) for text in join or ()]
-    config = make_config(
+    config = device_config(
         state,
         invites=[*invites, target] if isinstance(target, Invite) else invites,
         bind=bind,
@@ -205,16 +203,14 @@ def connect(
     )
 
     async def body(node: Node) -> None:
-        # Two nodes of one identity would take each other's connections away.
-        async with open_control(state, Answers(node).answer):
-            await _meet(node, invites)
-            if by_clock:
-                peer_id = target if isinstance(target, PeerId) else target.record.peer_id
-                await node.meet_again(peer_id)
-            else:
-                await node.connect(target)
+        await _meet(node, invites)
+        if by_clock:
+            peer_id = target if isinstance(target, PeerId) else target.record.peer_id
+            await node.meet_again(peer_id)
+        else:
+            await node.connect(target)
 
-    trio.run(with_node, config, body)
+    trio.run(with_node, state, config, body)
 
 
 def _event_printer(as_json: bool) -> Callable[[NodeEvent], None]:

@@ -21,15 +21,14 @@ from natswarm.cli.options import (
     DhtFileOption,
     DhtNodeOption,
     DhtOption,
-    DhtOptions,
     InterfaceOption,
     JoinOption,
     JsonOption,
     StateOption,
-    make_config,
     print_json,
     with_node,
 )
+from natswarm.device import DhtOptions, device_config
 from natswarm.discovery.invite import Invite
 from natswarm.errors import ConfigurationError, DecodeError
 from natswarm.identity import Identity
@@ -122,7 +121,7 @@ def inspect(
         raise ConfigurationError("--export writes one report, --watch makes many: choose one")
     tests = choose_tests(quick=quick, lifetimes=lifetimes, only=only or (), skip=skip or ())
     invites = [Invite.parse(text) for text in join or ()]
-    config = make_config(
+    config = device_config(
         state,
         invites=invites,
         bind=bind,
@@ -154,7 +153,7 @@ def inspect(
         if export is not None:  # last: minutes of measuring are on the screen if it fails
             write_profile(export, report, config.identity)
 
-    trio.run(with_node, config, body)
+    trio.run(with_node, state, config, body)
 
 
 def choose_tests(

@@ -1,7 +1,4 @@
-"""Commands that ask a running `natswarm up`, and what it answers them.
-
-natswarm status, peers, invite, join, find ── net/control.py ── Answers ── Node
-"""
+"""Commands that ask the node that runs with a state folder; `device/answers.py` answers."""
 
 from __future__ import annotations
 
@@ -22,46 +19,13 @@ from natswarm.cli.options import (
     duration_s,
     print_json,
 )
-from natswarm.cli.show import peer_as_json, peer_details_as_json, show_qr, status_as_json
+from natswarm.cli.show import show_qr
 from natswarm.cli.status_view import peer_details, peer_line, peers_table, status_view
 from natswarm.discovery.invite import Invite
-from natswarm.errors import RequestRefused
 from natswarm.identity import PeerId
 from natswarm.net.control import ask_running_node
-from natswarm.node import Node
 
-__all__ = ["Answers", "find", "invite", "join", "peers", "status"]
-
-
-class Answers:
-    """What a running node answers the other commands.
-
-    Args:
-        node: The node.
-    """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
-    async def answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Do what is asked, and say how it went.
-
-        Raises:
-            NatswarmError: It could not be done, or is not known here.
-        """
-        match question:
-            case {"do": "status"}:
-                return status_as_json(self._node)
-            case {"do": "peers"}:
-                return {"peers": [peer_details_as_json(peer) for peer in self._node.peers()]}
-            case {"do": "invite", "lifetime_s": float(lifetime_s), "one_time": bool(is_one_time)}:
-                made = await self._node.invite(lifetime_s=lifetime_s, is_one_time=is_one_time)
-                return {"invite": str(made), "expires_at_s": made.expires_at_s}
-            case {"do": "join", "invite": str(text)}:
-                return peer_as_json(await self._node.connect(Invite.parse(text)))
-            case {"do": "find", "peer": str(text)}:
-                return peer_as_json(await self._node.connect(PeerId.parse(text)))
-        raise RequestRefused("the running node does not know this: is it of another version?")
+__all__ = ["find", "invite", "join", "peers", "status"]
 
 
 def status(state: StateOption = DEFAULT_STATE, as_json: JsonOption = False) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from natswarm.cli.options import DEFAULT_STATE, IDENTITY_FILE, SWARM_FILE, StateOption, console
+from natswarm.cli.options import DEFAULT_STATE, StateOption, console
+from natswarm.device.config import IDENTITY_FILE, SWARM_FILE
 from natswarm.errors import ConfigurationError
 from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 

@@ -32,6 +32,8 @@ class FakeMesh:
         cut_at_send: Number of the send at which its stream is cut; None for never.
         cut_in_send_over: The same for any send of more bytes than this.
         cut_bytes: How much of the data of that send still gets through.
+        published: Who offers which service by routing; None: nobody takes part in routing, and all
+            are neighbours instead.
     """
 
     def __init__(self, nursery: trio.Nursery) -> None:
@@ -42,6 +44,7 @@ class FakeMesh:
         self.cut_at_send: int | None = None
         self.cut_in_send_over: int | None = None
         self.cut_bytes = 0
+        self.published: dict[str, list[PeerId]] | None = None
         self.contained: list[Exception] = []
         self._running = 0
         self._changed = trio.lowlevel.ParkingLot()
@@ -128,10 +131,20 @@ class FakeNode:
         raise ConfigurationError("this node takes no part in routing")
 
     async def publish(self, topic, value=b"", *, is_service=False):
-        raise ConfigurationError("this node takes no part in routing")
+        self._routed().setdefault(topic, []).append(self.peer_id)
+
+    async def find_service(self, name):
+        return list(self._routed().get(name, ()))
+
+    def _routed(self):
+        if self.mesh.published is None:
+            raise ConfigurationError("this node takes no part in routing")
+        return self.mesh.published
 
     async def find_peers(self) -> list[FakeRecord]:
         await trio.lowlevel.checkpoint()
+        if self.mesh.published is not None:
+            return []
         return [
             FakeRecord(node.peer_id, node.name, node.services)
             for node in self.mesh.nodes.values()

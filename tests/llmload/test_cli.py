@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import trio
 
-from llmload import cli, cli_up
+from llmload import cli, cli_mesh, cli_up
 from llmload.engine.generate import generate_tokens
 from llmload.engine.sampler import SamplingParameters
 from llmload.engine.session import StageEngine
@@ -31,6 +31,7 @@ from natswarm import (
     World,
     run_world,
 )
+from natswarm.net.control import ask_running_node
 
 TIMEOUT_S = 30
 
@@ -197,10 +198,13 @@ def test_help_names_every_command(llmload):
 # --- up, and generate over the mesh ------------------------------------------------------------
 
 
-async def test_peers_serve_what_generate_asks_for(nursery, model_folder, monkeypatch, capsys):
+async def test_peers_serve_what_generate_asks_for(
+    nursery, model_folder, monkeypatch, capsys, tmp_path
+):
     model = load_model(model_folder)
     said_in, said = trio.open_memory_channel(20)
-    monkeypatch.setattr(cli_up, "print_json", said_in.send_nowait)
+    for module in (cli_mesh, cli_up):
+        monkeypatch.setattr(module, "print_json", said_in.send_nowait)
     internet = Internet(World(seed=3))
     asker = VirtualNetwork(internet.add_host("asker", "linux-home"))
     monkeypatch.setattr(cli, "NodeConfig", partial(NodeConfig, network=asker, seed=9))
@@ -210,14 +214,14 @@ async def test_peers_serve_what_generate_asks_for(nursery, model_folder, monkeyp
             identity=Identity(name.encode().ljust(32, b".")),
             network=VirtualNetwork(internet.add_host(name, "public")),
             seed=1,
-            on_event=partial(cli_up.show_event, True),
+            on_event=partial(cli_mesh.show_event, True),
         )
 
         def open_block(block: int) -> StageEngine:
             return StageEngine(model.config, model.weights, range(block, block + 1))
 
         nursery.start_soon(
-            *(cli_up._serve, config, model.config, model.content_hash, open_block),
+            *(cli_up._serve, tmp_path / name, config, model.config, model.content_hash, open_block),
             *([blocks], cli_up.DEFAULT_LIMITS, invites, True),
         )
 
@@ -257,22 +261,28 @@ async def test_peers_serve_what_generate_asks_for(nursery, model_folder, monkeyp
 
 
 async def test_lost_mesh_is_joined_again(nursery, monkeypatch):
-    monkeypatch.setattr(cli_up, "REJOIN_INTERVAL_S", 0)
+    monkeypatch.setattr(cli_mesh, "REJOIN_INTERVAL_S", 0)
     tried_often = trio.Event()
     tries = []
 
     class LonelyNode:
+        def peers(self):
+            return []
+
+        async def rejoin(self):
+            tries.append("remembered")
+
         async def connect(self, invite):
             await trio.lowlevel.checkpoint()
             tries.append(invite)
-            if len(tries) == 4:
+            if len(tries) == 6:
                 tried_often.set()
             raise ConnectFailed("nobody is there")
 
-    nursery.start_soon(cli_up.stay_joined, LonelyNode(), ["one", "two"])
+    nursery.start_soon(cli_mesh.stay_joined, LonelyNode(), ["one", "two"])
     with trio.fail_after(TIMEOUT_S):
         await tried_often.wait()
-    assert tries[:4] == ["one", "two", "one", "two"]
+    assert tries[:6] == ["remembered", "one", "two"] * 2
     nursery.cancel_scope.cancel()
 
 
@@ -283,7 +293,7 @@ def test_interrupt_ends_serving_in_order(model_folder, tmp_path, interrupt):
         [
             *(sys.executable, "-W", "error", "-c", "from llmload.cli import main; main()"),
             *("up", "--blocks", "0-1", "--bind", "127.0.0.1", "--model", str(model_folder)),
-            *("--state", str(tmp_path / "state"), "--json"),
+            *("--state", str(tmp_path / "state"), "--no-lan", "--no-gateway", "--json"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -293,6 +303,8 @@ def test_interrupt_ends_serving_in_order(model_folder, tmp_path, interrupt):
     try:
         serving = json.loads(process.stdout.readline())
         assert serving["event"] == "serving"
+        status = trio.run(ask_running_node, tmp_path / "state", {"do": "status"})
+        assert status["peer_id"] == serving["peer_id"]
         process.send_signal(interrupt)
         _, err = process.communicate(timeout=TIMEOUT_S)
         assert (process.returncode, err) == (130, "")

@@ -38,7 +38,8 @@ def run(monkeypatch, capsys, model_folder, tmp_path):
 
 
 def learn(run, tmp_path, steps):
-    place = ["--bind", "127.0.0.1", "--state", str(tmp_path / "state")]
+    place = ["--bind", "127.0.0.1", "--no-lan", "--no-gateway"]
+    place += ["--state", str(tmp_path / "state")]
     options = ["--window", "16", "--rate", "0.003", "--report-every", "5", "--steps", str(steps)]
     return run("learn", "--out", str(tmp_path / "out"), *place, *options)
 

@@ -74,6 +74,15 @@ def loss_on(learner, seed):
 # --- Together ------------------------------------------------------------------------------------
 
 
+async def test_learners_that_are_no_neighbours_find_each_other_by_routing(mesh, make_learner):
+    mesh.published = {}
+    a, b = await make_learner("a", 1), await make_learner("b", 2)
+    await run_all(a, step_count=2)  # nobody is there
+    assert mesh.published == {a.service: [a.node.peer_id]}
+    await run_all(b, step_count=2)
+    assert b.node.connected == [a.node.peer_id]
+
+
 async def test_updates_go_both_ways_and_the_replies_say_what_became_of_them(make_learner):
     a, b = await make_learner("a", 1), await make_learner("b", 2)
     await run_all(a, b, step_count=40)

@@ -34,10 +34,11 @@ from natswarm import (
     VirtualNetwork,
 )
 from natswarm import cli as command_line
-from natswarm.cli import running
-from natswarm.cli.options import DhtOptions, make_config, with_node
+from natswarm.cli.options import with_node
 from natswarm.cli.show import event_as_text, show_qr
 from natswarm.cli.status_view import status_view
+from natswarm.device import DhtOptions, device_config
+from natswarm.device.answers import Answers
 from natswarm.nat.profile import NatProfile
 from natswarm.net.notes import Notes
 from natswarm.puncture.strategy import Strategy
@@ -107,13 +108,13 @@ def test_a_private_swarm_is_made_and_joined(run, tmp_path):
     assert swarm.secret.hex() not in out
     assert run("swarm", "show", "--state", "{state}")[1] == f"{swarm}\n"
     assert "is in the private swarm" in run("swarm", "new", "--state", "{state}")[2]
-    config = make_config(tmp_path / "state")
+    config = device_config(tmp_path / "state")
     assert config.swarm == swarm
     # A new folder takes the swarm of its first invite, and keeps it.
     for invites in ([invite_to(swarm)], [], [invite_to(swarm)]):
-        assert make_config(tmp_path / "guest", invites=invites).swarm == swarm
+        assert device_config(tmp_path / "guest", invites=invites).swarm == swarm
     with pytest.raises(InviteError, match=r"and this node is in the private swarm"):
-        make_config(tmp_path / "guest", invites=[invite_to(OPEN_SWARM)])
+        device_config(tmp_path / "guest", invites=[invite_to(OPEN_SWARM)])
 
 
 def test_a_folder_of_the_open_swarm_stays_there(run, tmp_path):
@@ -124,27 +125,27 @@ def test_a_folder_of_the_open_swarm_stays_there(run, tmp_path):
         status, _, err = run(*command, str(private), "--state", "{state}")
         assert (status, err.count("\n")) == (1, 1)
         assert "and this node is in the open swarm" in err
-    assert make_config(tmp_path / "state", invites=[invite_to(OPEN_SWARM)]).swarm.is_open
+    assert device_config(tmp_path / "state", invites=[invite_to(OPEN_SWARM)]).swarm.is_open
 
 
 def test_an_old_invite_binds_no_new_folder(tmp_path):
     old = replace(invite_to(SwarmKey.generate()), expires_at_s=0.0)
     with pytest.raises(InviteError, match="expired"):
-        make_config(tmp_path / "state", invites=[old])
-    assert make_config(tmp_path / "state").swarm.is_open
+        device_config(tmp_path / "state", invites=[old])
+    assert device_config(tmp_path / "state").swarm.is_open
 
 
 def test_the_dht_starts_from_what_the_user_has(tmp_path):
     with pytest.raises(ConfigurationError, match="no mainline node is known from last time"):
-        make_config(tmp_path, dht=DhtOptions(is_wanted=True))
-    assert make_config(tmp_path).mainline is None
+        device_config(tmp_path, dht=DhtOptions(is_wanted=True))
+    assert device_config(tmp_path).mainline is None
     notes = Notes(tmp_path)
     known = (Endpoint("203.0.113.5", 6881), Endpoint("2001:db8::5", 6881))
     notes.mainline.note(known)
     trio.run(notes.save)
-    config = make_config(tmp_path, dht=DhtOptions(is_wanted=True), publishes=True)
+    config = device_config(tmp_path, dht=DhtOptions(is_wanted=True), publishes=True)
     assert (config.mainline.nodes, config.mainline.publishes) == (known, True)
-    config = make_config(tmp_path, dht=DhtOptions(nodes=["198.51.100.7:1"]))
+    config = device_config(tmp_path, dht=DhtOptions(nodes=["198.51.100.7:1"]))
     assert config.mainline.nodes == (Endpoint("198.51.100.7", 1), *known)
     assert not config.mainline.publishes
 
@@ -417,9 +418,10 @@ def test_other_commands_ask_the_running_node(run, tmp_path):
         assert (status, err[:27]) == (1, "Error: that is this node it")
         status, _, err = run("find", "a" * 52, "--state", "{state}")
         assert (status, err[:32]) == (1, "Error: none of our 0 neighbours ")
-        status, _, err = run("up", *options, "--state", "{state}")
-        assert status == 1
-        assert "a node runs already with the state folder" in err
+        for second in (("up", *options), ("inspect", "--bind", "127.0.0.1")):
+            status, _, err = run(*second, "--state", "{state}")
+            assert status == 1
+            assert "a node runs already with the state folder" in err
         process.send_signal(signal.SIGINT)
         process.wait(timeout=20)
     reader.join()
@@ -432,7 +434,7 @@ async def test_what_is_said_of_a_running_node(open_swarm, autojump_clock, capsys
     async with open_swarm() as swarm:
         await swarm.add_observers()
         a = await swarm.add_inspected("[bold]a", "linux-home")
-        answers = running.Answers(a)
+        answers = Answers(a)
         found = json.loads(json.dumps(await answers.answer({"do": "status"})))
         assert len(found["peers"]) == 2
         assert found["nat"]["mapping"] == "EIM"
@@ -469,7 +471,7 @@ def config_on(swarm, name: str, kind: str, *, as_json: bool) -> NodeConfig:
 
 @pytest.mark.parametrize("as_json", [True, False])
 async def test_what_a_command_prints_of_a_puncture(
-    open_swarm, autojump_clock, capsys, caplog, as_json
+    open_swarm, autojump_clock, capsys, caplog, tmp_path, as_json
 ):
     async with open_swarm() as swarm:
         await swarm.add_observers()
@@ -486,7 +488,7 @@ async def test_what_a_command_prints_of_a_puncture(
 
         capsys.readouterr()
         config = config_on(swarm, "phone", "linux-home", as_json=as_json)
-        await with_node(config, body)
+        await with_node(tmp_path / "state", config, body)
         out, err = capsys.readouterr()
         assert err == ""
         assert [record for record in caplog.records if record.name.startswith("natswarm")] == []

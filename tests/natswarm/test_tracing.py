@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from rich.console import Console, Group
 
 from natswarm import ConfigurationError, NodeConfig, Tracing, VirtualNetwork, open_node
-from natswarm.cli.show import peer_details_as_json
 from natswarm.cli.status_view import peer_details
+from natswarm.device.facts import peer_details_as_json
 
 
 async def test_figures_of_each_path(open_swarm, autojump_clock):
