@@ -18,7 +18,7 @@ import trio
 import typer
 from rich.markup import escape
 
-from llmload import cli_learn, cli_model
+from llmload import cli_data, cli_learn, cli_model
 from llmload.answer_screen import AnswerScreen
 from llmload.cli_mesh import (
     BindOption,
@@ -56,6 +56,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_model.app)
+app.add_typer(cli_data.app)
 app.command()(up)
 app.command()(cli_learn.learn)
 app.command("eval")(cli_learn.evaluate)

@@ -7,6 +7,7 @@
      |    +-- CacheFull      its memory for keys and values is taken by other sequences
      +-- NoRoute             some blocks of the model are served by nobody (swarm/route.py)
      +-- LearningFailed      a training step or an exchange of updates could not be completed
+     +-- StoreFailed         the records of this device can't be read or written
 
 Every message says what is wrong and what to do about it, because it ends up in front of a person.
 Mistakes of the calling code (a negative count, a wrong shape) are `ValueError`, not in this tree.
@@ -25,6 +26,7 @@ __all__ = [
     "ModelFolderError",
     "PromptTooLong",
     "StageFailed",
+    "StoreFailed",
 ]
 
 
@@ -80,3 +82,7 @@ class CacheFull(StageFailed):
 
 class LearningFailed(LlmloadError):
     """A training step or an exchange of updates failed; the parameters are as they were before."""
+
+
+class StoreFailed(LlmloadError):
+    """The records of this device can't be read or written now; they are as they were before."""

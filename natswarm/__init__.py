@@ -37,7 +37,7 @@ from natswarm.errors import (
     PunctureFailed,
     RequestRefused,
 )
-from natswarm.identity import Identity, PeerId
+from natswarm.identity import Identity, PeerId, open_envelope_untrusted
 from natswarm.inspector import (
     Evidence,
     Finding,
@@ -48,7 +48,7 @@ from natswarm.inspector import (
     inspect,
     open_signed_profile_untrusted,
 )
-from natswarm.message import Message, Refusal
+from natswarm.message import Message, Refusal, decode_message_untrusted, encode_message
 from natswarm.nat.behaviour import AllocationLaw, Filtering, Mapping
 from natswarm.nat.findings import NatTest
 from natswarm.nat.profile import NatProfile
@@ -160,9 +160,12 @@ __all__ = [
     "UdpNetwork",
     "VirtualNetwork",
     "World",
+    "decode_message_untrusted",
     "device_config",
+    "encode_message",
     "inspect",
     "open_device",
+    "open_envelope_untrusted",
     "open_node",
     "open_signed_profile_untrusted",
     "own_key",
