@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from msgspec import structs
 
+from llmload.cli_mesh import DEFAULT_STATE, StateOption
 from llmload.cli_shared import JsonOption, output, print_json
-from llmload.cli_up import DEFAULT_STATE, StateOption
 from llmload.data.record import Record, TextRecord, cut_text, sign_record
 from llmload.data.store import RecordStore, StoredRecord
 from natswarm import Identity
