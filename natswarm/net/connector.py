@@ -47,6 +47,7 @@ from natswarm.errors import (
     RequestRefused,
 )
 from natswarm.identity import Identity, PeerId
+from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.profile import NatProfile
 from natswarm.nat.votes import prefix_of
 from natswarm.net.attempt import PunctureReport
@@ -95,6 +96,8 @@ THEIR_SIDE_TIMEOUT_S = 15.0
 # A puncture that failed may have gone by what our NAT did before: the next goes by a newer look,
 # unless the last is so new.
 LOOK_AGAIN_S = 10.0
+# A counter moves on with every port that others take: plans hold for some seconds after a look.
+COUNTER_AGE_S = 2.0
 
 # Of a slot of the clock, what an attempt may take.
 CLOCKED_SHARE = 0.8
@@ -565,9 +568,15 @@ class Connector:
         return peer
 
     async def _profile(self) -> NatProfile:
-        """Return our profile, looked at anew if a puncture has failed since."""
-        age_s = trio.current_time() - self._failed_at
-        return await self._home.known_profile(max_age_s=max(age_s, LOOK_AGAIN_S))
+        """Return our profile, looked at anew if a puncture has failed since, or if it counts."""
+        max_age_s = max(trio.current_time() - self._failed_at, LOOK_AGAIN_S)
+        profile = await self._home.known_profile(max_age_s=max_age_s)
+        counts = profile.allocation is not None and (
+            profile.allocation.law is AllocationLaw.SEQUENTIAL
+        )
+        if profile.is_predictable or not counts:
+            return profile
+        return await self._home.known_profile(max_age_s=COUNTER_AGE_S)
 
     def _plan(
         self,

@@ -77,6 +77,8 @@ logger = logging.getLogger("natswarm.node")
 
 # Leaving takes no longer than this; a peer that missed our goodbye notices the silence.
 GOODBYE_S = 1.0
+# Neighbours answer in a round trip or two, also where a datagram is lost.
+ASK_AROUND_S = 3.0
 
 # By the clock: five appointments.
 MEET_AGAIN_S = 600.0
@@ -431,7 +433,10 @@ class Node:
             peer.paths.lifetimes = Lifetimes()
 
     async def find_peers(self) -> list[NodeRecord]:
-        """Ask every neighbour for its neighbours; return all records, the newest of each peer."""
+        """Ask every neighbour for its neighbours; return all records, the newest of each peer.
+
+        Who has not answered after three seconds is left out.
+        """
         found = await self.ask_around()
         return [found[peer_id][0] for peer_id in sorted(found)]
 
@@ -834,10 +839,12 @@ class Node:
             except NatswarmError as error:
                 logger.info("no peers from %s: %s", peer.peer_id.short, error)
 
-        async with trio.open_nursery() as nursery:
-            for peer in self.peers():
-                if peer.is_reachable:
-                    nursery.start_soon(ask, peer)
+        # One that has just vanished, which takes some seconds to notice, holds up nobody.
+        with trio.move_on_after(ASK_AROUND_S):
+            async with trio.open_nursery() as nursery:
+                for peer in self.peers():
+                    if peer.is_reachable:
+                        nursery.start_soon(ask, peer)
         for peer in self.peers():
             if peer.record is not None:
                 note(peer.record, peer.seen_at)

@@ -25,7 +25,7 @@ from natswarm import (
     PunctureStarted,
 )
 from natswarm.net.dialler import LINGER_S
-from natswarm.sim.ports import Blocks, Preserving, Uniform
+from natswarm.sim.ports import Blocks, Preserving, Sequential, Uniform
 
 # One preset for each class that puncturing knows.
 CLASSES = {
@@ -74,6 +74,23 @@ async def test_two_uniform_nats_are_refused_with_the_numbers(open_swarm, autojum
             with pytest.raises(PunctureFailed, match=r"draw.* from [\d,]+ ports.*probes expected"):
                 await one.connect(other.peer_id)
         assert trio.current_time() - started_at < 5
+
+
+@pytest.mark.parametrize("age_s", [0, 15, 600])
+async def test_counters_that_have_moved_on_since_the_last_look(open_swarm, autojump_clock, age_s):
+    behaviour = replace(
+        PRESETS["orange-bg"].behaviour, allocation=Sequential(cross_traffic_per_s=20.0)
+    )
+    async with open_swarm(seed=age_s) as swarm:
+        await swarm.add_observers()
+        b = await swarm.add_inspected("b", behaviour)
+        a = await swarm.add_inspected("a", behaviour)
+        await trio.sleep(age_s)
+        peer = await a.connect(b.peer_id)
+        assert peer.puncture.strategy == "sequential-prediction"
+        assert peer.puncture.seconds < 5
+        reports = [e.report for e in swarm.events["a"] if isinstance(e, PunctureEnded)]
+        assert len(reports) == 3  # two observers and b, at the first try
 
 
 @pytest.mark.parametrize("kind", PRESETS)
@@ -156,6 +173,17 @@ async def test_find_peers_and_announce(open_swarm, autojump_clock):
         await a.announce(["two", "three"])
         found = {record.name: record for record in await b.find_peers()}
         assert found["a"].services == ("two", "three")
+
+
+async def test_a_neighbour_that_has_just_vanished_holds_up_nobody(open_swarm, autojump_clock):
+    async with open_swarm() as swarm:
+        await swarm.add_observers()
+        await swarm.add_inspected("a", "linux-home")
+        b = await swarm.add_inspected("b", "lyca-nl")
+        swarm.cut("obs0")  # both know a
+        since = trio.current_time()
+        found = {record.name for record in await b.find_peers()}
+        assert (found, trio.current_time() - since < 4) == ({"obs0", "obs1", "a"}, True)
 
 
 # Invites ------------------------------------------------------------------------------------------

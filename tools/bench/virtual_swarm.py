@@ -10,12 +10,16 @@ import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import trio
 from trio.testing import MockClock
 
 from llmload import BlockStack, Model, StageEngine, StageServer, bundled_model_path, load_model
+from llmload.swarm.placement import windows
+from llmload.swarm.stage import StageLimits
+from llmload.swarm.stage_session import Compute
+from llmload.swarm.volunteer import Volunteer
 from natswarm import Identity, Internet, Node, NodeConfig, VirtualNetwork, World, open_node
 from natswarm import run_world as step_world
 from natswarm.sim.link import LinkConditions
@@ -92,20 +96,44 @@ class VirtualSwarm:
     async def serve(self, name: str, blocks: range) -> StageServer:
         """Let a node serve blocks."""
         stack = BlockStack([self.engines[index] for index in blocks])
-
-        async def compute(work: Callable[..., T], /, *arguments: Any) -> T:
-            batch = arguments[0] if arguments and isinstance(arguments[0], Mapping) else {}
-            rows = sum(len(item.x) for item in batch.values()) or 1
-            await trio.sleep(self.block_s * len(blocks) * (1 + ROW_SHARE * (rows - 1)))
-            return work(*arguments)
-
         server = StageServer(
-            self.node(name), stack, self.model.content_hash, block_s=self.block_s, compute=compute
+            self.node(name),
+            stack,
+            self.model.content_hash,
+            block_s=self.block_s,
+            compute=self._compute(len(blocks)),
         )
         server.start()
         self.running[name].nursery.start_soon(server.keep_links)
         await self.node(name).announce([server.service])
         return server
+
+    async def volunteer(self, name: str, block_count: int) -> Volunteer:
+        """Let a node serve the blocks that are lacking most, and others when that changes."""
+        volunteer = Volunteer(
+            self.node(name),
+            self.model.config,
+            self.model.content_hash,
+            open_block=self.engines.__getitem__,
+            candidates=windows([1] * self.model.config.n_layer, block_count),
+            limits=StageLimits(),
+            on_change=lambda _blocks, _reason: None,
+            compute=self._compute(block_count),
+            rng=random.Random(self.rng.getrandbits(32)),
+        )
+        await self.running[name].nursery.start(volunteer.run)
+        return volunteer
+
+    def _compute(self, block_count: int) -> Compute:
+        async def compute(work: Callable[..., T], /, *arguments: Any) -> T:
+            if getattr(work, "__func__", None) is BlockStack.measure_block_s:
+                return cast(T, self.block_s)  # and not how busy this machine is
+            batch = arguments[0] if arguments and isinstance(arguments[0], Mapping) else {}
+            rows = sum(len(item.x) for item in batch.values()) or 1
+            await trio.sleep(self.block_s * block_count * (1 + ROW_SHARE * (rows - 1)))
+            return work(*arguments)
+
+        return compute
 
     def name_of(self, peer_id: object) -> str:
         """Return whose PeerId it is."""
