@@ -57,6 +57,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_model.app)
 app.add_typer(cli_data.app)
+app.command(context_settings={"ignore_unknown_options": True})(cli_data.feedback)  # -1
 app.command()(up)
 app.command()(cli_learn.learn)
 app.command("eval")(cli_learn.evaluate)

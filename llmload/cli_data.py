@@ -1,24 +1,26 @@
-"""`llmload data`: the texts of this device, and which of them others may have.
+"""`llmload data` and `llmload feedback`: what this device learns from, and what others may have.
 
 No logic of its own; see `data/store.py`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import msgspec
 import typer
 from msgspec import structs
 
 from llmload.cli_mesh import DEFAULT_STATE, StateOption
 from llmload.cli_shared import JsonOption, output, print_json
-from llmload.data.record import Record, TextRecord, cut_text, sign_record
+from llmload.data.record import FeedbackRecord, Record, TextRecord, cut_text, sign_record
 from llmload.data.store import RecordStore, StoredRecord
 from natswarm import Identity
 
-__all__ = ["LicenceOption", "ShareOption", "app", "keep", "open_store"]
+__all__ = ["app", "feedback", "open_store"]
 
 STORE_FILE_NAME = "records.sqlite"
 # 48 bits: thousands of records rarely share so many.
@@ -70,7 +72,7 @@ def add(
         except UnicodeDecodeError as error:
             raise typer.BadParameter(f"{file} is no text in UTF-8", param_hint="FILE") from error
         records += [TextRecord(piece, licence, language, file.name[:200]) for piece in pieces]
-    keep(records, state, is_shared=share, as_json=as_json)
+    _keep(records, state, is_shared=share, as_json=as_json)
 
 
 @app.command("list")
@@ -137,12 +139,55 @@ def forget(records: RecordArguments, state: StateOption = DEFAULT_STATE) -> None
     output.print(f"{len(found)} forgotten", markup=False)
 
 
+def feedback(
+    mark: Annotated[
+        str, typer.Argument(metavar="+1|-1", help="A good answer or a bad one.", show_default=False)
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", help="What was asked.")] = "",
+    answer: Annotated[str, typer.Option("--answer", help="What the model went on with.")] = "",
+    licence: LicenceOption = "",
+    share: ShareOption = False,
+    state: StateOption = DEFAULT_STATE,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what you think of an answer; `llmload learn` learns from it.
+
+    Without --answer both are read from stdin as `llmload generate --json` prints them:
+    llmload generate --json "Once" | tee /dev/stderr | llmload feedback +1
+    """
+    marks: dict[str, Literal[1, -1]] = {"+1": 1, "-1": -1}
+    if mark not in marks:
+        raise typer.BadParameter(f"{mark!r} is neither +1 nor -1", param_hint="+1|-1")
+    if not answer:
+        try:
+            generated = msgspec.json.decode(sys.stdin.read(), type=_Generated)
+            prompt, answer = generated.prompt, generated.text
+        except msgspec.MsgspecError as error:
+            raise typer.BadParameter(
+                f"what came on stdin is not of `llmload generate --json` ({error})",
+                param_hint="--answer",
+            ) from error
+    _keep(
+        [FeedbackRecord(prompt, answer, marks[mark], licence)],
+        state,
+        is_shared=share,
+        as_json=as_json,
+    )
+
+
+class _Generated(msgspec.Struct):
+    """What `llmload generate --json` prints, as far as it is needed here."""
+
+    prompt: str
+    text: str
+
+
 def open_store(state: Path) -> RecordStore:
     """Return the records in a state folder."""
     return RecordStore(state / STORE_FILE_NAME)
 
 
-def keep(records: Sequence[Record], state: Path, *, is_shared: bool, as_json: bool) -> None:
+def _keep(records: Sequence[Record], state: Path, *, is_shared: bool, as_json: bool) -> None:
     """Sign records of this device, keep them, and tell what became of each."""
     if is_shared and records:
         _check_licence(records[0].licence)

@@ -9,6 +9,7 @@ import csv
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ import trio
 import typer
 from numpy.typing import NDArray
 
+from llmload.cli_data import open_store
 from llmload.cli_mesh import (
     DEFAULT_LINKS,
     DEFAULT_STATE,
@@ -48,7 +50,9 @@ from llmload.cli_shared import (
 from llmload.learn.checkpoint import load_checkpoint, save_checkpoint
 from llmload.learn.exchange import Learner
 from llmload.learn.resume import resume, take_checkpoint
-from llmload.learn.trainer import AdamWSettings, Trainer, batches
+from llmload.learn.sources import Windows
+from llmload.learn.texts import TextLearning
+from llmload.learn.trainer import AdamWSettings, Trainer
 from llmload.model_folder import Model, load_model, save_config
 from llmload.swarm.beside import beside
 from llmload.weights import save_weights
@@ -60,8 +64,11 @@ __all__ = ["evaluate", "learn"]
 VALIDATION_SHARE = 0.05
 VALIDATION_WINDOWS_MAX = 16
 TOKENIZER_FILE_NAMES = ("tokenizer.json", "vocab.json", "merges.txt")
+# Of them, those by which sources of texts are judged.
+SOURCE_WINDOWS = 8
 COLUMNS = ("step", "loss", "validation_loss", "partners", "crowd", "taken", "stale", "doubted",
-           "sent_bytes", "received_bytes")  # fmt: skip
+           "sent_bytes", "received_bytes", "texts", "useless_sources", "text_bytes_sent",
+           "text_bytes_received")  # fmt: skip
 
 DataOption = Annotated[
     list[Path],
@@ -99,6 +106,13 @@ def learn(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows in one step.")] = 4,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens in one window.")] = 128,
     rate: Annotated[float, typer.Option("--rate", min=0.0, help="Learning rate.")] = 3e-4,
+    texts: Annotated[
+        bool,
+        typer.Option(
+            "--texts/--no-texts",
+            help="Take texts that others share, and give them those that are shared here.",
+        ),
+    ] = True,
     report_every: Annotated[
         int, typer.Option("--report-every", min=1, help="Steps between two lines and checkpoints.")
     ] = 20,
@@ -109,6 +123,8 @@ def learn(
 
     Goes on where it stopped if --out holds a checkpoint. The text stays here, but much of it can be
     computed back from what is sent: learn with strangers only from text that strangers may read.
+    Also learned from is what `llmload data` and `llmload feedback` keep; what is shared there is
+    given to others, for what they share.
     """
     invites = [Invite.parse(text) for text in join or ()]
     loaded = load_model(model_folder(model))
@@ -142,10 +158,22 @@ def learn(
         asks_gateway=gateway,
         on_event=partial(show_event, as_json),
     )
-    course = _Course(
-        loaded, trainer, rng, tokens[:cut], tokens[cut:], batch, window, out, report_every, as_json
+    validation = tokens[cut:]
+    records = TextLearning(
+        loaded,
+        trainer,
+        open_store(state),
+        tokens[:cut],
+        _windows(validation, window, SOURCE_WINDOWS),
+        batch=batch,
+        time=window,
+        learning_rate=rate,
+        rng=rng,
+        seed=seed,
+        thread_count=threads,
     )
-    run_async(_learn, course, state, config, invites, steps)
+    course = _Course(loaded, trainer, rng, records, validation, window, out, report_every, as_json)
+    run_async(_learn, course, state, config, invites, steps, texts)
 
 
 def evaluate(
@@ -175,13 +203,18 @@ def evaluate(
 
 
 async def _learn(
-    course: _Course, state: Path, config: NodeConfig, invites: Sequence[Invite], steps: int | None
+    course: _Course,
+    state: Path,
+    config: NodeConfig,
+    invites: Sequence[Invite],
+    steps: int | None,
+    exchanges_texts: bool,
 ) -> None:
     async with open_device(state, config) as node:
         learner = Learner(
             node,
             course.trainer,
-            batches(course.text, batch=course.batch, time=course.window, rng=course.rng),
+            course.texts.batches,
             course.model.content_hash,
             between_steps=course.between_steps,
         )
@@ -194,7 +227,11 @@ async def _learn(
             course.tell({"event": "joined", "shards": await learner.join()})
         left = None if steps is None else max(0, steps - learner.step_count)
         try:
-            async with beside(stay_joined, node, invites):
+            async with AsyncExitStack() as stack:
+                if exchanges_texts:
+                    exchange = course.texts.start(node, learner)
+                    await stack.enter_async_context(beside(exchange.run))
+                await stack.enter_async_context(beside(stay_joined, node, invites))
                 await learner.run(left)
         finally:
             with trio.CancelScope(shield=True):
@@ -209,28 +246,29 @@ class _Course:
         model: Model,
         trainer: Trainer,
         rng: np.random.Generator,
-        text: NDArray[np.int64],
+        texts: TextLearning,
         validation: NDArray[np.int64],
-        batch: int,
         window: int,
         out: Path,
         report_every: int,
         as_json: bool,
     ) -> None:
-        self.model, self.trainer, self.rng, self.text = model, trainer, rng, text
-        self.batch, self.window = batch, window
+        self.model, self.trainer, self.rng, self.texts = model, trainer, rng, texts
+        self.window = window
         self._validation = validation
         self._out, self._report_every, self._as_json = out, report_every, as_json
 
     def begin(self, learner: Learner) -> None:
         """Go on from the latest checkpoint, if there is one."""
         self._learner = learner
+        self.texts.refresh()
         checkpoint = load_checkpoint(self._out)
         if checkpoint is not None:
             learner.step_count = resume(checkpoint, self.trainer, learner.outer, self.rng)
 
     async def between_steps(self) -> None:
         """Report and save, now and then."""
+        await self.texts.between_steps(self._learner.step_count)
         if self._learner.step_count % self._report_every == 0:
             self.tell(await trio.to_thread.run_sync(self._report))
 
@@ -271,6 +309,7 @@ class _Course:
             "doubted": counts.doubted,
             "sent_bytes": sum(report.sent_bytes for report in learner.reports.values()),
             "received_bytes": sum(report.received_bytes for report in learner.reports.values()),
+            **self._texts_report(),
         }
         self.save()
         curve = self._out / "curve.csv"
@@ -281,6 +320,18 @@ class _Course:
                 writer.writeheader()
             writer.writerow(row)
         return row
+
+    def _texts_report(self) -> dict[str, int]:
+        exchange, sources = self.texts.exchange, self.texts.sources
+        reports = () if exchange is None else exchange.reports.values()
+        return {
+            "texts": sum(report.taken for report in reports),
+            "useless_sources": sum(
+                sources.worth(giver) == 0 for giver in self.texts.batches.givers
+            ),
+            "text_bytes_sent": sum(report.sent_bytes for report in reports),
+            "text_bytes_received": sum(report.received_bytes for report in reports),
+        }
 
 
 def _read_tokens(model: Model, files: Sequence[Path]) -> NDArray[np.int64]:
@@ -296,8 +347,13 @@ def _read_tokens(model: Model, files: Sequence[Path]) -> NDArray[np.int64]:
 
 def _loss(trainer: Trainer, tokens: NDArray[np.int64], window: int) -> float:
     """Return the mean loss over windows spread evenly over a text, nats a token."""
-    count = min(VALIDATION_WINDOWS_MAX, max(1, (len(tokens) - 1) // window))
+    windows = zip(*_windows(tokens, window, VALIDATION_WINDOWS_MAX), strict=True)
+    return float(np.mean([trainer.loss(row[None], targets[None]) for row, targets in windows]))
+
+
+def _windows(tokens: NDArray[np.int64], window: int, count_max: int) -> Windows:
+    """Return tokens and targets of windows spread evenly over a text, int64 (count, window)."""
+    count = min(count_max, max(1, (len(tokens) - 1) // window))
     starts = np.linspace(0, len(tokens) - window - 1, count).astype(np.int64)
     windows = tokens[starts[:, None] + np.arange(window + 1)]  # (count, window + 1)
-    losses = [trainer.loss(row[None, :-1], row[None, 1:]) for row in windows]
-    return float(np.mean(losses))
+    return windows[:, :-1], windows[:, 1:]

@@ -158,11 +158,45 @@ class RecordStore:
 
     def known_ids(self) -> list[bytes]:
         """Return the ids of all records that came, the forgotten ones too."""
-        return self._ids("SELECT record_id FROM records")
+        return self._call(
+            lambda connection: [
+                row[0] for row in connection.execute("SELECT record_id FROM records")
+            ]
+        )
 
-    def shared_ids(self) -> list[bytes]:
-        """Return the ids of the records that others may have."""
-        return self._ids("SELECT record_id FROM records WHERE is_shared AND sealed IS NOT NULL")
+    def shared_ids(self, is_wanted: Callable[[PeerId], bool] | None = None) -> list[bytes]:
+        """Return the ids of the records that others may have.
+
+        Args:
+            is_wanted: Whether those that a peer gave us are among them; None for all.
+        """
+
+        def work(connection: sqlite3.Connection) -> list[bytes]:
+            of_giver: dict[bytes | None, list[bytes]] = {}
+            for record_id, giver in connection.execute(
+                "SELECT record_id, giver FROM records WHERE is_shared AND sealed IS NOT NULL"
+            ):
+                of_giver.setdefault(giver, []).append(record_id)
+            return [
+                record_id
+                for giver, record_ids in of_giver.items()
+                if giver is None or is_wanted is None or is_wanted(PeerId(giver))
+                for record_id in record_ids
+            ]
+
+        return self._call(work)
+
+    def shared(self, record_ids: Sequence[bytes]) -> list[SignedRecord]:
+        """Return those of some records that others may have."""
+
+        def work(connection: sqlite3.Connection) -> list[SignedRecord]:
+            return [
+                found.signed
+                for record_id in record_ids
+                for found in _read(connection, "record_id = ? AND is_shared", (record_id,))
+            ]
+
+        return self._call(work)
 
     def received_bytes(self, giver: PeerId) -> int:
         """Return how much we have taken from a peer, forgotten records too."""
@@ -250,9 +284,6 @@ class RecordStore:
         ).lastrowid
         connection.executemany("INSERT INTO bands VALUES (?, ?)", [(key, number) for key in keys])
         return Added.TAKEN
-
-    def _ids(self, query: str) -> list[bytes]:
-        return self._call(lambda connection: [row[0] for row in connection.execute(query)])
 
     def _each(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
         def work(connection: sqlite3.Connection) -> None:

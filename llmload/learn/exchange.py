@@ -25,7 +25,7 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -199,6 +199,12 @@ class Learner:
     def partners(self) -> list[PeerId]:
         """With whom we exchange now."""
         return list(self._partners)
+
+    @asynccontextmanager
+    async def pausing(self) -> AsyncIterator[None]:
+        """Keep training and merging away from the model meanwhile: to look at it between steps."""
+        async with self._model_lock:
+            yield
 
     def start(self) -> None:
         """Answer others from now on, in tasks of the node."""

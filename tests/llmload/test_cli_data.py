@@ -1,7 +1,8 @@
-"""`llmload data`: what is kept, what is shared, what is gone."""
+"""`llmload data` and `feedback`: what is kept, what is shared, what is gone."""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
@@ -15,9 +16,9 @@ def data(monkeypatch, capsys, tmp_path):
     """A function that runs `llmload data`; returns exit status, output and errors."""
     monkeypatch.setenv("COLUMNS", "200")
 
-    def data(*arguments):
+    def data(*arguments, command="data"):
         state = ["--state", str(tmp_path / "state")]
-        monkeypatch.setattr(sys, "argv", ["llmload", "data", *arguments, *state])
+        monkeypatch.setattr(sys, "argv", ["llmload", command, *arguments, *state])
         status = 0
         try:
             cli.main()
@@ -89,3 +90,35 @@ def test_what_others_wrote_does_not_get_at_the_terminal(data, tmp_path):
     file.write_text("text")
     data("add", str(file))
     assert "\x1b" not in data("list")[1]
+
+
+def feedback(data, *arguments):
+    return data(*arguments, command="feedback")
+
+
+def test_feedback_is_a_record_too(data):
+    assert feedback(data, "+1", "--prompt", "why?", "--answer", "because")[0] == 0
+    assert feedback(data, "-1", "--answer", "so", "--share", "--licence", "CC0-1.0")[0] == 0
+    assert [(each["kind"], each["shared"], each["shown"]) for each in listed(data)] == [
+        ("+1", False, "because"),
+        ("-1", True, "so"),
+    ]
+
+
+def test_feedback_takes_what_generate_prints(data, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "a", "text": "b", "seed": 3}'))
+    assert feedback(data, "-1")[0] == 0
+    assert [(each["kind"], each["shown"]) for each in listed(data)] == [("-1", "b")]
+
+
+@pytest.mark.parametrize("said", ["", "[]", '{"prompt": "a"}'])
+def test_feedback_on_nothing_is_a_usage_error(data, monkeypatch, said):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    status, _, error = feedback(data, "+1")
+    assert (status, "generate --json" in error) == (2, True)
+
+
+def test_marks_are_these_two(data):
+    for mark in ("+2", "-x", "good"):
+        assert feedback(data, mark, "--answer", "x")[0] == 2
+    assert listed(data) == []
