@@ -37,8 +37,9 @@ from llmload.errors import (
     StoreFailed,
 )
 from llmload.learn.exchange import Learner, PartnerReport
+from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.outer import OuterSettings
-from llmload.learn.trainer import AdamWSettings, Trainer
+from llmload.learn.trainer import Trainer
 from llmload.model_folder import Model, load_model
 from llmload.model_store import ModelStore
 from llmload.swarm.blocks import BlockStack

@@ -49,10 +49,11 @@ from llmload.cli_shared import (
 )
 from llmload.learn.checkpoint import load_checkpoint, save_checkpoint
 from llmload.learn.exchange import Learner
+from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.resume import resume, take_checkpoint
 from llmload.learn.sources import Windows
 from llmload.learn.texts import TextLearning
-from llmload.learn.trainer import AdamWSettings, Trainer
+from llmload.learn.trainer import Trainer
 from llmload.model_folder import Model, load_model, save_config
 from llmload.swarm.beside import beside
 from llmload.weights import save_weights

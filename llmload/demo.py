@@ -26,8 +26,9 @@ from llmload.demo_screen import DemoScreen
 from llmload.engine.sampler import SamplingParameters
 from llmload.errors import LlmloadError
 from llmload.learn.exchange import Learner
+from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.outer import OuterSettings
-from llmload.learn.trainer import AdamWSettings, Trainer
+from llmload.learn.trainer import Trainer
 from llmload.model_folder import Model, load_model
 from llmload.swarm.blocks import BlockStack
 from llmload.swarm.client import SwarmClient, prompt_token_ids

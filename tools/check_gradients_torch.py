@@ -113,7 +113,7 @@ def check(name: str, config: GPT2Config, batch: int, time: int, seed: int) -> bo
     tokens, targets = rng.integers(config.vocab_size, size=(2, batch, time))
 
     trainer = Trainer(config, weights)
-    loss, flat = trainer.gradients(tokens, targets)
+    loss, flat = trainer.gradients((tokens, targets))
     gradients = trainer.space.views(flat)
     true_loss, truth = torch_gradients(config, weights, tokens, targets, torch.float64)
     torch_32_loss, torch_32 = torch_gradients(config, weights, tokens, targets, torch.float32)

@@ -7,7 +7,7 @@ more than is asked for; what nobody uses is pruned afterwards.
 
 Every rule is checked against finite differences in tests/llmload/test_autodiff.py.
 
-Source: operators as in https://onnx.ai/onnx/operators/ at opset 17; a table of local rules as in
+Source: operators as in https://onnx.ai/onnx/operators/ at opset 20; a table of local rules as in
 tinygrad and autograd. Layer norm's derivative is that of Ba et al. 2016, in llm.c's form.
 
 This file does not know the graph around a node, nor GPT-2.
@@ -15,6 +15,7 @@ This file does not know the graph around a node, nor GPT-2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,6 +134,25 @@ def _tanh(b: Backward, node: NodeProto, g: str) -> Gradients:
     # g (1 - y^2) as g - g y y: one constant and one broadcast less.
     y = node.output[0]
     return [b.node("Sub", g, b.node("Mul", b.node("Mul", g, y), y))]
+
+
+@_rule("Gelu")
+def _gelu(b: Backward, node: NodeProto, g: str) -> Gradients:
+    """In its form of tanh, y = x s with s = sigmoid(u) and u = x (linear + cubic x^2).
+
+    dy/dx = s + x s (1 - s) du/dx = s + (y - y s) (linear + 3 cubic x^2). The graph keeps x and y
+    for other uses; s costs one pass to have again, and would be as large as both.
+    """
+    if _attribute(node, "approximate", b"none") != b"tanh":
+        raise MissingGradientRule(node, "the error function")
+    x, y = node.input[0], node.output[0]
+    linear = b.scalar(2 * math.sqrt(2 / math.pi), like=x)
+    cubic = b.scalar(0.044715 * 2 * math.sqrt(2 / math.pi), like=x)
+    square = b.node("Mul", b.node("Mul", x, x), cubic)  # cubic x^2
+    s = b.node("Sigmoid", b.node("Mul", b.node("Add", square, linear), x))
+    slope = b.node("Add", b.node("Mul", square, b.scalar(3.0, like=x)), linear)  # du/dx
+    rest = b.node("Mul", b.node("Sub", y, b.node("Mul", y, s)), slope)
+    return [b.node("Mul", b.node("Add", rest, s), g)]
 
 
 @_rule("Where")
@@ -305,11 +325,9 @@ def _reduce_mean(b: Backward, node: NodeProto, g: str) -> Gradients:
 
 
 def _reduced_axes(b: Backward, node: NodeProto) -> list[int]:
-    """Return the axes of a reduction, which older operators carry as attribute, newer as input."""
+    """Return the axes of a reduction: a constant input, or all if there is none."""
     x = node.input[0]
-    axes = _attribute(node, "axes", [])
-    if len(node.input) > 1 and node.input[1]:
-        axes = b.value(node.input[1]).tolist()
+    axes = b.value(node.input[1]).tolist() if len(node.input) > 1 and node.input[1] else []
     if not axes:
         return [] if _attribute(node, "noop_with_empty_axes", 0) else list(range(len(b.shape(x))))
     return sorted(b.axis(x, axis) for axis in axes)

@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto
 
 from llmload.config import GPT2Config, parameter_shapes
 from llmload.graph.autodiff import add_gradients
-from llmload.graph.build import GraphBuilder, block, causal_mask, embed, final_norm, lm_head
+from llmload.graph.build import GraphBuilder, block, embed, final_norm, lm_head
 from llmload.graph.training import gradient_name
 
 __all__ = ["build_log_probability_graph"]
@@ -49,10 +49,9 @@ def build_log_probability_graph(
     counted = builder.input("counted", (batch, time))
 
     positions = builder.constant(np.arange(time, dtype=np.int64))  # (time,)
-    mask = causal_mask(builder, positions, positions)  # (time, time)
     x = embed(builder, token_ids, positions)  # (batch, time, n_embd)
     for index in config.blocks:
-        x = block(builder, config, index, x, mask)  # (batch, time, n_embd)
+        x = block(builder, config, index, x, time)  # (batch, time, n_embd)
     logits = lm_head(builder, config, final_norm(builder, config, x))  # (batch, time, vocab_size)
     logits = builder.node("Reshape", [logits, builder.ints(-1, config.vocab_size)])
     labels = builder.node("Reshape", [targets, builder.ints(-1)])  # (batch * time,)

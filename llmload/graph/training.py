@@ -4,10 +4,15 @@ Parameters are inputs of these graphs, because training changes them between two
 time are fixed: a trainer uses one shape for hours, and knows the sizes that the backward pass needs
 (to average, to undo a broadcast) when the graph is built.
 
-A stage takes part in training with two graphs. Its forward graph turns tokens, or the hidden states
-of the stage before, into hidden states or, in the last stage, the loss. Its gradient graph does the
-same once more and goes on to the gradients: of its parameters, and of its input, which is what the
-stage before needs. Computing twice is cheaper than to keep or send all inner activations.
+Embeddings are looked up outside. A batch touches few of their rows, so the gradient as a whole
+matrix, which is what a graph could give, would be the largest tensor of all, mostly zeros, and
+added to that of the output layer at the very end of the backward pass.
+
+A stage takes part in training with two graphs. Its forward graph turns hidden states into hidden
+states or, in the last stage, the loss. Its gradient graph does the same once more and goes on to
+the gradients: of its parameters, and of its input, which is what the stage before needs. Computing
+twice is cheaper than to keep or send all inner activations. All stages but the last are the same
+graph if they have as many blocks, but for the names of the parameters.
 
 Source: the loss of Radford et al. 2019: mean cross-entropy of the next token.
 
@@ -16,12 +21,11 @@ This file does not know how a graph is differentiated, optimisers, or ONNX Runti
 
 from __future__ import annotations
 
-import numpy as np
 from onnx import ModelProto, TensorProto
 
 from llmload.config import GPT2Config, parameter_shapes
 from llmload.graph.autodiff import add_gradients
-from llmload.graph.build import GraphBuilder, block, causal_mask, embed, final_norm, lm_head
+from llmload.graph.build import GraphBuilder, block, final_norm, lm_head
 
 __all__ = ["build_forward_graph", "build_gradient_graph", "gradient_name"]
 
@@ -37,10 +41,10 @@ def build_forward_graph(
     """Build the graph that computes the loss, or the hidden states after an earlier stage.
 
     Inputs:
-        token_ids: int64 (batch, time), in the first stage; or
-        hidden: float32 (batch, time, n_embd), in later ones.
-        targets: int64 (batch, time), the token after each of `token_ids`; in the last stage.
-        The parameters of the stage, float32, under their names.
+        hidden: float32 (batch, time, n_embd): the embedded tokens, or what the stage before gave.
+        targets: int64 (batch, time), the token after each; in the last stage.
+        The parameters of the blocks and, in the last stage, of the output layer; float32, under
+            their names.
     Outputs:
         loss: float32 (), mean cross-entropy in nats; in the last stage; or
         hidden_out: float32 (batch, time, n_embd), in earlier ones.
@@ -66,13 +70,13 @@ def build_gradient_graph(
 
     Inputs: those of `build_forward_graph`, and
         hidden_out.grad: float32 (batch, time, n_embd), in all stages but the last: what the next
-            stage gave as hidden.grad.
+            stage gave as hidden.grad; or
+        loss.grad: float32 (), in the last stage: what all gradients are multiplied by, such as the
+            share of these tokens in a larger batch.
     Outputs:
         loss: float32 (), in the last stage.
-        hidden.grad: float32 (batch, time, n_embd), in all stages but the first.
-        {parameter}.grad: for every parameter of the stage, of its shape. With tied embeddings the
-            gradient of `wte.weight` is the sum over both its uses; where they lie in two stages,
-            each gives its part, and the two have to be added up.
+        hidden.grad: float32 (batch, time, n_embd).
+        {parameter}.grad: for every parameter that is an input, of its shape.
 
     Args, raises: as `build_forward_graph`.
     """
@@ -80,12 +84,9 @@ def build_gradient_graph(
     builder = stage.builder
     if stage.is_last:
         builder.output(stage.result, stage.result_name, stage.result_shape)
-        upstream = builder.constant(np.array(1, dtype=np.float32))
-    else:
-        upstream = builder.input(gradient_name(stage.result_name), stage.result_shape)
-    shapes = dict(stage.parameter_shapes)
-    if not stage.is_first:
-        shapes[stage.source] = stage.hidden_shape
+    upstream = builder.input(gradient_name(stage.result_name), stage.result_shape)
+    shapes = {name: stage.parameter_shapes[name] for name in builder.parameter_names}
+    shapes["hidden"] = stage.hidden_shape
     gradients = add_gradients(builder, {stage.result: upstream}, list(shapes))
     for name, shape in shapes.items():
         builder.output(gradients[name], gradient_name(name), shape)
@@ -100,21 +101,15 @@ class _Stage:
             raise ValueError(f"batch {batch} < 1, or time {time} not in 1..{config.n_ctx}")
         blocks = config.blocks if blocks is None else blocks
         self.parameter_shapes = parameter_shapes(config, blocks)
-        self.is_first, self.is_last = blocks.start == 0, blocks.stop == config.n_layer
+        self.is_last = blocks.stop == config.n_layer
         self.hidden_shape = (batch, time, config.n_embd)
         name = f"gpt2-training-{blocks.start}-{blocks.stop}"
         self.builder = GraphBuilder(name, self.parameter_shapes, parameters_as="input")
         builder = self.builder
 
-        positions = builder.constant(np.arange(time, dtype=np.int64))  # (time,)
-        mask = causal_mask(builder, positions, positions)  # (time, time)
-        if self.is_first:
-            self.source = builder.input("token_ids", (batch, time), TensorProto.INT64)
-            x = embed(builder, self.source, positions)  # (batch, time, n_embd)
-        else:
-            self.source = x = builder.input("hidden", self.hidden_shape)
+        x = builder.input("hidden", self.hidden_shape)
         for index in blocks:
-            x = block(builder, config, index, x, mask)  # (batch, time, n_embd)
+            x = block(builder, config, index, x, time)  # (batch, time, n_embd)
 
         self.result, self.result_name = x, "hidden_out"
         self.result_shape: tuple[int, ...] = self.hidden_shape

@@ -252,9 +252,8 @@ class Learner:
             made_count += 1
 
     def _step(self, tokens: NDArray[Any], targets: NDArray[Any]) -> None:
-        loss, gradient = self._trainer.gradients(tokens, targets)
         rate = None if self._rate_at is None else self._rate_at(self.step_count)
-        self._trainer.apply(gradient, learning_rate=rate)
+        loss = self._trainer.step([(tokens, targets)], learning_rate=rate)
         self.step_count += 1
         self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
 

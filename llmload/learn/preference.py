@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmload.errors import LearningFailed
+from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.scorer import Passage, Scorer
 from llmload.learn.shards import Vector
-from llmload.learn.trainer import AdamW, AdamWSettings, Trainer
+from llmload.learn.trainer import Trainer
 
 __all__ = ["MarkedAnswer", "PreferenceTrainer", "kto"]
 

@@ -156,7 +156,7 @@ class Sources:
     def _effect_of(self, windows: Windows) -> float:
         trainer = self._trainer
         before = trainer.loss(*self._validation)
-        loss, gradient = trainer.gradients(*windows)
+        loss, gradient = trainer.gradients(windows)
         length = float(np.linalg.norm(gradient))
         if not math.isfinite(length) or length == 0:
             return 0.0

@@ -101,7 +101,7 @@ class Run:
 
     def train(self, count):
         for _ in range(count):
-            self.trainer.apply(self.trainer.gradients(*next(self.text))[1])
+            self.trainer.apply(self.trainer.gradients(next(self.text))[1])
             self.step += 1
             if self.step % 3 == 0:
                 self.outer.publish()

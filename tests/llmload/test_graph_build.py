@@ -29,14 +29,12 @@ def evaluate(builder, tensor, weights, feeds):
     return session.run(["result"], feeds)[0]
 
 
-def test_every_emitter_equals_its_layer(config, weights):
+@pytest.mark.parametrize("span", [build.QUERY_SPAN, 3])
+def test_every_emitter_equals_its_layer(config, weights, monkeypatch, span):
     """The same names on both sides, so that a failing layer is found at once."""
+    monkeypatch.setattr(build, "QUERY_SPAN", span)
     rng = np.random.default_rng(3)
     x = rng.standard_normal((2, 7, config.n_embd), dtype=np.float32)
-
-    def masked(builder):
-        positions = builder.constant(np.arange(7))
-        return build.causal_mask(builder, positions, positions)
 
     layers = {
         "layer_norm": (
@@ -52,11 +50,11 @@ def test_every_emitter_equals_its_layer(config, weights):
             reference.mlp(weights, "h.1.mlp", x),
         ),
         "attention": (
-            lambda b: build.attention(b, config, "h.1.attn", "x", masked(b)),
+            lambda b: build.attention(b, config, "h.1.attn", "x", 7),
             reference.attention(config, weights, "h.1.attn", x)[0],
         ),
         "block": (
-            lambda b: build.block(b, config, 2, "x", masked(b)),
+            lambda b: build.block(b, config, 2, "x", 7),
             reference.block(config, weights, 2, x)[0],
         ),
         "head": (
@@ -76,10 +74,9 @@ def training_graph(config, blocks):
     """The form that the trainer uses: static time, no cache, parameters fed."""
     builder = GraphBuilder("training", parameter_shapes(config, blocks), parameters_as="input")
     positions = builder.constant(np.arange(8))
-    mask = build.causal_mask(builder, positions, positions)
     x = build.embed(builder, builder.input("token_ids", (2, 8), TensorProto.INT64), positions)
     for index in blocks:
-        x = build.block(builder, config, index, x, mask)
+        x = build.block(builder, config, index, x, 8)
     x = build.lm_head(builder, config, build.final_norm(builder, config, x))
     builder.output(x, "logits", (2, 8, config.vocab_size))
     return builder
@@ -100,8 +97,9 @@ def test_parameters_as_inputs_give_the_same(config, weights):
     assert abs(logits - expected).max() < TOLERANCE
 
 
-def test_graph_has_only_the_operators_that_it_says(config):
+def test_graph_has_only_the_operators_that_it_says(config, monkeypatch):
     """Autodiff needs a rule for each; a new one must be added knowingly."""
+    monkeypatch.setattr(build, "QUERY_SPAN", 4)
     model = training_graph(config, config.blocks).model()
     documented = set()
     for line in build.__doc__.split("Operators ")[1:]:

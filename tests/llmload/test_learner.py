@@ -13,10 +13,11 @@ from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
 from llmload.learn import exchange
 from llmload.learn.exchange import Learner
+from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.outer import AVERAGE_CODEC, OuterSettings
 from llmload.learn.protocol import AVERAGE, STATE, UPDATE, FetchShards
 from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
-from llmload.learn.trainer import AdamWSettings, Trainer, batches
+from llmload.learn.trainer import Trainer, batches
 from natswarm import RequestRefused
 
 sys.path.append(str(Path(__file__).parent))

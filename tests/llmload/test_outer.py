@@ -11,6 +11,7 @@ import pytest
 
 from llmload.config import GPT2Config
 from llmload.learn.codecs import Codec
+from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.outer import (
     AVERAGE_CODEC,
     STALENESS_FREE,
@@ -20,7 +21,7 @@ from llmload.learn.outer import (
 )
 from llmload.learn.robust import PROBATION_COUNT, Judge
 from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
-from llmload.learn.trainer import AdamWSettings, Trainer, batches
+from llmload.learn.trainer import Trainer, batches
 from llmload.weights import random_weights
 from natswarm import PeerId
 
@@ -112,7 +113,7 @@ def test_each_gets_better_on_the_text_of_the_other():
         ]
         for step in range(1, 81):
             for trainer, own in zip(trainers, texts, strict=True):
-                trainer.apply(trainer.gradients(*next(own))[1])
+                trainer.apply(trainer.gradients(next(own))[1])
             if step % 4 == 0 and is_together:
                 updates = [outer.publish() for outer in loops]
                 deliver(loops[0], B, updates[1])

@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from llmload import reference
 from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
-from llmload.graph.training import build_forward_graph, build_gradient_graph, gradient_name
+from llmload.graph import build
+from llmload.graph.training import build_forward_graph, build_gradient_graph
+from llmload.learn.gradients import OPEN_SHAPE_COUNT_MAX
+from llmload.learn.optimizer import CHUNK_VALUE_COUNT, AdamW, AdamWSettings
 from llmload.learn.shards import ParameterSpace
-from llmload.learn.trainer import (
-    CHUNK_VALUE_COUNT,
-    OPEN_GRAPH_COUNT_MAX,
-    AdamW,
-    AdamWSettings,
-    Trainer,
-    batches,
-)
+from llmload.learn.trainer import Trainer, batches
 from llmload.weights import random_weights
 
 RELATIVE_ERROR = 1e-4
@@ -64,11 +59,13 @@ def difference(config, weights, name, direction):
 # --- Gradients ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("span", [build.QUERY_SPAN, 2])
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
-def test_every_parameter_against_differences_of_the_reference(config):
+def test_every_parameter_against_differences_of_the_reference(config, span, monkeypatch):
+    monkeypatch.setattr(build, "QUERY_SPAN", span)
     weights = lively_weights(config)
     trainer = Trainer(config, weights)
-    loss, gradient = trainer.gradients(TOKENS, TARGETS)
+    loss, gradient = trainer.gradients((TOKENS, TARGETS))
     gradients = trainer.space.views(gradient)
     assert set(gradients) == set(weights)
 
@@ -95,52 +92,63 @@ def test_every_parameter_against_differences_of_the_reference(config):
 
 def test_positions_beyond_the_batch_have_no_gradient():
     trainer = Trainer(TIED, lively_weights(TIED))
-    _, gradient = trainer.gradients(TOKENS, TARGETS)
+    _, gradient = trainer.gradients((TOKENS, TARGETS))
     assert not trainer.space.views(gradient)["wpe.weight"][TOKENS.shape[1] :].any()
 
 
-def run(model, feeds):
-    session = ort.InferenceSession(model.SerializeToString())
-    names = [output.name for output in session.get_outputs()]
-    wanted = {value.name for value in session.get_inputs()}
-    fed = {name: value for name, value in feeds.items() if name in wanted}
-    return dict(zip(names, session.run(None, fed), strict=True))
-
-
-def test_stages_one_after_the_other_give_the_gradients_of_the_whole():
+@pytest.mark.parametrize("recompute", [1, 2, 3, 9])
+def test_activations_computed_again_give_the_same_gradients(recompute):
     config = GPT2Config(vocab_size=13, n_ctx=7, n_embd=8, n_layer=3, n_head=2)
-    size = {"batch": TOKENS.shape[0], "time": TOKENS.shape[1]}
-    feeds = lively_weights(config) | {"token_ids": TOKENS, "targets": TARGETS}
-    whole = run(build_gradient_graph(config, **size), feeds)
+    weights = lively_weights(config)
+    loss, gradient = Trainer(config, weights).gradients((TOKENS, TARGETS))
+    trainer = Trainer(config, weights, recompute=recompute)
+    loss_again, gradient_again = trainer.gradients((TOKENS, TARGETS))
+    assert loss_again == pytest.approx(loss, rel=1e-6)
+    assert trainer.loss(TOKENS, TARGETS) == pytest.approx(loss, rel=1e-6)
+    for name, expected in trainer.space.views(gradient).items():
+        found = trainer.space.views(gradient_again)[name]
+        assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected), name
 
-    stages = [range(1), range(1, 2), range(2, 3)]
-    hidden = []  # the input of each stage but the first
-    for blocks in stages[:-1]:
-        fed = feeds | ({"hidden": hidden[-1]} if hidden else {})
-        model = build_forward_graph(config, **size, blocks=blocks)
-        hidden.append(run(model, fed)["hidden_out"])
-    parts = []
-    upstream = None
-    for blocks, source in zip(reversed(stages), [*reversed(hidden), None], strict=True):
-        fed = feeds | {"hidden": source, gradient_name("hidden_out"): upstream}
-        part = run(build_gradient_graph(config, **size, blocks=blocks), fed)
-        upstream = part.pop(gradient_name("hidden"), None)
-        parts.append(part)
 
-    assert parts[0].pop("loss") == pytest.approx(float(whole.pop("loss")), rel=1e-6)
-    tied = gradient_name("wte.weight")
-    assert [tied in part for part in parts] == [True, False, True]
-    joined = {name: value for part in parts for name, value in part.items()}
-    joined[tied] = parts[0][tied] + parts[2][tied]
-    assert set(joined) == set(whole)
-    for name, value in whole.items():
-        assert np.linalg.norm(joined[name] - value) < 1e-5 * np.linalg.norm(value), name
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(config):
+    """Of unequal sizes: each part counts by its tokens."""
+    weights = lively_weights(config)
+    rng = np.random.default_rng(8)
+    parts = [tuple(rng.integers(13, size=(2, batch, 6))) for batch in (3, 1, 2)]
+    whole = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    trainer = Trainer(config, weights)
+    loss, gradient = trainer.gradients(whole)
+    loss_in_parts, in_parts = trainer.gradients(*parts)
+    assert loss_in_parts == pytest.approx(loss, rel=1e-6)
+    assert np.linalg.norm(in_parts - gradient) < 1e-6 * np.linalg.norm(gradient)
+
+
+def test_parts_of_other_lengths_count_by_their_tokens():
+    trainer = Trainer(TIED, lively_weights(TIED))
+    long, short = (TOKENS, TARGETS), (TOKENS[:1, :2], TARGETS[:1, :2])
+    (long_loss, long_gradient), (short_loss, short_gradient) = map(trainer.gradients, (long, short))
+    loss, gradient = trainer.gradients(long, short)
+    assert loss == pytest.approx((10 * long_loss + 2 * short_loss) / 12, rel=1e-6)
+    assert gradient == pytest.approx((10 * long_gradient + 2 * short_gradient) / 12, abs=1e-6)
+    with pytest.raises(ValueError, match="no batch"):
+        trainer.gradients()
+
+
+def test_a_step_is_gradients_and_apply():
+    one, other = (Trainer(TIED, lively_weights(TIED)) for _ in range(2))
+    parts = [(TOKENS, TARGETS), (TARGETS, TOKENS)]
+    for _ in range(2):
+        loss, gradient = one.gradients(*parts)
+        one.apply(gradient, learning_rate=0.01)
+        assert other.step(parts, learning_rate=0.01) == loss
+    assert one.parameters.tobytes() == other.parameters.tobytes()
 
 
 def test_loss_alone_is_the_loss_of_the_gradients():
     trainer = Trainer(TIED, lively_weights(TIED))
     assert trainer.loss(TOKENS, TARGETS) == pytest.approx(
-        trainer.gradients(TOKENS, TARGETS)[0], rel=1e-6
+        trainer.gradients((TOKENS, TARGETS))[0], rel=1e-6
     )
 
 
@@ -164,7 +172,7 @@ def test_a_small_batch_is_learnt_by_heart():
     first = trainer.loss(tokens, targets)
     assert first == pytest.approx(math.log(64), abs=0.1)  # a fresh model knows nothing
     for _ in range(100):
-        _, gradient = trainer.gradients(tokens, targets)
+        _, gradient = trainer.gradients((tokens, targets))
         trainer.apply(gradient, learning_rate=5e-3)
     assert trainer.loss(tokens, targets) < first / 20
 
@@ -176,7 +184,7 @@ def trained(thread_count=1):
     stream = batches(text, batch=4, time=32, rng=np.random.default_rng(3))
     losses = []
     for _, (tokens, targets) in zip(range(5), stream, strict=False):
-        loss, gradient = trainer.gradients(tokens, targets)
+        loss, gradient = trainer.gradients((tokens, targets))
         trainer.apply(gradient)
         losses.append(loss)
     return losses, trainer.parameters
@@ -192,9 +200,9 @@ def test_equal_runs_give_equal_bits(thread_count):
 
 def test_a_gradient_belongs_to_the_caller():
     trainer = Trainer(TIED, lively_weights(TIED))
-    _, first = trainer.gradients(TOKENS, TARGETS)
+    _, first = trainer.gradients((TOKENS, TARGETS))
     kept = first.copy()
-    trainer.gradients(TARGETS, TOKENS)
+    trainer.gradients((TARGETS, TOKENS))
     trainer.apply(first)
     assert np.array_equal(first, kept)
 
@@ -204,7 +212,7 @@ def test_weights_come_in_and_go_out_as_copies():
     before = {name: values.copy() for name, values in weights.items()}
     trainer = Trainer(TIED, weights)
     given_out = trainer.weights()
-    _, gradient = trainer.gradients(TOKENS, TARGETS)
+    _, gradient = trainer.gradients((TOKENS, TARGETS))
     trainer.apply(gradient)
     for name, values in before.items():
         assert np.array_equal(weights[name], values)
@@ -225,7 +233,7 @@ def test_graphs_of_many_shapes_do_not_pile_up():
     for time in (1, 2, 3, 4, 5, 1):
         for _ in range(2):
             trainer.loss(TOKENS[:, :time], TARGETS[:, :time])
-    assert len(trainer._graphs) == OPEN_GRAPH_COUNT_MAX
+    assert len(trainer._graphs._open) == OPEN_SHAPE_COUNT_MAX
 
 
 @pytest.mark.parametrize(
@@ -243,7 +251,7 @@ def test_graphs_of_many_shapes_do_not_pile_up():
 def test_arrays_that_do_not_fit_are_refused(tokens, targets, problem):
     trainer = Trainer(TIED, lively_weights(TIED))
     with pytest.raises(ValueError, match=problem):
-        trainer.gradients(tokens, targets)
+        trainer.gradients((tokens, targets))
 
 
 def test_weights_that_do_not_fit_are_refused():
@@ -308,7 +316,7 @@ def test_only_matrices_decay():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(value):
     trainer, untouched = (Trainer(TIED, lively_weights(TIED)) for _ in range(2))
-    _, gradient = trainer.gradients(TOKENS, TARGETS)
+    _, gradient = trainer.gradients((TOKENS, TARGETS))
     spoilt = gradient.copy()
     spoilt[100] = value
     with pytest.raises(LearningFailed, match="NaN or infinity"):

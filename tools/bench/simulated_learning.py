@@ -27,6 +27,7 @@ from llmload import AdamWSettings, GPT2Config, Trainer
 from llmload.learn.codecs import Codec
 from llmload.learn.exchange import AVERAGE_EVERY_S
 from llmload.learn.mixing import groups, partner
+from llmload.learn.optimizer import AdamW
 from llmload.learn.outer import AVERAGE_CODEC, OuterLoop, OuterSettings
 from llmload.learn.shards import (
     EncodedShard,
@@ -35,7 +36,6 @@ from llmload.learn.shards import (
     decode_shard_untrusted,
     encode_shard,
 )
-from llmload.learn.trainer import AdamW
 from llmload.weights import random_weights
 from natswarm import PeerId, World
 from natswarm.sim.presets import LINK_4G
@@ -130,7 +130,7 @@ class Classroom:
     def gradient(self, parameters: Vector, batch: tuple[Any, Any]) -> Vector:
         """Return the gradient at some parameters."""
         self._trainer.parameters[:] = parameters
-        return self._trainer.gradients(*batch)[1]
+        return self._trainer.gradients(batch)[1]
 
     def loss(self, parameters: Vector) -> float:
         """Return the loss on held-out text of all peers."""

@@ -16,8 +16,9 @@ from fake_mesh import FakeMesh
 from llmload.engine.generate import generate_tokens
 from llmload.errors import StageFailed
 from llmload.learn.exchange import Learner
+from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.outer import OuterSettings
-from llmload.learn.trainer import AdamWSettings, Trainer, batches
+from llmload.learn.trainer import Trainer, batches
 from llmload.swarm.client import SwarmClient, SwarmTimeouts
 from llmload.swarm.protocol import SESSION_PROTOCOL
 from llmload.swarm.stage import StageServer

@@ -1,0 +1,329 @@
+"""A step of training on one device, beside torch, eager and compiled, in one run.
+
+    python -m tools.bench.training [--seed N] [--threads N] [--rounds N] [--quick] [--json]
+                                   [--only small|124M]
+
+Two models with random weights: one in the shape of the small model that is shipped, and GPT-2 124M.
+Each side is a process of its own, and they take turns: in a round, each computes the gradients of
+one batch, and later does whole steps (gradients, clipping, AdamW). Our side runs a second time with
+`recompute`: activations of three blocks at once.
+
+What else the machine does lengthens a time and never shortens it, so a figure is the best of the
+rounds. With `--threads 1` times are processor time, which leaves out what the system gives to
+others meanwhile; with more, time on the clock. Memory is the most that the process ever had
+resident, libraries included: after the rounds of gradients, and after those of whole steps.
+
+`torch` is in the extra `rivals` of the project; without it our figures stand alone. `--quick`
+leaves out torch.compile, which takes most of a minute to compile, and GPT-2 124M.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+# First of what loads ONNX Runtime: it switches its telemetry off.
+from llmload import GPT2Config, Trainer, bundled_model_path
+from llmload.learn.shards import Vector
+from llmload.weights import random_weights
+from tools.bench.training_torch import TorchTrainer, is_installed
+
+SHAPES = {
+    "small": GPT2Config.from_folder(bundled_model_path()),
+    "124M": GPT2Config(vocab_size=50257, n_ctx=1024, n_embd=768, n_layer=12, n_head=12),
+}
+OURS = ("ours", "ours-recompute")
+RIVALS = ("torch-eager", "torch-compile")
+RECOMPUTE = 3
+
+# Of the time of torch eager.
+TIME_TARGETS = {"small": 0.9, "124M": 0.7}
+COMPILED_TIME_TARGET = 1.0
+MEMORY_TARGET = 0.8
+GRADIENT_ERROR_MAX = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One model and one shape of batch."""
+
+    model: str
+    batch: int
+    time: int
+
+    @property
+    def name(self) -> str:
+        """As in figures: model, batch x time."""
+        return f"{self.model} {self.batch}x{self.time}"
+
+
+FULL_CASES = (
+    Case("small", 1, 128),
+    Case("small", 4, 256),
+    Case("124M", 1, 128),
+    Case("124M", 4, 256),
+)
+QUICK_CASES = (Case("small", 4, 128),)
+
+
+# --- A child: one side, asked by lines of JSON ----------------------------------------------------
+
+
+class OwnSide:
+    """llmload's trainer, with the gradient of the latest batch."""
+
+    def __init__(self, config: GPT2Config, seed: int, threads: int, recompute: int | None) -> None:
+        weights = random_weights(config, seed)
+        self._trainer = Trainer(config, weights, recompute=recompute, thread_count=threads)
+        self._gradient: Vector = np.empty(self._trainer.space.size, dtype=np.float32)
+
+    def gradients(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
+        """Compute the loss and all gradients, and return the loss."""
+        return self._trainer.gradients((tokens, targets), out=self._gradient)[0]
+
+    def apply(self) -> None:
+        """Do a step of AdamW along the latest gradient."""
+        self._trainer.apply(self._gradient)
+
+    def gradient(self) -> dict[str, Vector]:
+        """Return the latest gradient by name."""
+        return self._trainer.space.views(self._gradient)
+
+
+def open_side(name: str, config: GPT2Config, seed: int, threads: int) -> OwnSide | TorchTrainer:
+    """Open one side by its name."""
+    if name in OURS:
+        return OwnSide(config, seed, threads, RECOMPUTE if name == OURS[1] else None)
+    weights = random_weights(config, seed)
+    return TorchTrainer(config, weights, threads, is_compiled=name == RIVALS[1])
+
+
+def run_child(name: str, case: Case, seed: int, threads: int) -> None:
+    """Open a side, compute once, say how long that took, then answer until the input ends."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    config = SHAPES[case.model]
+    side = open_side(name, config, seed, threads)
+    rng = np.random.default_rng(seed)
+    text = rng.integers(config.vocab_size, size=(case.batch, case.time + 1))
+    tokens, targets = text[:, :-1].copy(), text[:, 1:].copy()
+
+    def timed(action: Callable[[], object]) -> float:
+        started_at = clock()
+        action()
+        return clock() - started_at
+
+    _say({"start_s": timed(lambda: side.gradients(tokens, targets))})
+    for line in sys.stdin:
+        wish, _, argument = line.strip().partition(" ")
+        if wish == "save":
+            save_file(side.gradient(), argument)
+            _say({"loss": side.gradients(tokens, targets)})
+        elif wish == "gradients":
+            _say({"seconds": timed(lambda: side.gradients(tokens, targets))})
+        elif wish == "step":
+            seconds = timed(lambda: side.gradients(tokens, targets)) + timed(side.apply)
+            _say({"seconds": seconds})
+        else:
+            _say({"memory_mb": _peak_memory_mb()})
+
+
+def _peak_memory_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    raise RuntimeError("/proc/self/status does not tell VmHWM")
+
+
+def _say(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+class Child:
+    """A process with one side."""
+
+    def __init__(self, name: str, case: Case, options: Options) -> None:
+        command = [sys.executable, "-m", "tools.bench.training", "--child", name]
+        shape = ["--case", case.model, str(case.batch), str(case.time)]
+        settings = ["--seed", str(options.seed), "--threads", str(options.threads)]
+        self._process = subprocess.Popen(
+            [*command, *shape, *settings],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.name = name
+        self.start_s: float = self._read()["start_s"]
+
+    def ask(self, wish: str) -> dict[str, Any]:
+        """Return the answer to one wish."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(wish + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"the process of {self.name} ended without an answer")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+Figures = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What was asked for."""
+
+    seed: int
+    threads: int
+    rounds: int
+
+
+def measure(case: Case, names: Sequence[str], options: Options) -> Figures:
+    """Return the figures of each side for one case."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        children = []
+        for name in names:
+            children.append(Child(name, case, options))
+            stack.callback(children[-1].close)
+        figures: Figures = {child.name: {"start_s": round(child.start_s, 3)} for child in children}
+        for wish in ("gradients", "step"):
+            seconds: dict[str, list[float]] = {name: [] for name in names}
+            for _ in range(options.rounds):
+                for child in children:
+                    seconds[child.name].append(child.ask(wish)["seconds"])
+            if wish == "gradients":
+                for child in children:
+                    file = folder / f"{child.name}.safetensors"
+                    figures[child.name]["loss"] = child.ask(f"save {file}")["loss"]
+            for child in children:
+                figures[child.name][f"{wish}_s"] = round(min(seconds[child.name]), 4)
+                figures[child.name][f"{wish}_mb"] = child.ask("memory")["memory_mb"]
+        if RIVALS[0] in names:
+            for name in names:
+                files = (folder / f"{name}.safetensors", folder / f"{RIVALS[0]}.safetensors")
+                figures[name]["gradient_error"] = gradient_error(*files)
+    return figures
+
+
+def gradient_error(file: Path, truth_file: Path) -> float:
+    """Return the largest error of the gradient of any parameter, relative to its length."""
+    found, truth = load_file(file), load_file(truth_file)
+    return max(
+        float(np.linalg.norm(found[name] - values) / np.linalg.norm(values))
+        for name, values in truth.items()
+    )
+
+
+def targets_of(figures: dict[str, Figures]) -> Iterator[tuple[str, float, float]]:
+    """Yield name, value and the most that it should be, for all that could be measured."""
+    for case, sides in figures.items():
+        if RIVALS[0] not in sides:
+            continue
+        ours, eager = sides[OURS[0]], sides[RIVALS[0]]
+        model = case.partition(" ")[0]
+        for what in ("gradients", "step"):
+            time_ratio = ours[f"{what}_s"] / eager[f"{what}_s"]
+            yield f"{case}: {what}, time to torch eager", time_ratio, TIME_TARGETS[model]
+            if RIVALS[1] in sides:
+                value = ours[f"{what}_s"] / sides[RIVALS[1]][f"{what}_s"]
+                yield f"{case}: {what}, time to torch.compile", value, COMPILED_TIME_TARGET
+            for side in OURS:
+                value = sides[side][f"{what}_mb"] / eager[f"{what}_mb"]
+                yield f"{case}: {what}, memory of {side} to torch eager", value, MEMORY_TARGET
+        for side in OURS:
+            yield f"{case}: gradient of {side}", sides[side]["gradient_error"], GRADIENT_ERROR_MAX
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and batches")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every side"
+    )
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--only", choices=SHAPES, help="one model alone")
+    parser.add_argument("--quick", action="store_true", help="the small model, not compiled")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        model, batch, length = arguments.case
+        case = Case(model, int(batch), int(length))
+        run_child(arguments.child, case, arguments.seed, arguments.threads)
+        return
+    options = Options(arguments.seed, arguments.threads, 3 if arguments.quick else arguments.rounds)
+    rivals = RIVALS if not arguments.quick else RIVALS[:1]
+    names = [*OURS, *(rivals if is_installed() else ())]
+    cases = [
+        case
+        for case in (QUICK_CASES if arguments.quick else FULL_CASES)
+        if arguments.only in (None, case.model)
+    ]
+    figures = {case.name: measure(case, names, options) for case in cases}
+    targets = {
+        name: {"value": float(f"{value:.3g}"), "target": target, "ok": value <= target}
+        for name, value, target in targets_of(figures)
+    }
+    if arguments.json:
+        facts = {
+            "benchmark": "training",
+            "seed": options.seed,
+            "threads": options.threads,
+            "quick": arguments.quick,
+            "processor": platform.processor() or platform.machine(),
+            "cases": figures,
+            "skipped": {} if is_installed() else {"torch": "skipped: torch is not installed"},
+            "targets": targets,
+        }
+        print(json.dumps(facts))
+    else:
+        _print_text(figures, targets)
+
+
+def _print_text(figures: dict[str, Figures], targets: dict[str, Any]) -> None:
+    for case, sides in figures.items():
+        columns = list(sides[OURS[0]])
+        print(f"{case:16}" + "".join(f"{column:>16}" for column in columns))
+        for name, values in sides.items():
+            print(f"  {name:14}" + "".join(f"{values[column]:>16.4g}" for column in columns))
+    if not targets:
+        print("torch is not installed: nothing to compare with (extra `rivals`)")
+    for name, target in targets.items():
+        verdict = "met" if target["ok"] else "MISSED"
+        print(f"{name:56} {target['value']:9.3g}   at most {target['target']:g}: {verdict}")
+
+
+if __name__ == "__main__":
+    main()
