@@ -7,9 +7,10 @@ import pytest
 
 from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
+from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.preference import BATCH, BETA, MarkedAnswer, PreferenceTrainer, kto
 from llmload.learn.scorer import Scorer
-from llmload.learn.trainer import AdamWSettings, Trainer
+from llmload.learn.trainer import Trainer
 
 CONFIG = GPT2Config(vocab_size=40, n_ctx=16, n_embd=16, n_layer=2, n_head=2)
 TIME = 12

@@ -15,10 +15,11 @@ from llmload.data import exchange as text_exchange
 from llmload.data.record import FeedbackRecord, TextRecord, sign_record
 from llmload.data.store import RecordStore, StoredRecord
 from llmload.learn.exchange import Learner
+from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.pool import TextPool
 from llmload.learn.sources import PROBATION_COUNT, Sources
 from llmload.learn.texts import TextLearning
-from llmload.learn.trainer import AdamWSettings, Trainer, batches
+from llmload.learn.trainer import Trainer, batches
 from llmload.tokenizer import byte_tokenizer
 from llmload.weights import random_weights
 from natswarm import Identity, PeerId
@@ -113,7 +114,7 @@ class Classroom:
 
     def train(self, count):
         for _ in range(count):
-            self.trainer.apply(self.trainer.gradients(*next(self.own))[1])
+            self.trainer.apply(self.trainer.gradients(next(self.own))[1])
 
     def measure(self, count):
         for _ in range(count * len(self.texts)):
