@@ -39,6 +39,7 @@ from llmload.errors import (
 from llmload.learn.exchange import Learner, PartnerReport
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.outer import OuterSettings
+from llmload.learn.schedule import LearningRateSchedule
 from llmload.learn.trainer import Trainer
 from llmload.model_folder import Model, load_model
 from llmload.model_store import ModelStore
@@ -62,6 +63,7 @@ __all__ = [
     "KVCache",
     "Learner",
     "LearningFailed",
+    "LearningRateSchedule",
     "LlmloadError",
     "Model",
     "ModelFolderError",

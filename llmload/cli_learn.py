@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import trio
@@ -51,6 +51,7 @@ from llmload.learn.checkpoint import load_checkpoint, save_checkpoint
 from llmload.learn.exchange import Learner
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.resume import resume, take_checkpoint
+from llmload.learn.schedule import LearningRateSchedule
 from llmload.learn.sources import Windows
 from llmload.learn.texts import TextLearning
 from llmload.learn.trainer import Trainer
@@ -106,7 +107,32 @@ def learn(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows in one step.")] = 4,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens in one window.")] = 128,
-    rate: Annotated[float, typer.Option("--rate", min=0.0, help="Learning rate.")] = 3e-4,
+    parts: Annotated[
+        int,
+        typer.Option("--parts", min=1, help="Batches in one step, computed one after the other."),
+    ] = 1,
+    recompute: Annotated[
+        int | None,
+        typer.Option(
+            "--recompute",
+            min=1,
+            metavar="BLOCKS",
+            help="Hold activations of so many blocks at once: less memory, more time.",
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option("--rate", min=1e-9, help="Learning rate.")] = 3e-4,
+    warmup: Annotated[
+        int, typer.Option("--warmup", min=0, help="Steps until the learning rate is reached.")
+    ] = 0,
+    decay: Annotated[
+        int | None,
+        typer.Option(
+            "--decay",
+            min=1,
+            metavar="STEPS",
+            help="Step at which a tenth of it is left.",
+        ),
+    ] = None,
     texts: Annotated[
         bool,
         typer.Option(
@@ -138,11 +164,16 @@ def learn(
             "them are kept to validate with",
             param_hint="--data",
         )
+    try:
+        schedule = LearningRateSchedule(peak=rate, warmup_steps=warmup, decay_steps=decay)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--decay") from error
     rng = np.random.default_rng(seed)
     trainer = Trainer(
         loaded.config,
         loaded.weights,
         optimizer=AdamWSettings(learning_rate=rate),
+        recompute=recompute,
         thread_count=threads,
     )
     config = device_config(
@@ -174,7 +205,8 @@ def learn(
         thread_count=threads,
     )
     course = _Course(loaded, trainer, rng, records, validation, window, out, report_every, as_json)
-    run_async(_learn, course, state, config, invites, steps, texts)
+    pace = _Pace(schedule, parts, steps)
+    run_async(_learn, course, state, config, invites, pace, texts)
 
 
 def evaluate(
@@ -208,7 +240,7 @@ async def _learn(
     state: Path,
     config: NodeConfig,
     invites: Sequence[Invite],
-    steps: int | None,
+    pace: _Pace,
     exchanges_texts: bool,
 ) -> None:
     async with open_device(state, config) as node:
@@ -217,6 +249,8 @@ async def _learn(
             course.trainer,
             course.texts.batches,
             course.model.content_hash,
+            rate_at=pace.schedule.rate_at,
+            parts=pace.parts,
             between_steps=course.between_steps,
         )
         course.begin(learner)
@@ -226,7 +260,7 @@ async def _learn(
         course.tell({"event": "learning", "invite": str(await node.invite())})
         if learner.step_count == 0:
             course.tell({"event": "joined", "shards": await learner.join()})
-        left = None if steps is None else max(0, steps - learner.step_count)
+        left = None if pace.steps is None else max(0, pace.steps - learner.step_count)
         try:
             async with AsyncExitStack() as stack:
                 if exchanges_texts:
@@ -237,6 +271,14 @@ async def _learn(
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(course.save)
+
+
+class _Pace(NamedTuple):
+    """How a run goes on: the rate of each step, batches in one, and after how many it stops."""
+
+    schedule: LearningRateSchedule
+    parts: int
+    steps: int | None
 
 
 class _Course:

@@ -27,11 +27,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from itertools import islice
+from typing import TypeAlias
 
 import trio
 from msgspec import structs
-from numpy.typing import NDArray
 
 from llmload.errors import LearningFailed
 from llmload.learn.mixing import partner, push_targets
@@ -54,17 +54,9 @@ from llmload.learn.shards import (
     decode_shard_untrusted,
     encode_shard,
 )
-from llmload.learn.trainer import Trainer
+from llmload.learn.trainer import Batch, Trainer
 from llmload.swarm.beside import beside
-from natswarm import (
-    Call,
-    DecodeError,
-    NatswarmError,
-    Node,
-    Peer,
-    PeerId,
-    RequestRefused,
-)
+from natswarm import Call, DecodeError, NatswarmError, Node, Peer, PeerId, RequestRefused
 
 __all__ = ["Batches", "Learner", "PartnerReport"]
 
@@ -83,7 +75,7 @@ AVERAGE_EVERY_S = 60.0
 REST_S = 30.0
 
 # Tokens and targets, integers (batch, time) each; `trainer.batches` makes them.
-Batches: TypeAlias = Iterator[tuple[NDArray[Any], NDArray[Any]]]
+Batches: TypeAlias = Iterator[Batch]
 
 logger = logging.getLogger("llmload.learn")
 
@@ -142,6 +134,7 @@ class Learner:
         model_hash: Content hash of the model that all started from, in hexadecimal.
         settings: How often and how much is published.
         rate_at: Learning rate of a step, counted from 0; None for that of the trainer.
+        parts: Batches that make one step together, computed one after the other.
         reputation: What is known of a peer from elsewhere, 0..1; None for 1.
         between_steps: Called after each step, while nobody else touches the model: the place to
             evaluate, to save, and to stop by cancelling. What it raises ends `run`.
@@ -164,6 +157,7 @@ class Learner:
         *,
         settings: OuterSettings | None = None,
         rate_at: Callable[[int], float] | None = None,
+        parts: int = 1,
         reputation: Reputation | None = None,
         between_steps: Callable[[], Awaitable[None]] | None = None,
         rng: random.Random | None = None,
@@ -185,6 +179,7 @@ class Learner:
         self._trainer = trainer
         self._batches = batches
         self._rate_at = rate_at
+        self._parts = parts
         self._between_steps = between_steps
         self._rng = rng or random.Random()
         self._utc = utc
@@ -237,11 +232,11 @@ class Learner:
     async def _train(self, step_count: int | None) -> None:
         made_count = 0
         while step_count is None or made_count < step_count:
-            batch = next(self._batches, None)
-            if batch is None:
+            parts = list(islice(self._batches, self._parts))
+            if len(parts) < self._parts:
                 raise LearningFailed("our own text has ended")
             async with self._model_lock:
-                await trio.to_thread.run_sync(self._step, *batch)
+                await trio.to_thread.run_sync(self._step, parts)
                 async with self._incoming_lock:
                     if self.step_count % self.outer.settings.local_steps:
                         await trio.to_thread.run_sync(self.outer.merge)
@@ -251,9 +246,9 @@ class Learner:
                         await self._between_steps()
             made_count += 1
 
-    def _step(self, tokens: NDArray[Any], targets: NDArray[Any]) -> None:
+    def _step(self, parts: Sequence[Batch]) -> None:
         rate = None if self._rate_at is None else self._rate_at(self.step_count)
-        loss = self._trainer.step([(tokens, targets)], learning_rate=rate)
+        loss = self._trainer.step(parts, learning_rate=rate)
         self.step_count += 1
         self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
 

@@ -37,11 +37,11 @@ def run(monkeypatch, capsys, model_folder, tmp_path):
     return run
 
 
-def learn(run, tmp_path, steps):
+def learn(run, tmp_path, steps, *more):
     place = ["--bind", "127.0.0.1", "--no-lan", "--no-gateway"]
     place += ["--state", str(tmp_path / "state")]
     options = ["--window", "16", "--rate", "0.003", "--report-every", "5", "--steps", str(steps)]
-    return run("learn", "--out", str(tmp_path / "out"), *place, *options)
+    return run("learn", "--out", str(tmp_path / "out"), *place, *options, *more)
 
 
 def test_learning_goes_on_where_it_stopped_and_helps(run, tmp_path, model_folder):
@@ -60,6 +60,16 @@ def test_learning_goes_on_where_it_stopped_and_helps(run, tmp_path, model_folder
     assert out.content_hash != load_model(model_folder).content_hash
     _, [after], _ = run("eval", "--window", "16", model=tmp_path / "out")
     assert after["loss"] < 0.8 * before["loss"]
+
+
+def test_how_a_step_is_made_can_be_chosen(run, tmp_path):
+    chosen = ["--parts", "2", "--batch", "2", "--recompute", "1", "--warmup", "2", "--decay", "4"]
+    status, lines, _ = learn(run, tmp_path, 5, *chosen)
+    assert status == 0
+    assert [line["step"] for line in lines if "step" in line] == [5]
+    status, _, said = learn(run, tmp_path, 5, "--warmup", "4", "--decay", "4")
+    assert status == 2
+    assert "must be more than" in said
 
 
 def test_a_text_that_is_too_short_or_no_text_is_a_usage_error(run, tmp_path):
