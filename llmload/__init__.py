@@ -20,6 +20,7 @@ import os
 # From 1.32 on ONNX Runtime reports to its maker unless told not to before it is loaded.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
+from llmload.adapter import Adapter, AdapterSettings, fresh_adapter, load_adapter, save_adapter
 from llmload.config import GPT2Config
 from llmload.engine.generate import generate_tokens
 from llmload.engine.kv_cache import CachePool, KVArena, KVCache
@@ -52,6 +53,8 @@ from llmload.weights import bundled_model_path
 
 __all__ = [
     "AdamWSettings",
+    "Adapter",
+    "AdapterSettings",
     "BatchStep",
     "BlockStack",
     "CacheFull",
@@ -85,7 +88,10 @@ __all__ = [
     "Tokenizer",
     "Trainer",
     "bundled_model_path",
+    "fresh_adapter",
     "generate_tokens",
+    "load_adapter",
     "load_model",
     "open_stage",
+    "save_adapter",
 ]

@@ -12,6 +12,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import trio
@@ -19,6 +20,7 @@ import typer
 from rich.markup import escape
 
 from llmload import cli_data, cli_learn, cli_model
+from llmload.adapter import load_adapter
 from llmload.answer_screen import AnswerScreen
 from llmload.cli_mesh import (
     BindOption,
@@ -27,6 +29,7 @@ from llmload.cli_mesh import (
 )
 from llmload.cli_model import show_model
 from llmload.cli_shared import (
+    AdapterOption,
     JsonOption,
     ModelOption,
     model_folder,
@@ -121,6 +124,7 @@ def generate(
     precision: Annotated[
         Precision, typer.Option(help="Of the weights on this device; less is faster and smaller.")
     ] = "float32",
+    adapter: AdapterOption = None,
     wire: Annotated[
         Codec,
         typer.Option(
@@ -137,6 +141,8 @@ def generate(
     """
     if local and join:
         raise typer.BadParameter("either --local or --join", param_hint="--local")
+    if adapter is not None and join:
+        raise typer.BadParameter("peers serve the model without it", param_hint="--adapter")
     try:
         sampling = SamplingParameters(
             temperature=temperature,
@@ -166,6 +172,7 @@ def generate(
             partial(_generate_here, loaded, prompt_ids, sampling, max_new_tokens, screen),
             precision,
             threads,
+            adapter,
         )
     if as_json:
         settings = dataclasses.asdict(sampling)
@@ -180,11 +187,15 @@ async def _generate_here(
     screen: AnswerScreen,
     precision: Precision,
     threads: int | None,
+    adapter: Path | None,
 ) -> dict[str, Any]:
     with screen:
         screen.tell("opening the model")
+        beside = None
+        if adapter is not None:
+            beside = load_adapter(adapter, model.config, base=model.content_hash)
         engine = await trio.to_thread.run_sync(
-            partial(open_stage, model.folder, precision=precision, threads=threads)
+            partial(open_stage, model.folder, precision=precision, threads=threads, adapter=beside)
         )
         text = model.tokenizer.stream()
         started_at = first_at = last_at = trio.current_time()

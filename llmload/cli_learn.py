@@ -19,6 +19,14 @@ import trio
 import typer
 from numpy.typing import NDArray
 
+from llmload.adapter import (
+    RANK_MAX,
+    Adapter,
+    AdapterSettings,
+    fresh_adapter,
+    load_adapter,
+    save_adapter,
+)
 from llmload.cli_data import open_store
 from llmload.cli_mesh import (
     DEFAULT_LINKS,
@@ -39,6 +47,7 @@ from llmload.cli_mesh import (
     stay_joined,
 )
 from llmload.cli_shared import (
+    AdapterOption,
     JsonOption,
     ModelOption,
     ThreadsOption,
@@ -65,6 +74,7 @@ __all__ = ["evaluate", "learn"]
 # The end of the text is not learned from: by it one sees whether learning helps.
 VALIDATION_SHARE = 0.05
 VALIDATION_WINDOWS_MAX = 16
+ADAPTER_FILE_NAME = "adapter.safetensors"
 TOKENIZER_FILE_NAMES = ("tokenizer.json", "vocab.json", "merges.txt")
 # Of them, those by which sources of texts are judged.
 SOURCE_WINDOWS = 8
@@ -85,7 +95,9 @@ def learn(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", metavar="DIR", help="Folder of the learned model, its checkpoints and curve."
+            "--out",
+            metavar="DIR",
+            help="Folder of the learned model or adapter, its checkpoints and curve.",
         ),
     ],
     model: ModelOption = None,
@@ -101,6 +113,16 @@ def learn(
     dht_node: DhtNodeOption = None,
     dht_file: DhtFileOption = None,
     threads: ThreadsOption = 1,
+    adapter: Annotated[
+        int | None,
+        typer.Option(
+            "--adapter",
+            min=1,
+            max=RANK_MAX,
+            metavar="RANK",
+            help="Learn an adapter of this rank beside the model, which stays as it is.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option("--steps", min=1, help="Stop after so many; else at an interrupt."),
@@ -172,6 +194,7 @@ def learn(
     trainer = Trainer(
         loaded.config,
         loaded.weights,
+        adapter=None if adapter is None else _new_adapter(loaded, adapter),
         optimizer=AdamWSettings(learning_rate=rate),
         recompute=recompute,
         thread_count=threads,
@@ -202,7 +225,6 @@ def learn(
         learning_rate=rate,
         rng=rng,
         seed=seed,
-        thread_count=threads,
     )
     course = _Course(loaded, trainer, rng, records, validation, window, out, report_every, as_json)
     pace = _Pace(schedule, parts, steps)
@@ -213,6 +235,7 @@ def evaluate(
     data: DataOption,
     model: ModelOption = None,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens in one window.")] = 128,
+    adapter: AdapterOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say how well a model predicts text: loss a token, perplexity, bits a byte."""
@@ -221,7 +244,10 @@ def evaluate(
     tokens = _read_tokens(loaded, data)
     if len(tokens) <= window:
         raise typer.BadParameter(f"fewer than {window + 1} tokens", param_hint="--data")
-    loss = _loss(Trainer(loaded.config, loaded.weights), tokens, window)
+    beside = None
+    if adapter is not None:
+        beside = load_adapter(adapter, loaded.config, base=loaded.content_hash)
+    loss = _loss(Trainer(loaded.config, loaded.weights, adapter=beside), tokens, window)
     bytes_per_token = sum(file.stat().st_size for file in data) / len(tokens)
     facts = {
         "tokens": len(tokens),
@@ -248,7 +274,7 @@ async def _learn(
             node,
             course.trainer,
             course.texts.batches,
-            course.model.content_hash,
+            course.learned_hash,
             rate_at=pace.schedule.rate_at,
             parts=pace.parts,
             between_steps=course.between_steps,
@@ -301,12 +327,24 @@ class _Course:
         self._validation = validation
         self._out, self._report_every, self._as_json = out, report_every, as_json
 
+    @property
+    def learned_hash(self) -> str:
+        """By which those are known who learn the same: this model, or adapters like ours on it."""
+        base, adapter = self.model.content_hash, self.trainer.adapter
+        return base if adapter is None else adapter.settings.identity(base)
+
+    @property
+    def _adapter_file(self) -> Path:
+        return self._out / ADAPTER_FILE_NAME
+
     def begin(self, learner: Learner) -> None:
         """Go on from the latest checkpoint, if there is one."""
         self._learner = learner
         self.texts.refresh()
         checkpoint = load_checkpoint(self._out)
         if checkpoint is not None:
+            if self.trainer.adapter is not None:  # refused if it is of another model
+                load_adapter(self._adapter_file, self.model.config, base=self.model.content_hash)
             learner.step_count = resume(checkpoint, self.trainer, learner.outer, self.rng)
 
     async def between_steps(self) -> None:
@@ -316,12 +354,16 @@ class _Course:
             self.tell(await trio.to_thread.run_sync(self._report))
 
     def save(self) -> None:
-        """Write a checkpoint and the model, as a folder that all commands read."""
+        """Write a checkpoint, and the model as a folder that all commands read, or the adapter."""
         learner = self._learner
         save_checkpoint(
             self._out,
             take_checkpoint(self.trainer, learner.outer, self.rng, learner.step_count),
         )
+        adapter = self.trainer.adapter
+        if adapter is not None:
+            save_adapter(self._adapter_file, adapter, base=self.model.content_hash)
+            return
         save_config(self._out, self.model.config)
         save_weights(self._out, self.trainer.weights())
         for name in TOKENIZER_FILE_NAMES:
@@ -375,6 +417,10 @@ class _Course:
             "text_bytes_sent": sum(report.sent_bytes for report in reports),
             "text_bytes_received": sum(report.received_bytes for report in reports),
         }
+
+
+def _new_adapter(model: Model, rank: int) -> Adapter:
+    return fresh_adapter(model.config, AdapterSettings(rank=rank))
 
 
 def _read_tokens(model: Model, files: Sequence[Path]) -> NDArray[np.int64]:

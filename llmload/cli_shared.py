@@ -18,6 +18,7 @@ from llmload.swarm.beside import beside
 from llmload.weights import bundled_model_path
 
 __all__ = [
+    "AdapterOption",
     "JsonOption",
     "ModelOption",
     "ThreadsOption",
@@ -44,6 +45,17 @@ ModelOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int, typer.Option("--threads", min=1, max=256, help="Processor threads for one step.")
+]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="What `llmload learn --adapter` has learned on this model.",
+        show_default=False,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

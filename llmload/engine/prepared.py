@@ -25,6 +25,7 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto
 
+from llmload.adapter import Adapter, merged
 from llmload.config import GPT2Config
 from llmload.engine.session import StageEngine, session_options
 from llmload.engine.tuning import EngineSettings, best_settings
@@ -51,6 +52,7 @@ def open_stage(
     precision: Precision = "float32",
     settings: EngineSettings | None = None,
     threads: int | None = None,
+    adapter: Adapter | None = None,
     cache: ModelCache | None = None,
 ) -> StageEngine:
     """Open some blocks of a model folder, from what was prepared if that is there.
@@ -65,6 +67,7 @@ def open_stage(
         precision: Of the matrices.
         settings: How to compute; None for what is the fastest here, measured once.
         threads: Threads that work on one operator, whatever `settings` say; None for theirs.
+        adapter: Merged into the blocks, which are then held in memory and not prepared.
         cache: Where to keep the result; None for the cache folder of the user.
 
     Raises:
@@ -94,6 +97,19 @@ def open_stage(
             attention=settings.attention,
         )
 
+    def open_in_memory() -> StageEngine:
+        weights = load_weights(folder, blocks, config=config)
+        return StageEngine(
+            config,
+            weights if adapter is None else merged(weights, adapter),
+            blocks,
+            intra_op_threads=threads or settings.threads,
+            precision=precision,
+            attention=settings.attention,
+        )
+
+    if adapter is not None:
+        return open_in_memory()
     if prepared.is_dir():
         try:
             return open_prepared()
@@ -111,14 +127,7 @@ def open_stage(
             shutil.rmtree(new, ignore_errors=True)
     except OSError:
         # No room on the disk, or no right to write: slower, but it runs.
-        return StageEngine(
-            config,
-            load_weights(folder, blocks, config=config),
-            blocks,
-            intra_op_threads=threads or settings.threads,
-            precision=precision,
-            attention=settings.attention,
-        )
+        return open_in_memory()
     return open_prepared()
 
 

@@ -23,8 +23,8 @@ This file does not know the values of the weights, ONNX Runtime, or where stages
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ __all__ = [
     "IR_VERSION",
     "OPSET",
     "GraphBuilder",
+    "Linear",
     "attend",
     "attention",
     "block",
@@ -332,7 +333,18 @@ def attend(
     return builder.node("MatMul", [shares, value])  # (b, n_head, time, head_size)
 
 
-def attention(builder: GraphBuilder, config: GPT2Config, name: str, x: str, time: int) -> str:
+# Emits a linear layer by its name: (..., in) -> (..., out).
+Linear: TypeAlias = Callable[[GraphBuilder, str, str], str]
+
+
+def attention(
+    builder: GraphBuilder,
+    config: GPT2Config,
+    name: str,
+    x: str,
+    time: int,
+    linear: Linear = linear,
+) -> str:
     """Emit the attention layer `name` (such as "h.0.attn"), heads and both projections included.
 
     Queries are taken in spans, and each span sees the keys up to its end: of what a mask would
@@ -345,6 +357,7 @@ def attention(builder: GraphBuilder, config: GPT2Config, name: str, x: str, time
         name: Prefix of the parameters.
         x: float32 (batch, time, n_embd), after the layer norm.
         time: Positions, counted from the first of the sequence.
+        linear: What emits linear layers.
 
     Returns:
         float32 (batch, time, n_embd).
@@ -395,7 +408,7 @@ def _attend_span(
     return attend(builder, config, query, key, value, causal_mask(builder, queries, keys))
 
 
-def mlp(builder: GraphBuilder, name: str, x: str) -> str:
+def mlp(builder: GraphBuilder, name: str, x: str, linear: Linear = linear) -> str:
     """Emit the feed-forward layer `name` (such as "h.0.mlp"): (batch, time, n_embd) to the same."""
     x = linear(builder, f"{name}.c_fc", x)  # (b, t, 4 * n_embd)
     x = gelu_new(builder, x)  # (b, t, 4 * n_embd)
@@ -407,16 +420,23 @@ def gelu_new(builder: GraphBuilder, x: str) -> str:
     return builder.node("Gelu", [x], approximate="tanh")
 
 
-def block(builder: GraphBuilder, config: GPT2Config, index: int, x: str, time: int) -> str:
+def block(
+    builder: GraphBuilder,
+    config: GPT2Config,
+    index: int,
+    x: str,
+    time: int,
+    linear: Linear = linear,
+) -> str:
     """Emit block `index`: attention and feed-forward, each on a normed copy of the residual stream.
 
     Args, returns: as `attention`, with the residual stream float32 (batch, time, n_embd) as `x`.
     """
     name = f"h.{index}"
     normed = layer_norm(builder, config, f"{name}.ln_1", x)
-    y = attention(builder, config, f"{name}.attn", normed, time)
+    y = attention(builder, config, f"{name}.attn", normed, time, linear)
     x = builder.node("Add", [x, y])  # (b, t, n_embd)
-    y = mlp(builder, f"{name}.mlp", layer_norm(builder, config, f"{name}.ln_2", x))
+    y = mlp(builder, f"{name}.mlp", layer_norm(builder, config, f"{name}.ln_2", x), linear)
     return builder.node("Add", [x, y])  # (b, t, n_embd)
 
 

@@ -1,31 +1,36 @@
-"""The loss of GPT-2 and its gradients as ONNX graphs, for the whole model or one stage of it.
+"""The losses of GPT-2 and their gradients as ONNX graphs, for the whole model or one stage of it.
 
 Parameters are inputs of these graphs, because training changes them between two runs. Batch and
 time are fixed: a trainer uses one shape for hours, and knows the sizes that the backward pass needs
-(to average, to undo a broadcast) when the graph is built.
+(to undo a broadcast) when the graph is built.
+
+The loss of each token comes out by itself, and the gradient of each goes in: so one graph serves
+the mean over a batch, a share of a larger batch, and any loss over the likelihood of a sequence.
 
 Embeddings are looked up outside. A batch touches few of their rows, so the gradient as a whole
 matrix, which is what a graph could give, would be the largest tensor of all, mostly zeros, and
 added to that of the output layer at the very end of the backward pass.
 
 A stage takes part in training with two graphs. Its forward graph turns hidden states into hidden
-states or, in the last stage, the loss. Its gradient graph does the same once more and goes on to
+states or, in the last stage, the losses. Its gradient graph does the same once more and goes on to
 the gradients: of its parameters, and of its input, which is what the stage before needs. Computing
 twice is cheaper than to keep or send all inner activations. All stages but the last are the same
 graph if they have as many blocks, but for the names of the parameters.
 
-Source: the loss of Radford et al. 2019: mean cross-entropy of the next token.
+Source: the loss of Radford et al. 2019, cross-entropy of the next token.
 
 This file does not know how a graph is differentiated, optimisers, or ONNX Runtime.
 """
 
 from __future__ import annotations
 
+import numpy as np
 from onnx import ModelProto, TensorProto
 
+from llmload.adapter import AdapterSettings, adapter_shapes, lora_names
 from llmload.config import GPT2Config, parameter_shapes
 from llmload.graph.autodiff import add_gradients
-from llmload.graph.build import GraphBuilder, block, final_norm, lm_head
+from llmload.graph.build import GraphBuilder, block, final_norm, linear, lm_head
 
 __all__ = ["build_forward_graph", "build_gradient_graph", "gradient_name"]
 
@@ -36,17 +41,22 @@ def gradient_name(tensor: str) -> str:
 
 
 def build_forward_graph(
-    config: GPT2Config, *, batch: int, time: int, blocks: range | None = None
+    config: GPT2Config,
+    *,
+    batch: int,
+    time: int,
+    blocks: range | None = None,
+    adapter: AdapterSettings | None = None,
 ) -> ModelProto:
-    """Build the graph that computes the loss, or the hidden states after an earlier stage.
+    """Build the graph that computes the losses, or the hidden states after an earlier stage.
 
     Inputs:
         hidden: float32 (batch, time, n_embd): the embedded tokens, or what the stage before gave.
         targets: int64 (batch, time), the token after each; in the last stage.
         The parameters of the blocks and, in the last stage, of the output layer; float32, under
-            their names.
+            their names; and those of the adapter.
     Outputs:
-        loss: float32 (), mean cross-entropy in nats; in the last stage; or
+        losses: float32 (batch, time), cross-entropy of each target in nats; in the last stage; or
         hidden_out: float32 (batch, time, n_embd), in earlier ones.
 
     Args:
@@ -54,39 +64,44 @@ def build_forward_graph(
         batch: Sequences.
         time: Tokens of each, 1..n_ctx.
         blocks: Contiguous range of blocks; None for the whole model, which is first stage and last.
+        adapter: The adapter beside its layers; None for none.
 
     Raises:
         ValueError: `blocks` is no contiguous part of the model, or a size is out of range.
     """
-    stage = _Stage(config, batch, time, blocks)
+    stage = _Stage(config, batch, time, blocks, adapter)
     stage.builder.output(stage.result, stage.result_name, stage.result_shape)
     return stage.builder.model()
 
 
 def build_gradient_graph(
-    config: GPT2Config, *, batch: int, time: int, blocks: range | None = None
+    config: GPT2Config,
+    *,
+    batch: int,
+    time: int,
+    blocks: range | None = None,
+    adapter: AdapterSettings | None = None,
 ) -> ModelProto:
-    """Build the graph that computes the gradients of a stage, and the loss if it is the last.
+    """Build the graph that computes the gradients of a stage, and the losses if it is the last.
 
     Inputs: those of `build_forward_graph`, and
         hidden_out.grad: float32 (batch, time, n_embd), in all stages but the last: what the next
             stage gave as hidden.grad; or
-        loss.grad: float32 (), in the last stage: what all gradients are multiplied by, such as the
-            share of these tokens in a larger batch.
+        losses.grad: float32 (batch, time), in the last stage: what each counts in the whole.
     Outputs:
-        loss: float32 (), in the last stage.
+        losses: float32 (batch, time), in the last stage.
         hidden.grad: float32 (batch, time, n_embd).
-        {parameter}.grad: for every parameter that is an input, of its shape.
+        {parameter}.grad: of its shape, for every parameter that is an input; with an adapter, for
+            its parameters only.
 
     Args, raises: as `build_forward_graph`.
     """
-    stage = _Stage(config, batch, time, blocks)
+    stage = _Stage(config, batch, time, blocks, adapter)
     builder = stage.builder
     if stage.is_last:
         builder.output(stage.result, stage.result_name, stage.result_shape)
     upstream = builder.input(gradient_name(stage.result_name), stage.result_shape)
-    shapes = {name: stage.parameter_shapes[name] for name in builder.parameter_names}
-    shapes["hidden"] = stage.hidden_shape
+    shapes = {**stage.trained_shapes, "hidden": stage.hidden_shape}
     gradients = add_gradients(builder, {stage.result: upstream}, list(shapes))
     for name, shape in shapes.items():
         builder.output(gradients[name], gradient_name(name), shape)
@@ -96,20 +111,29 @@ def build_gradient_graph(
 class _Stage:
     """The forward pass of a stage inside of a builder, open for more nodes."""
 
-    def __init__(self, config: GPT2Config, batch: int, time: int, blocks: range | None) -> None:
+    def __init__(
+        self,
+        config: GPT2Config,
+        batch: int,
+        time: int,
+        blocks: range | None,
+        adapter: AdapterSettings | None,
+    ) -> None:
         if batch < 1 or not 1 <= time <= config.n_ctx:
             raise ValueError(f"batch {batch} < 1, or time {time} not in 1..{config.n_ctx}")
         blocks = config.blocks if blocks is None else blocks
-        self.parameter_shapes = parameter_shapes(config, blocks)
+        shapes = parameter_shapes(config, blocks)
+        adapted = {} if adapter is None else adapter_shapes(config, adapter, blocks)
         self.is_last = blocks.stop == config.n_layer
         self.hidden_shape = (batch, time, config.n_embd)
         name = f"gpt2-training-{blocks.start}-{blocks.stop}"
-        self.builder = GraphBuilder(name, self.parameter_shapes, parameters_as="input")
+        self.builder = GraphBuilder(name, shapes | adapted, parameters_as="input")
         builder = self.builder
 
+        layer = linear if adapter is None else _Adapted(adapter)
         x = builder.input("hidden", self.hidden_shape)
         for index in blocks:
-            x = block(builder, config, index, x, time)  # (batch, time, n_embd)
+            x = block(builder, config, index, x, time, layer)  # (batch, time, n_embd)
 
         self.result, self.result_name = x, "hidden_out"
         self.result_shape: tuple[int, ...] = self.hidden_shape
@@ -118,6 +142,27 @@ class _Stage:
             logits = lm_head(builder, config, final_norm(builder, config, x))
             logits = builder.node("Reshape", [logits, builder.ints(-1, config.vocab_size)])
             labels = builder.node("Reshape", [targets, builder.ints(-1)])  # (batch * time,)
-            # Mean over all tokens; the logits are (batch * time, vocab_size).
-            self.result = builder.node("SoftmaxCrossEntropyLoss", [logits, labels])
-            self.result_name, self.result_shape = "loss", ()
+            # The logits are (batch * time, vocab_size).
+            losses = builder.node("SoftmaxCrossEntropyLoss", [logits, labels], reduction="none")
+            self.result = builder.node("Reshape", [losses, builder.ints(batch, time)])
+            self.result_name, self.result_shape = "losses", (batch, time)
+        # Not the embeddings, which are not used here.
+        self.trained_shapes = adapted or {name: shapes[name] for name in builder.parameter_names}
+
+
+class _Adapted:
+    """Emits linear layers with their adapter beside them."""
+
+    def __init__(self, adapter: AdapterSettings) -> None:
+        self._adapter = adapter
+
+    def __call__(self, builder: GraphBuilder, name: str, x: str) -> str:
+        """Emit x @ weight + bias + scale (x A^T) B^T: (..., in) -> (..., out)."""
+        y = linear(builder, name, x)
+        if not name.endswith(self._adapter.layers):
+            return y
+        for factor in lora_names(name):
+            transposed = builder.node("Transpose", [builder.parameter(factor)], perm=[1, 0])
+            x = builder.node("MatMul", [x, transposed])  # (..., rank), then (..., out)
+        scale = builder.constant(np.array(self._adapter.scale, dtype=np.float32))
+        return builder.node("Add", [y, builder.node("Mul", [x, scale])])

@@ -1,4 +1,4 @@
-"""The loss of a batch and its gradients, in ONNX Runtime, over parameters that stay in place.
+"""The losses of tokens and their gradients, in ONNX Runtime, over parameters that stay in place.
 
 The runtime is bound to the arrays of parameters and gradients: nothing is copied. The graphs know
 the blocks and the output layer; the embeddings in front of them are looked up here, and their
@@ -24,6 +24,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from llmload.adapter import AdapterSettings
 from llmload.config import GPT2Config
 from llmload.graph.training import build_forward_graph, build_gradient_graph, gradient_name
 from llmload.learn.shards import Vector
@@ -37,11 +38,13 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class LossGraphs:
-    """A model as a loss of its parameters, open for batches of any shape.
+    """A model as losses over its parameters, open for batches of any shape.
 
     Args:
         config: The shape of the model.
-        parameters: All of them, float32 by name; read in place at each run.
+        parameters: All of them, float32 by name, with those of the adapter; read in place at each
+            run.
+        adapter: What is trained beside a model that stays as it is; None to train the model.
         recompute: Blocks whose activations are held at once; None for all.
         thread_count: Threads of the runtime.
     """
@@ -51,10 +54,12 @@ class LossGraphs:
         config: GPT2Config,
         parameters: Mapping[str, Vector],
         *,
+        adapter: AdapterSettings | None,
         recompute: int | None,
         thread_count: int,
     ) -> None:
         self._config = config
+        self._adapter = adapter
         self._parameters = parameters
         size = recompute or config.n_layer
         # The last piece, which carries the output layer, is never the shorter one.
@@ -70,23 +75,23 @@ class LossGraphs:
         tokens: NDArray[Any],
         targets: NDArray[Any],
         *,
-        share: float = 1.0,
+        upstream: Vector | None = None,
         gradients: Mapping[str, Vector] | None = None,
-    ) -> float:
-        """Return the loss, and compute its gradients if arrays for them are given.
+    ) -> Vector:
+        """Return the losses, and compute gradients if arrays for them are given.
 
         Args:
             tokens: Integers (batch, time).
             targets: Integers (batch, time), the token that follows each of `tokens`.
-            share: What gradients are multiplied by.
-            gradients: An array for each parameter, overwritten.
+            upstream: float32 (batch, time), what each loss counts in the whole; for gradients.
+            gradients: An array for each parameter that is trained, overwritten.
 
         Returns:
-            Mean cross-entropy in nats a token, not multiplied by anything.
+            Cross-entropy of each target in nats, float32 (batch, time).
         """
         graphs = self._graphs(_Shape(*tokens.shape))
         *inner, last = self._pieces
-        loss = np.zeros((), dtype=np.float32)
+        losses = np.empty(tokens.shape, dtype=np.float32)
         hidden = [self._embed(tokens)]  # the input of each piece
         for piece in inner:
             hidden.append(np.empty_like(hidden[0]))
@@ -98,19 +103,21 @@ class LossGraphs:
             "targets": np.ascontiguousarray(targets, dtype=np.int64),
         }
         if gradients is None:
-            self._run(graphs, last, inputs, {"loss": loss}, None)
-            return float(loss)
+            self._run(graphs, last, inputs, {"losses": losses}, None)
+            return losses
 
-        inputs[gradient_name("loss")] = np.array(share, dtype=np.float32)
-        upstream = np.empty_like(inputs["hidden"])
-        outputs = {"loss": loss, gradient_name("hidden"): upstream}
+        assert upstream is not None, "gradients of nothing"
+        inputs[gradient_name("losses")] = upstream
+        passed = np.empty_like(inputs["hidden"])
+        outputs = {"losses": losses, gradient_name("hidden"): passed}
         self._run(graphs, last, inputs, outputs, gradients)
         for piece in reversed(inner):
-            inputs = {"hidden": hidden.pop(), gradient_name("hidden_out"): upstream}
-            upstream = np.empty_like(upstream)
-            self._run(graphs, piece, inputs, {gradient_name("hidden"): upstream}, gradients)
-        self._embed_backward(tokens, upstream, gradients)
-        return float(loss)
+            inputs = {"hidden": hidden.pop(), gradient_name("hidden_out"): passed}
+            passed = np.empty_like(passed)
+            self._run(graphs, piece, inputs, {gradient_name("hidden"): passed}, gradients)
+        if self._adapter is None:
+            self._embed_backward(tokens, passed, gradients)
+        return losses
 
     def _embed(self, tokens: NDArray[Any]) -> Vector:
         """Return what the first block sees, float32 (batch, time, n_embd)."""
@@ -154,7 +161,7 @@ class LossGraphs:
         if kind not in graphs:
             batch, time, _ = inputs["hidden"].shape
             build = build_forward_graph if gradients is None else build_gradient_graph
-            model = build(self._config, batch=batch, time=time, blocks=piece)
+            model = build(self._config, batch=batch, time=time, blocks=piece, adapter=self._adapter)
             names = [value.name for value in model.graph.input if value.name in self._parameters]
             content = model.SerializeToString()
             graphs[kind] = _OpenGraph(content, names, piece.start, self._thread_count)
@@ -163,7 +170,11 @@ class LossGraphs:
         bound = {name: self._parameters[moved] for name, moved in named.items()}
         results = dict(outputs)
         if gradients is not None:
-            results |= {gradient_name(name): gradients[moved] for name, moved in named.items()}
+            results |= {
+                gradient_name(name): gradients[moved]
+                for name, moved in named.items()
+                if moved in gradients
+            }
         graph.run({**inputs, **bound}, results)
 
 

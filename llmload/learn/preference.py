@@ -84,7 +84,6 @@ class PreferenceTrainer:
         time: Tokens of prompt and answer that are looked at.
         learning_rate: Of a step.
         rng: Draws the batches.
-        thread_count: Threads of the runtime.
     """
 
     def __init__(
@@ -95,11 +94,10 @@ class PreferenceTrainer:
         time: int,
         learning_rate: float,
         rng: np.random.Generator,
-        thread_count: int = 1,
     ) -> None:
         self._trainer = trainer
         self._reference = reference
-        self._scorer = Scorer(trainer, batch=BATCH, time=time, thread_count=thread_count)
+        self._scorer = Scorer(trainer, batch=BATCH, time=time)
         # The trainer's own steps decay the weights.
         settings = AdamWSettings(learning_rate=learning_rate, weight_decay=0.0)
         self._optimizer = AdamW(trainer.space, settings)

@@ -97,16 +97,20 @@ class ParameterSpace:
         """Values in the flat vector."""
         return sum(math.prod(shape) for _, shape in self.shapes)
 
+    def check(self, parameters: Mapping[str, NDArray[Any]]) -> None:
+        """Raise ValueError where a parameter is missing, of another shape, or unknown."""
+        found = {name: values.shape for name, values in parameters.items()}
+        if found != dict(self.shapes):
+            wrong = sorted(set(found.items()) ^ set(self.shapes))
+            raise ValueError(f"parameters do not fit: {wrong[:4]}")
+
     def flatten(self, parameters: Mapping[str, NDArray[Any]]) -> Vector:
         """Copy parameters into a new flat vector, float32 (size,).
 
         Raises:
             ValueError: A parameter is missing, of another shape, or unknown.
         """
-        found = {name: values.shape for name, values in parameters.items()}
-        if found != dict(self.shapes):
-            wrong = sorted(set(found.items()) ^ set(self.shapes))
-            raise ValueError(f"parameters do not fit: {wrong[:4]}")
+        self.check(parameters)
         flat = np.empty(self.size, dtype=np.float32)
         for name, view in self.views(flat).items():
             view[...] = parameters[name]

@@ -27,7 +27,6 @@ from llmload.learn.exchange import Learner
 from llmload.learn.pool import TextPool
 from llmload.learn.preference import MarkedAnswer, PreferenceTrainer
 from llmload.learn.scorer import Scorer
-from llmload.learn.shards import Vector
 from llmload.learn.sources import Sources, Windows
 from llmload.learn.trainer import Trainer
 from llmload.model_folder import Model
@@ -63,7 +62,6 @@ class TextLearning:
         learning_rate: Of steps on text.
         rng: Draws the batches; a seed repeats them.
         seed: Of everything else.
-        thread_count: Threads of the runtime.
 
     Attributes:
         batches: For the learner.
@@ -85,19 +83,15 @@ class TextLearning:
         learning_rate: float,
         rng: np.random.Generator,
         seed: int,
-        thread_count: int = 1,
     ) -> None:
         self._model, self._trainer, self._store = model, trainer, store
         self._batch, self._time = batch, time
         self._learning_rate = learning_rate
-        self._thread_count = thread_count
         self._rng = np.random.default_rng([seed, 1])
         self._read_up_to = 0
         self._preference: PreferenceTrainer | None = None
         samples_time = min(SAMPLE_TOKENS, model.config.n_ctx)
-        self._scorer = Scorer(
-            trainer, batch=SAMPLES_AT_ONCE, time=samples_time, thread_count=thread_count
-        )
+        self._scorer = Scorer(trainer, batch=SAMPLES_AT_ONCE, time=samples_time)
         self.sources = Sources(trainer, validation, self._rng)
         self.batches = TextPool(
             own,
@@ -161,14 +155,12 @@ class TextLearning:
             self._preference.add(answers)
 
     def _open_preference(self) -> PreferenceTrainer:
-        reference: Vector = self._trainer.space.flatten(self._model.weights)
         return PreferenceTrainer(
             self._trainer,
-            reference,
+            self._trainer.reference(self._model.weights),
             time=self._time,
             learning_rate=PREFERENCE_RATE * self._learning_rate,
             rng=self._rng,
-            thread_count=self._thread_count,
         )
 
     async def _novelty(self, samples: Sequence[str]) -> list[float]:

@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from llmload.adapter import Adapter, adapter_shapes
 from llmload.config import GPT2Config, parameter_shapes
 from llmload.learn.gradients import LossGraphs
 from llmload.learn.optimizer import AdamW, AdamWSettings
@@ -39,17 +40,19 @@ Batch: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 
 class Trainer:
-    """A model in training on this device.
+    """A model in training on this device, or an adapter beside a model that stays as it is.
 
     Args:
         config: The shape of the model.
-        weights: All its parameters, float32 by name; copied.
+        weights: All its parameters, float32 by name; copied, unless there is an adapter.
+        adapter: What to train in their place, from these values on; None to train the model.
         optimizer: Hyperparameters of AdamW.
         recompute: Hold the activations of no more than so many blocks at once and compute others
             again when they are needed: less memory for more time. None to hold all.
         thread_count: Threads of the runtime. On cores shared with others 1 is often faster than 2.
 
     Attributes:
+        space: Order and shapes of what is trained.
         optimizer: AdamW and its state.
 
     Raises:
@@ -61,6 +64,7 @@ class Trainer:
         config: GPT2Config,
         weights: Weights,
         *,
+        adapter: Adapter | None = None,
         optimizer: AdamWSettings | None = None,
         recompute: int | None = None,
         thread_count: int = 1,
@@ -68,12 +72,22 @@ class Trainer:
         if recompute is not None and recompute < 1:
             raise ValueError(f"recompute must be positive: {recompute}")
         self.config = config
-        self.space = ParameterSpace.of(parameter_shapes(config, config.blocks))
-        self._parameters = self.space.flatten(weights)
+        model_space = ParameterSpace.of(parameter_shapes(config, config.blocks))
+        self._settings = None if adapter is None else adapter.settings
+        if adapter is None:
+            self.space = model_space
+            self._parameters = self.space.flatten(weights)
+            frozen: Weights = {}
+        else:
+            model_space.check(weights)
+            self.space = ParameterSpace.of(adapter_shapes(config, adapter.settings))
+            self._parameters = self.space.flatten(adapter.tensors)
+            frozen = weights
         self.optimizer = AdamW(self.space, optimizer or AdamWSettings())
         self._graphs = LossGraphs(
             config,
-            self.space.views(self._parameters),
+            {**frozen, **self.space.views(self._parameters)},
+            adapter=self._settings,
             recompute=recompute,
             thread_count=thread_count,
         )
@@ -92,6 +106,13 @@ class Trainer:
 
         Raises:
             ValueError: The arrays do not fit the model, or each other.
+        """
+        return float(self.losses(tokens, targets).mean(dtype=np.float64))
+
+    def losses(self, tokens: NDArray[Any], targets: NDArray[Any]) -> Vector:
+        """Return the loss of each target, float32 (batch, time).
+
+        Args, raises: as `loss`.
         """
         self._check(tokens, targets)
         return self._graphs.run(tokens, targets)
@@ -124,12 +145,40 @@ class Trainer:
         for index, (tokens, targets) in enumerate(parts):
             if index == 1:
                 part_gradient = np.empty_like(gradient)
-            share = tokens.size / token_count
-            views = self.space.views(part_gradient)
-            loss += share * self._graphs.run(tokens, targets, share=share, gradients=views)
+            share = np.full(tokens.shape, 1 / token_count, dtype=np.float32)
+            losses = self._graphs.run(
+                tokens, targets, upstream=share, gradients=self.space.views(part_gradient)
+            )
+            loss += float(losses.sum(dtype=np.float64)) / token_count
             if index:
                 gradient += part_gradient
         return loss, gradient
+
+    def gradient_of(
+        self, tokens: NDArray[Any], targets: NDArray[Any], upstream: NDArray[Any]
+    ) -> Vector:
+        """Return the gradient of any loss over the losses of single tokens.
+
+        Args:
+            tokens: As `loss` takes them.
+            targets: The same.
+            upstream: Numbers (batch, time), the derivative of that loss by each of `losses`.
+
+        Returns:
+            float32 (space.size,), the caller's.
+
+        Raises:
+            ValueError: As `loss`.
+        """
+        self._check(tokens, targets)
+        gradient = np.empty(self.space.size, dtype=np.float32)
+        self._graphs.run(
+            tokens,
+            targets,
+            upstream=np.ascontiguousarray(upstream, dtype=np.float32),
+            gradients=self.space.views(gradient),
+        )
+        return gradient
 
     def step(self, parts: Sequence[Batch], *, learning_rate: float | None = None) -> float:
         """Do one step of AdamW along the gradient of some batches together; return their loss.
@@ -161,8 +210,23 @@ class Trainer:
         return self.optimizer.update(self._parameters, gradient, learning_rate=learning_rate)
 
     def weights(self) -> dict[str, Vector]:
-        """Return a copy of all parameters by name."""
+        """Return a copy of all parameters by name: those of the adapter, if that is trained."""
         return self.space.views(self._parameters.copy())
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """A copy of the adapter that is trained; None if it is the model."""
+        return None if self._settings is None else Adapter(self._settings, self.weights())
+
+    def reference(self, weights: Weights) -> Vector:
+        """Return the parameters with which this is the model of `weights`, float32 (space.size,).
+
+        Args:
+            weights: Of an adapter's own base, or of any model of this shape where that is trained.
+        """
+        if self._settings is None:
+            return self.space.flatten(weights)
+        return np.zeros(self.space.size, dtype=np.float32)
 
     @property
     def parameters(self) -> Vector:

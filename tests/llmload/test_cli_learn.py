@@ -72,6 +72,31 @@ def test_how_a_step_is_made_can_be_chosen(run, tmp_path):
     assert "must be more than" in said
 
 
+def test_an_adapter_is_learned_and_used(run, tmp_path, model_folder, monkeypatch, capsys):
+    _, [before], _ = run("eval", "--window", "16")
+    for steps in (5, 10):
+        status, lines, said = learn(run, tmp_path, steps, "--adapter", "4", "--rate", "0.02")
+        assert status == 0, said
+        assert [line["step"] for line in lines if "step" in line] == [steps]
+    file = tmp_path / "out" / "adapter.safetensors"
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    _, [after], _ = run("eval", "--window", "16", "--adapter", str(file))
+    assert after["loss"] < 0.95 * before["loss"]
+    # A checkpoint of another shape is no place to go on from.
+    status, _, said = learn(run, tmp_path, 15, "--adapter", "5")
+    assert status == 1
+    assert "another shape" in said
+
+    answers = []
+    for adapter in ([], ["--adapter", str(file)]):
+        options = ["--model", str(model_folder), "--json", "--temperature", "0", "-n", "8"]
+        monkeypatch.setattr(sys, "argv", ["llmload", "generate", "the", *options, *adapter])
+        with pytest.raises(SystemExit):
+            cli.main()
+        answers.append(json.loads(capsys.readouterr().out)["text"])
+    assert answers[0] != answers[1]
+
+
 def test_a_text_that_is_too_short_or_no_text_is_a_usage_error(run, tmp_path):
     run.file.write_text("short")
     status, _, said = learn(run, tmp_path, 5)
