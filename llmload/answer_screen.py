@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.spinner import Spinner
+from rich.text import Text
 
 __all__ = ["AnswerScreen"]
 
@@ -51,7 +52,7 @@ class AnswerScreen:
 
     def tell(self, progress: str) -> None:
         """Show what is going on, if there is a terminal to show it on."""
-        self._spinner.update(text=progress)
+        self._spinner.update(text=Text(progress))  # not markup: there are peers' names in it
 
     def tell_change(self, news: str) -> None:
         """Tell what has changed; once the answer has begun, in a line of its own."""

@@ -44,9 +44,9 @@ from llmload.engine.sampler import SamplingParameters
 from llmload.errors import LlmloadError
 from llmload.graph.quantize import Precision
 from llmload.model_folder import Model, load_model
-from llmload.swarm.client import Generation, SwarmClient, prompt_token_ids
+from llmload.swarm.client import SwarmClient, prompt_token_ids
 from llmload.swarm.codec import Codec
-from llmload.swarm.route import format_blocks
+from llmload.swarm.route_view import route_as_json, route_text
 from natswarm import LINKS_MIN, Identity, Invite, NatswarmError, NodeConfig, SystemPaths, open_node
 
 __all__ = ["app", "main"]
@@ -112,6 +112,14 @@ def generate(
             min=0.0, max=1.0, help="Choose among the likeliest that make up this probability."
         ),
     ] = 0.95,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="End before this text; may be given more than once.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Repeats an answer; drawn if not given.")
     ] = None,
@@ -139,6 +147,9 @@ def generate(
     With --join, the blocks of the model are computed by peers that run `llmload up`; only the
     configuration, tokenizer and hash of the local copy are used. The peers can read the text.
     """
+    stop = stop or []
+    if "" in stop:
+        raise typer.BadParameter("an empty text is everywhere", param_hint="--stop")
     if local and join:
         raise typer.BadParameter("either --local or --join", param_hint="--local")
     if adapter is not None and join:
@@ -166,6 +177,7 @@ def generate(
             invites,
             bind,
             wire,
+            stop,
         )
     else:
         facts = run_async(
@@ -173,9 +185,10 @@ def generate(
             precision,
             threads,
             adapter,
+            stop,
         )
     if as_json:
-        settings = dataclasses.asdict(sampling)
+        settings = {**dataclasses.asdict(sampling), "stop": stop}
         print_json({"prompt": prompt, "text": screen.text, **settings, **facts})
 
 
@@ -188,6 +201,7 @@ async def _generate_here(
     precision: Precision,
     threads: int | None,
     adapter: Path | None,
+    stop: Sequence[str],
 ) -> dict[str, Any]:
     with screen:
         screen.tell("opening the model")
@@ -197,18 +211,22 @@ async def _generate_here(
         engine = await trio.to_thread.run_sync(
             partial(open_stage, model.folder, precision=precision, threads=threads, adapter=beside)
         )
-        text = model.tokenizer.stream()
+        text = model.tokenizer.stream(stop)
         started_at = first_at = last_at = trio.current_time()
         token_count = 0
         tokens = generate_tokens(
             [engine], prompt_ids, sampling=sampling, max_new_tokens=max_new_tokens
         )
-        # In a thread, so that an interrupt is noticed between two tokens.
-        while (token := await trio.to_thread.run_sync(next, tokens, None)) is not None:
+        while not text.is_stopped:
+            # In a thread, so that an interrupt is noticed between two tokens.
+            token = await trio.to_thread.run_sync(next, tokens, None)
+            if token is None:
+                break
             last_at = trio.current_time()
             first_at = last_at if token_count == 0 else first_at
             token_count += 1
             screen.add(text.push(token))
+        screen.add(text.finish())
     decode_s = last_at - first_at
     tokens_per_s = (token_count - 1) / decode_s if decode_s > 0 else 0.0
     screen.remark(f"{token_count} tokens, {tokens_per_s:.1f} tokens/s on this device")
@@ -230,6 +248,7 @@ async def _generate_on_peers(
     invites: Sequence[Invite],
     bind: str,
     codec: Codec = "float32",
+    stop: Sequence[str] = (),
 ) -> dict[str, Any]:
     # Whoever only asks needs no lasting name, and may ask on a device that serves, too.
     config = NodeConfig(
@@ -250,22 +269,26 @@ async def _generate_on_peers(
                 prompt_ids,
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
+                stop=stop,
                 route=route,
                 codec=codec,
                 tell=screen.tell_change,
             ) as generation:
-                screen.tell(f"waiting for the first token from {_way(generation)}")
+                way = route_text(node, generation.route)
+                screen.tell(f"waiting for the first token from {way}")
                 async for token in generation:
                     screen.add(token.text)
-                    speed = f"{generation.statistics().tokens_per_s:.1f} tokens/s"
-                    screen.tell(f"{speed} from {_way(generation)}")
+                    way = route_text(node, generation.route)
+                    screen.tell(f"{generation.statistics().tokens_per_s:.1f} tokens/s from {way}")
+                screen.add(generation.finish())
+                stages = route_as_json(node, generation.route)
             statistics = generation.statistics()
     guessed = f", {statistics.accepted_count} guessed right" if statistics.guess_count else ""
     failed = f", {statistics.failover_count} changes of route" if statistics.failover_count else ""
     screen.remark(
         f"{statistics.token_count} tokens{guessed}{failed}, "
         f"{statistics.tokens_per_s:.1f} tokens/s, "
-        f"{1000 * statistics.network_s:.0f} ms a trip under way, from {_way(generation)}"
+        f"{1000 * statistics.network_s:.0f} ms a trip under way, from {way}"
     )
     return {
         "prompt_tokens": statistics.prompt_count,
@@ -280,12 +303,5 @@ async def _generate_on_peers(
         "failovers": statistics.failover_count,
         "lost_s": round(statistics.lost_s, 4),
         "stage_s": [round(seconds, 4) for seconds in statistics.stage_s],
-        "route": [
-            {"peer_id": str(offer.peer_id), "blocks": format_blocks(offer.blocks)}
-            for offer in generation.route
-        ],
+        "route": stages,
     }
-
-
-def _way(generation: Generation) -> str:
-    return " -> ".join(map(str, generation.route))

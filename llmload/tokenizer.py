@@ -2,7 +2,7 @@
 
 The tokenizer itself is the library `tokenizers`; it runs GPT-2's byte-level BPE in Rust. This file
 adds what it does not do: it checks that the tokenizer fits the model, and it turns tokens into text
-one at a time.
+one at a time, as far as stop strings let it come.
 
 Streaming is its own problem because a token is a piece of bytes, not of text: an emoji of four
 bytes may be spread over three tokens. The library's own way (decode again, and hold the result back
@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from llmload.config import GPT2Config
 from llmload.errors import ModelFolderError
+from llmload.stop import StopFilter
 
 __all__ = ["TOKENIZER_FILE_NAME", "TextStream", "Tokenizer", "byte_tokenizer"]
 
@@ -132,25 +133,41 @@ class Tokenizer:
         """Return the content of a `tokenizer.json`, which `transformers` reads as well."""
         return self._library.to_str()
 
-    def stream(self) -> TextStream:
-        """Return a decoder for one sequence of tokens that arrive one at a time."""
-        return TextStream(self._token_bytes)
+    def stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """Return a decoder for one sequence of tokens that arrive one at a time.
+
+        Args:
+            stop: Strings before which the text ends.
+
+        Raises:
+            ValueError: A stop string is empty.
+        """
+        return TextStream(self._token_bytes, stop)
 
 
 class TextStream:
     """Turns the tokens of one sequence into text as they come; see `Tokenizer.stream`."""
 
-    def __init__(self, token_bytes: dict[int, bytes]) -> None:
+    def __init__(self, token_bytes: dict[int, bytes], stop: Sequence[str]) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._filter = StopFilter(stop)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._filter.is_stopped
 
     def push(self, token_id: int) -> str:
-        """Return the text that is complete with this token; "" if characters are still open."""
-        return self._decoder.decode(self._token_bytes.get(token_id, b""))
+        """Return the text that is certain with this token.
+
+        Held back are characters that are not complete, and what may begin a stop string.
+        """
+        return self._filter.push(self._decoder.decode(self._token_bytes.get(token_id, b"")))
 
     def finish(self) -> str:
-        """Return what is left at the end: U+FFFD if the last character never got complete."""
-        return self._decoder.decode(b"", final=True)
+        """Return what is left at the end; U+FFFD for a character that never got complete."""
+        return self._filter.push(self._decoder.decode(b"", final=True)) + self._filter.finish()
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from natswarm.address import AddressKind, Endpoint
 from natswarm.device import DhtOptions, device_config, open_device
+from natswarm.device.facts import peer_as_json
 from natswarm.discovery.introduction import NodeRecord
 from natswarm.discovery.invite import Invite
 from natswarm.errors import (
@@ -169,6 +170,7 @@ __all__ = [
     "open_node",
     "open_signed_profile_untrusted",
     "own_key",
+    "peer_as_json",
     "run_world",
     "service_key",
 ]

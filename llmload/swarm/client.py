@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import trio
 
@@ -38,6 +39,7 @@ from llmload.swarm.route import StageOffer
 from llmload.swarm.route_session import SequenceTerms, TokenDesk
 from llmload.swarm.speculate import GuessCount, PromptLookup, accepted_count
 from llmload.swarm.spot_check import SpotChecker
+from llmload.tokenizer import TextStream
 from natswarm import Node
 
 __all__ = [
@@ -61,7 +63,8 @@ class GeneratedToken:
     Attributes:
         token_id: Which.
         position: Where it stands in the sequence; the prompt begins at 0.
-        text: The text that is complete with it; "" while a character is still open.
+        text: The text that is certain with it; "" while a character is still open, or what may
+            be the beginning of a stop string.
     """
 
     token_id: int
@@ -149,6 +152,7 @@ class SwarmClient:
         *,
         sampling: SamplingParameters = GREEDY,
         max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
         route: Sequence[StageOffer] | None = None,
         codec: Codec = "float32",
         speculate: bool = True,
@@ -164,6 +168,7 @@ class SwarmClient:
             prompt: Text, or token ids. An empty one starts from `bos_token_id`.
             sampling: How the last stage chooses; greedy if nothing is said.
             max_new_tokens: Bound on the answer; None for as much as the context holds.
+            stop: Strings before which the text ends, wherever they stand in the tokens.
             route: The stages to begin with, in order; None to find them.
             codec: The least exact form in which hidden states may travel over long links. Only
                 float32 promises the tokens of a single device.
@@ -177,8 +182,10 @@ class SwarmClient:
             NoRoute: There is no way through the model.
             StageFailed: A stage could not be reached or refused, and no other came for `replica_s`;
                 the same while iterating.
-            ValueError: The prompt is empty or has ids that the model does not know.
+            ValueError: The prompt is empty or has ids that the model does not know, or a stop
+                string is empty.
         """
+        text = self._model.tokenizer.stream(stop)
         token_ids = prompt_token_ids(self._model, prompt)
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
@@ -215,6 +222,7 @@ class SwarmClient:
                     sequence,
                     checker,
                     token_ids,
+                    text,
                     token_count_max=token_count_max,
                     speculate=speculate,
                     open_s=trio.current_time() - started_at,
@@ -246,13 +254,17 @@ def prompt_token_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
 class Generation:
     """An answer under way: an asynchronous iterator over its tokens.
 
-    It ends after the tokens asked for, at the end of the context, or when the model ends the
-    document; its `eos_token_id` is not given out. A character whose last byte never comes is left
-    out. One task at a time may iterate.
+    It ends after the tokens asked for, at the end of the context, at a stop string, or when the
+    model ends the document; its `eos_token_id` is not given out. The texts of the tokens, and what
+    `finish` returns after the last of them, are the answer. One task at a time may iterate.
 
     A step raises `StageFailed` or `NoRoute` if the model could not be computed anywhere for too
     long; nothing comes after that. A cancelled step can't be repeated: leave the block of
     `generate`.
+
+    Attributes:
+        prompt_ids: Tokens of the prompt.
+        text: The answer as far as it was given out.
     """
 
     def __init__(
@@ -261,20 +273,22 @@ class Generation:
         sequence: LivingSequence,
         checker: SpotChecker,
         prompt_ids: Sequence[int],
+        text: TextStream,
         *,
         token_count_max: int,
         speculate: bool,
         open_s: float,
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
+        self.text = ""
         self._model = model
         self._sequence = sequence
         self._checker = checker
         self._token_count_max = token_count_max
         self._answer_ids: list[int] = []
         self._drawn: deque[int] = deque()  # drawn, and not given out yet
-        self._text = model.tokenizer.stream()
-        self._is_over = False
+        self._stream = text
+        self._is_over = self._is_ended = False
         self._lookup = PromptLookup(prompt_ids) if speculate else None
         self._guesses = GuessCount()
         self._token_count = 0
@@ -299,9 +313,17 @@ class Generation:
         return (*self.prompt_ids, *self._answer_ids)
 
     @property
-    def text(self) -> str:
-        """The answer so far."""
-        return self._model.tokenizer.decode(self._answer_ids)
+    def finish_reason(self) -> Literal["stop", "length"] | None:
+        """Why it ended: the text did, or the room for tokens; None as long as it has not."""
+        if self._is_ended or self._stream.is_stopped:
+            return "stop"
+        return "length" if len(self._answer_ids) >= self._token_count_max else None
+
+    def finish(self) -> str:
+        """Return what was held back, once no more tokens come; U+FFFD for half a character."""
+        rest = self._stream.finish()
+        self.text += rest
+        return rest
 
     def statistics(self) -> GenerationStatistics:
         """How it went so far."""
@@ -337,11 +359,14 @@ class Generation:
         token_id = self._drawn.popleft()
         self._token_count += 1
         if token_id == self._model.config.eos_token_id:
-            self._is_over = True
+            self._is_over = self._is_ended = True
             raise StopAsyncIteration
         position = len(self.prompt_ids) + len(self._answer_ids)
         self._answer_ids.append(token_id)
-        return GeneratedToken(token_id, position, self._text.push(token_id))
+        piece = self._stream.push(token_id)
+        self.text += piece
+        self._is_over = self._stream.is_stopped
+        return GeneratedToken(token_id, position, piece)
 
     async def _travel(self) -> None:
         """Have the next tokens drawn: one, and as many more as were guessed right."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import ipaddress
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from functools import partial
 
 import pytest
 import trio
+from rich.console import Console
 
 from llmload import cli, cli_mesh, cli_up
 from llmload.engine.generate import generate_tokens
@@ -60,8 +62,7 @@ def expected_text(model_folder, prompt: str, count: int, **sampling) -> str:
     ids = model.tokenizer.encode(prompt)
     parameters = SamplingParameters(**sampling)
     tokens = list(generate_tokens([engine], ids, sampling=parameters, max_new_tokens=count))
-    stream = model.tokenizer.stream()
-    return "".join(stream.push(token) for token in tokens)
+    return model.tokenizer.decode(tokens)
 
 
 # --- info --------------------------------------------------------------------------------------
@@ -110,6 +111,23 @@ def test_answer_as_json_can_be_repeated(llmload, model_folder):
     assert json.loads(again)["text"] == answer["text"]
 
 
+def test_text_ends_before_the_first_stop_string(llmload, model_folder):
+    options = ("-n", "12", "--temperature", "0", "--stop", "never there", "--stop")
+    whole = expected_text(model_folder, "the mesh", 12, temperature=0)
+    # In the middle of the text, and over the borders of tokens.
+    status, out, _ = llmload("generate", "the mesh", *options, whole[3:6])
+    assert (status, out) == (0, whole[: whole.index(whole[3:6])] + "\n")
+    _, out, _ = llmload("generate", "the mesh", *options, "not there either")
+    assert out == whole + "\n"
+
+
+def test_progress_may_hold_what_looks_like_markup(capsys):
+    screen = cli.AnswerScreen(Console(force_terminal=True, stderr=True), quiet=False)
+    with screen:
+        screen.tell("tokens from [/bold] kim")
+    assert "[/bold] kim" in capsys.readouterr().err
+
+
 def test_prompt_comes_from_stdin(llmload, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("the peers"))
     _, out, _ = llmload("generate", "-", "-n", "2", "--json")
@@ -135,6 +153,7 @@ def test_terminal_gets_no_control_characters(monkeypatch, capsys):
         ("generate", "x", "--top-p", "0"),
         ("generate", "x", "--temperature", "-1"),
         ("generate", "x", "-n", "0"),
+        ("generate", "x", "--stop", ""),
         ("generate", "x", "--seed", str(2**64)),
         ("generate", "x", "--local", "--join", "natswarm:x"),
         ("up", "--memory", "much"),
@@ -209,10 +228,14 @@ async def test_peers_serve_what_generate_asks_for(
     asker = VirtualNetwork(internet.add_host("asker", "linux-home"))
     monkeypatch.setattr(cli, "NodeConfig", partial(NodeConfig, network=asker, seed=9))
 
+    hosts = {}
+
     def serve(name: str, blocks: range, invites: list[Invite]) -> None:
+        hosts[name] = internet.add_host(name, "public")
         config = NodeConfig(
             identity=Identity(name.encode().ljust(32, b".")),
-            network=VirtualNetwork(internet.add_host(name, "public")),
+            network=VirtualNetwork(hosts[name]),
+            name=name,
             seed=1,
             on_event=partial(cli_mesh.show_event, True),
         )
@@ -253,10 +276,21 @@ async def test_peers_serve_what_generate_asks_for(
             screen = cli.AnswerScreen(cli.remarks, quiet=False)
             facts = await generate(screen, [invite], "0.0.0.0")
             assert screen.text == expected_text(model_folder, "the mesh", 10, temperature=0)
-            assert [stage["blocks"] for stage in facts["route"]] == ["0", "1-2"]
             out, err = capsys.readouterr()
             assert out == screen.text + "\n"
             assert "tokens/s" in err
+            # Where the stages are, as far as this node knows; it has connected to the first.
+            assert [stage["blocks"] for stage in facts["route"]] == ["0", "1-2"]
+            first = facts["route"][0]
+            assert first["nat"].startswith("no NAT")
+            network = ipaddress.ip_network(first["network"])
+            assert ipaddress.ip_address(hosts["first"].ip) in network
+            assert f"{first['peer_id'][:8]} first, {first['network']} no NAT (blocks 0) -> " in err
+
+            whole, stop = screen.text, screen.text[2:5]
+            screen = cli.AnswerScreen(cli.remarks, quiet=True)
+            await generate(screen, [invite], "0.0.0.0", stop=[stop])
+            assert screen.text == whole[: whole.index(stop)]
             nursery.cancel_scope.cancel()
 
 

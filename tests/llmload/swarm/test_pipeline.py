@@ -90,6 +90,7 @@ async def test_answer_ends_where_the_model_ends_the_document(
         assert [token.token_id for token in tokens] == expected[: expected.index(expected[4])]
         assert [token.position for token in tokens] == [5 + i for i in range(len(tokens))]
         assert answer.token_ids == (*PROMPT, *expected[: len(tokens)])
+        assert answer.finish_reason == "stop"
         with pytest.raises(StopAsyncIteration):
             await anext(answer)
 
@@ -99,9 +100,33 @@ async def test_text_goes_in_and_comes_out(autojump_clock, pipeline, model):
     async with swarm.client.generate("the mesh", max_new_tokens=20) as answer:
         pieces = [token.text async for token in answer]
         assert answer.prompt_ids == tuple(model.tokenizer.encode("the mesh"))
-        # A character that never gets complete is only in the text as a whole.
-        assert answer.text.startswith("".join(pieces))
+        assert answer.finish_reason == "length"
         assert len("".join(pieces)) > 0
+        # A character that never gets complete is only in what is left at the end.
+        assert "".join(pieces) + answer.finish() == answer.text
+        assert answer.text == model.tokenizer.decode(answer.token_ids[len(answer.prompt_ids) :])
+
+
+async def test_answer_ends_before_a_stop_string(autojump_clock, pipeline):
+    swarm = pipeline()
+    options = {"max_new_tokens": 20, "speculate": False}
+    async with swarm.client.generate("the mesh", **options) as answer:
+        tokens = [token async for token in answer]
+        whole = answer.text + answer.finish()
+    stop = whole[4:7]
+    async with swarm.client.generate("the mesh", stop=["nowhere", stop], **options) as answer:
+        pieces = [token.text async for token in answer]
+        assert answer.finish_reason == "stop"
+        assert answer.finish() == ""
+        assert "".join(pieces) == answer.text == whole[: whole.index(stop)]
+        # No trip more than it took to see it.
+        assert answer.statistics().trip_count == len(pieces) < len(tokens)
+        with pytest.raises(StopAsyncIteration):
+            await anext(answer)
+    with pytest.raises(ValueError, match="stop string is empty"):
+        async with swarm.client.generate("the mesh", stop=[""]):
+            pass
+    await swarm.check_nothing_is_left()
 
 
 async def test_empty_prompt_starts_a_document(autojump_clock, pipeline, config):
