@@ -1,7 +1,7 @@
 """Texts for texts: we ask partners for what we lack, and give them what we may.
 
-    now and then   we send one partner a sketch of what we have; it offers what we lack, we take
-                   what is newest to our model, as much as it allows
+    now and then   we send one partner a sketch of the shared records that we have; it offers what
+                   we lack, we take what is newest to our model, as much as it allows
     at any time    others ask us the same
 
 Only what is marked as shared is ever offered, and only what was offered is given. What comes is
@@ -147,7 +147,7 @@ class TextExchange:
         """
         if self._ledger.is_liar(peer.peer_id):
             raise RequestRefused(f"{peer.peer_id.short} has sent us what are no records", "liar")
-        sketch, bits = make_sketch(await trio.to_thread.run_sync(self._store.known_ids), self._rng)
+        sketch, bits = make_sketch(await trio.to_thread.run_sync(self._store.told_ids), self._rng)
         async with peer.start_call(TEXTS, sketch, bits, timeout_s=ASK_TIMEOUT_S) as call:
             offers, _ = await call.receive()
             if not isinstance(offers, Offers):

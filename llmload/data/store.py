@@ -3,6 +3,7 @@
     records   each with who gave it and whether others may have it, in the order in which they came;
               of a forgotten one only what is needed to know it again
     bands     where to look for a text that is nearly the same (`near.py`)
+    refused   ids of what others gave and we had, so that it is not given again
 
 What `add`, `share` and `forget` have returned from is on the disk: a killed process or a dead
 battery loses nothing of it (WAL, synced at each commit), and a full disk leaves all as it was. What
@@ -50,12 +51,17 @@ CREATE INDEX IF NOT EXISTS records_giver ON records (giver);
 CREATE TABLE IF NOT EXISTS bands (
     key INTEGER NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (key, number)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS refused (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, record_id BLOB NOT NULL UNIQUE
+);
 """
 # Another process of ours writes for as long as the disk takes.
 BUSY_TIMEOUT_S = 10.0
 BUSY_TRIES = 100
 # Of others: as text some 20 million tokens, days of training on a phone.
 RECEIVED_BYTES_MAX = 64_000_000
+# The latest; what a peer gives again and again fills nobody's disk.
+REFUSED_MAX = 50_000
 # Texts made to share a band with everything must not make each question a long one.
 CANDIDATES_MAX = 64
 
@@ -129,10 +135,13 @@ class RecordStore:
 
         def work(connection: sqlite3.Connection) -> list[Added]:
             with _transaction(connection):
-                return [
+                results = [
                     self._add(connection, signed, giver=giver, is_shared=is_shared)
                     for signed in records
                 ]
+                if giver is not None:
+                    _refuse(connection, records, results)
+                return results
 
         return self._call(work)
 
@@ -156,11 +165,19 @@ class RecordStore:
             )
         )
 
-    def known_ids(self) -> list[bytes]:
-        """Return the ids of all records that came, the forgotten ones too."""
+    def told_ids(self) -> list[bytes]:
+        """Return the ids of which others may learn that we have them, or want them no more.
+
+        All that others gave, kept or not, and all that was ever shared. Not those of private
+        records: by them anybody could find out whether a text that he guesses is here.
+        """
         return self._call(
             lambda connection: [
-                row[0] for row in connection.execute("SELECT record_id FROM records")
+                row[0]
+                for row in connection.execute(
+                    "SELECT record_id FROM records WHERE giver IS NOT NULL OR is_shared "
+                    "UNION SELECT record_id FROM refused"
+                )
             ]
         )
 
@@ -232,7 +249,7 @@ class RecordStore:
     def forget(self, record_ids: Sequence[bytes]) -> None:
         """Remove the text of records, and take neither them nor nearly the same again."""
         self._each(
-            "UPDATE records SET sealed = NULL, is_shared = 0 WHERE record_id = ?",
+            "UPDATE records SET sealed = NULL WHERE record_id = ?",
             [(record_id,) for record_id in record_ids],
         )
         # The text is overwritten in the file, but the log still holds the page.
@@ -369,6 +386,23 @@ def _read(
             raise sqlite3.DatabaseError(f"record {number} is damaged: {error}") from error
         found.append(StoredRecord(number, signed, source, bool(is_shared)))
     return found
+
+
+def _refuse(
+    connection: sqlite3.Connection, records: Sequence[SignedRecord], results: Sequence[Added]
+) -> None:
+    """Remember what others gave in vain."""
+    connection.executemany(
+        "INSERT OR IGNORE INTO refused (record_id) VALUES (?)",
+        [
+            (signed.record_id,)
+            for signed, result in zip(records, results, strict=True)
+            if result in (Added.REPEATED, Added.NEAR)
+        ],
+    )
+    connection.execute(
+        "DELETE FROM refused WHERE number <= (SELECT max(number) FROM refused) - ?", (REFUSED_MAX,)
+    )
 
 
 def _digest(signed: SignedRecord) -> bytes:

@@ -34,11 +34,13 @@ from natswarm import Node
 
 __all__ = ["TextLearning"]
 
-# Steps between two looks for new records, measurements of a source (as long as 2 steps), and steps
-# on marked answers (as long as 4).
+# Steps between two looks for new records, measurements of a source (as long as some 3 steps of 4
+# windows), and steps on marked answers (as long as 4).
 REFRESH_EVERY = 10
-MEASURE_EVERY = 20
-PREFER_EVERY = 20
+MEASURE_EVERY = 25
+PREFER_EVERY = 25
+# Of a source, in one measurement.
+MEASURED_WINDOWS = 8
 # A mark says less than a text, and often the same again.
 PREFERENCE_RATE = 0.1
 # Of a sample of 96 characters.
@@ -85,7 +87,7 @@ class TextLearning:
         seed: int,
     ) -> None:
         self._model, self._trainer, self._store = model, trainer, store
-        self._batch, self._time = batch, time
+        self._time = time
         self._learning_rate = learning_rate
         self._rng = np.random.default_rng([seed, 1])
         self._read_up_to = 0
@@ -127,7 +129,7 @@ class TextLearning:
             except StoreFailed as error:  # learning goes on with what there is
                 logger.warning("no new records: %s", error)
         if step % MEASURE_EVERY == 0:
-            sample = partial(self.batches.sample, count=self._batch, rng=self._rng)
+            sample = partial(self.batches.sample, count=MEASURED_WINDOWS, rng=self._rng)
             await trio.to_thread.run_sync(self.sources.measure_next, self.batches.givers, sample)
         if step % PREFER_EVERY == 0 and self._preference is not None:
             self.preference_loss = await trio.to_thread.run_sync(self._preference.step)

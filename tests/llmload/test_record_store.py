@@ -100,7 +100,7 @@ def test_nothing_of_a_forgotten_text_is_left_on_the_disk(store, path):
     store.forget([secret.record_id])
     for file in path.parent.iterdir():
         assert b"secret is 4711" not in file.read_bytes(), file
-    assert store.known_ids() == [secret.record_id]
+    assert store.told_ids() == []
 
 
 def test_only_what_is_marked_is_shared_and_needs_a_licence(store):
@@ -118,6 +118,23 @@ def test_only_what_is_marked_is_shared_and_needs_a_licence(store):
     assert set(store.shared_ids()) == {public.record_id, private.record_id, licensed.record_id}
     store.forget([public.record_id])
     assert public.record_id not in store.shared_ids()
+
+
+def test_nobody_can_find_out_by_guessing_whether_a_private_text_is_here(store):
+    """A guess is refused as what it is; to the peer it looks like any that was taken."""
+    private, *shared = different(3)
+    store.add([private])
+    store.add(shared[:1], is_shared=True)
+    guess, other = text(private.record.text, identity=OTHER), shared[1]
+    assert store.add([guess, other], giver=OTHER.peer_id, is_shared=True) == [
+        Added.REPEATED,
+        Added.TAKEN,
+    ]
+    assert set(store.told_ids()) == {guess.record_id, other.record_id, shared[0].record_id}
+    # What was shared once is told even when it is gone, or others would give it again.
+    store.forget([shared[0].record_id])
+    assert shared[0].record_id in store.told_ids()
+    assert shared[0].record_id not in store.shared_ids()
 
 
 def test_others_fill_only_their_room(path):
@@ -207,7 +224,7 @@ for crash in range(crashes):
     os.close(hear)
     os.waitpid(child, 0)
     [rng.random() for _ in range(1000)]  # what the child drew, and more
-    known = set(store.known_ids()) & {each.signed.record_id for each in store.records()}
+    known = {each.signed.record_id for each in store.records()}
     ids = [told[i : i + 32] for i in range(0, len(told) - 31, 32)]
     print(json.dumps([len(ids), sum(record_id not in known for record_id in ids)]))
 """

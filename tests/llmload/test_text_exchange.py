@@ -99,6 +99,20 @@ async def test_what_one_lacks_it_gets_and_gives_on(make):
     assert kept(c) == kept(a)
 
 
+async def test_what_is_here_already_under_another_name_is_given_once(make):
+    a, b = make("a"), make("b")
+    ours = text(1)
+    copy = sign_record(Identity(bytes(range(32))), ours.record)
+    a.store.add([ours])
+    b.store.add([copy], is_shared=True)
+    assert await ask(a, b) == 0
+    report = a.reports[b.node.peer_id]
+    assert (report.taken, report.repeated) == (0, 1)
+    received = report.received_bytes
+    assert await ask(a, b) == 0
+    assert report.received_bytes == received
+
+
 async def test_feedback_travels_too(make):
     a, b = make("a"), make("b")
     mark = sign_record(Identity(bytes(32)), FeedbackRecord("why?", "because", -1, "CC0-1.0"))

@@ -122,7 +122,7 @@ class Classroom:
             self.train(1)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_random_tokens_are_noticed_and_good_text_is_not_taken_for_them(seed):
     room = Classroom(seed)
     room.train(60)
@@ -134,11 +134,12 @@ def test_random_tokens_are_noticed_and_good_text_is_not_taken_for_them(seed):
     }
     assert [room.sources.weight(source) for source in (A, B, C)] == [0, 0, 0]
     assert room.sources.worth(B) == 0.5
-    room.measure(PROBATION_COUNT + 6)
-    assert room.sources.effect(A) > 0.05
+    room.measure(PROBATION_COUNT + 14)
+    assert room.sources.effect(A) > 0.1 > room.sources.effect(B)
     assert room.sources.weight(A) == room.sources.worth(A) == 1
-    for source in (B, C):
-        assert room.sources.weight(source) == room.sources.worth(source) == 0
+    # Noise has an effect of nothing; letters in no order one that is hard to tell from nothing.
+    assert room.sources.weight(B) == room.sources.worth(B) < 0.3
+    assert room.sources.weight(C) < 0.6
 
 
 def test_who_turns_to_poison_is_found_out_and_who_betters_itself_comes_back():
@@ -147,11 +148,11 @@ def test_who_turns_to_poison_is_found_out_and_who_betters_itself_comes_back():
     good = room.windows(language(3))
     bad = room.windows(np.random.default_rng(7).integers(256, size=4000))
     room.texts = {A: good, B: bad}
-    room.measure(30)
-    assert (room.sources.weight(A), room.sources.weight(B)) == (1, 0)
+    room.measure(20)
+    assert room.sources.weight(B) < 0.3 < 1 == room.sources.weight(A)
     room.texts = {A: bad, B: good}
     room.measure(60)
-    assert (room.sources.weight(A), room.sources.weight(B)) == (0, 1)
+    assert room.sources.weight(A) < 0.5 < 1 == room.sources.weight(B)
 
 
 def test_measuring_leaves_the_model_as_it_is():
@@ -204,12 +205,12 @@ async def test_learners_give_each_other_texts_and_learn_from_them(nursery, tmp_p
         peer_ids[name] = node.peer_id
     with trio.fail_after(60):
         async with trio.open_nursery() as running:
-            for learner, _, exchange in learners.values():
-                running.start_soon(learner.run)
-                running.start_soon(exchange.run)
+            # The others only answer.
+            running.start_soon(learners["a"][0].run)
+            running.start_soon(learners["a"][2].run)
             sources = learners["a"][1].sources
             b, noise = peer_ids["b"], peer_ids["noise"]
-            while not (sources.weight(b) == 1 and sources.worth(noise) == 0):  # noqa: ASYNC110
+            while not (sources.weight(b) == 1 and sources.worth(noise) < 0.3):  # noqa: ASYNC110
                 await trio.sleep(0.05)  # nothing tells of it
             running.cancel_scope.cancel()
     reports = learners["a"][2].reports

@@ -7,11 +7,11 @@
     local        nobody sends anything
     FedAvg, DiLoCo, NoLoCo   with rounds of 20 steps
     ours         `llmload.learn.outer`, without rounds
-    ours, text   the same, after each peer has given 64 kB of its text to each other one
 
 Then ours again with a peer that is ten times slower and one that comes and goes, and with peers
-that attack. `tools/bench/simulated_learning.py` says how time, links and text are simulated.
-Learning rates were chosen for each method with `--rates --seed 11`.
+that attack. `tools/bench/simulated_learning.py` says how time, links and text are simulated;
+`tools/bench/texts.py` measures what exchange of texts adds. Learning rates were chosen for each
+method with `--rates --seed 11`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ METHODS: dict[str, tuple[float, Method]] = {
     "DiLoCo": (0.008, di_lo_co),
     "NoLoCo": (0.008, no_lo_co),
     "ours": (0.032, ours),
-    "ours, text": (0.032, lambda room: ours(room, has_records=True)),
 }
 RATES = (0.008, 0.016, 0.032)
 SLOW, FLAPPING = 6, 7

@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import random
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +53,6 @@ STEP_S = 0.25
 # What one QUIC connection carries over the emulated 4G links, measured.
 UPLINK_BYTES_PER_S = 300_000
 ROUND_STEPS = 20
-RECORDS_BYTES = 64_000
 WARM_UP_STEPS = 30
 
 
@@ -104,9 +102,9 @@ class Classroom:
         self.size = size
         self.seed = seed
         self._rate = rate
-        self._trainer = Trainer(CONFIG, random_weights(CONFIG, seed))
-        self.start = self._trainer.parameters.copy()
-        self.space = self._trainer.space
+        self.trainer = Trainer(CONFIG, random_weights(CONFIG, seed))
+        self.start = self.trainer.parameters.copy()
+        self.space = self.trainer.space
         texts = [read_text(package) for package in PACKAGES]
         cut = [int(0.9 * len(text)) for text in texts]
         self.texts = [text[:end] for text, end in zip(texts, cut, strict=True)]
@@ -129,13 +127,13 @@ class Classroom:
 
     def gradient(self, parameters: Vector, batch: tuple[Any, Any]) -> Vector:
         """Return the gradient at some parameters."""
-        self._trainer.parameters[:] = parameters
-        return self._trainer.gradients(batch)[1]
+        self.trainer.parameters[:] = parameters
+        return self.trainer.gradients(batch)[1]
 
     def loss(self, parameters: Vector) -> float:
         """Return the loss on held-out text of all peers."""
-        self._trainer.parameters[:] = parameters
-        return float(np.mean([self._trainer.loss(*windows) for windows in self._validation]))
+        self.trainer.parameters[:] = parameters
+        return float(np.mean([self.trainer.loss(*windows) for windows in self._validation]))
 
 
 class Student:
@@ -304,7 +302,7 @@ class Setting:
         attackers: Send something else than what they learned.
         attack: "flip", "scale" or "random".
         absent: Take no part.
-        has_records: Whether texts are exchanged first.
+        outer: How often and how much is published; None: nothing is.
     """
 
     slow: tuple[int, ...] = ()
@@ -312,7 +310,7 @@ class Setting:
     attackers: tuple[int, ...] = ()
     attack: str = ""
     absent: tuple[int, ...] = ()
-    has_records: bool = False
+    outer: OuterSettings | None = field(default_factory=OuterSettings)
 
 
 class Ours:
@@ -329,7 +327,7 @@ class Ours:
         ]  # fmt: skip
         self.students = room.students()
         self.loops = [
-            OuterLoop(self.layout, student.parameters, OuterSettings()) for student in self.students
+            OuterLoop(self.layout, student.parameters, setting.outer) for student in self.students
         ]
         self.rng = self.world.stream("links")
         self.noise = np.random.default_rng([room.seed, 7])
@@ -340,11 +338,10 @@ class Ours:
 
     def run(self) -> Curve:
         """Run until the watched have made all their steps."""
-        if self.setting.has_records:
-            self._exchange_records()
         for index in self.present:
             self.world.after(self._step_s(index), self._end_step, index)
-            self.world.after(AVERAGE_EVERY_S, self._average, index, 1)
+            if self.setting.outer:
+                self.world.after(AVERAGE_EVERY_S, self._average, index, 1)
         every_s = self.room.size.measure_every * STEP_S
         for number in range(1, self.room.size.steps // self.room.size.measure_every + 1):
             self.world.run_until(number * every_s + STEP_S / 2)
@@ -365,7 +362,9 @@ class Ours:
         loop, student = self.loops[index], self.students[index]
         student.step(self.steps[index])
         self.steps[index] += 1
-        if self.steps[index] % loop.settings.local_steps == 0:
+        if self.steps[index] % loop.settings.local_steps == 0 and self.setting.outer is None:
+            loop.go_alone()
+        elif self.steps[index] % loop.settings.local_steps == 0:
             update = loop.publish()
             if self._is_there(index):
                 shards = [self._forged(index, shard) for shard in update.shards]
@@ -428,16 +427,6 @@ class Ours:
         return encode_shard(
             self.layout, header.shard, values, codec=Codec.INT8X256, version=header.version
         )
-
-    def _exchange_records(self) -> None:
-        """Give everybody a part of everybody's text; packed as records would be."""
-        for index in self.present:
-            text = self.room.texts[index][:RECORDS_BYTES]
-            size = len(zlib.compress(text.astype(np.uint8).tobytes(), 9))
-            for other in self.present:
-                if other != index:
-                    arrival = self._arrival(index, size)
-                    self.world.at(arrival, self.students[other].texts.append, text)
 
 
 def ours(room: Classroom, **setting: Any) -> Curve:
