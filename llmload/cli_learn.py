@@ -74,13 +74,13 @@ __all__ = ["evaluate", "learn"]
 # The end of the text is not learned from: by it one sees whether learning helps.
 VALIDATION_SHARE = 0.05
 VALIDATION_WINDOWS_MAX = 16
+# By fewer of them sources of texts are judged, each of them now and then.
+SOURCE_WINDOWS = 8
 ADAPTER_FILE_NAME = "adapter.safetensors"
 TOKENIZER_FILE_NAMES = ("tokenizer.json", "vocab.json", "merges.txt")
-# Of them, those by which sources of texts are judged.
-SOURCE_WINDOWS = 8
 COLUMNS = ("step", "loss", "validation_loss", "partners", "crowd", "taken", "stale", "doubted",
            "sent_bytes", "received_bytes", "texts", "useless_sources", "text_bytes_sent",
-           "text_bytes_received")  # fmt: skip
+           "text_bytes_received", "preference_loss")  # fmt: skip
 
 DataOption = Annotated[
     list[Path],
@@ -406,8 +406,9 @@ class _Course:
             writer.writerow(row)
         return row
 
-    def _texts_report(self) -> dict[str, int]:
+    def _texts_report(self) -> dict[str, Any]:
         exchange, sources = self.texts.exchange, self.texts.sources
+        marks = self.texts.preference_loss
         reports = () if exchange is None else exchange.reports.values()
         return {
             "texts": sum(report.taken for report in reports),
@@ -416,6 +417,7 @@ class _Course:
             ),
             "text_bytes_sent": sum(report.sent_bytes for report in reports),
             "text_bytes_received": sum(report.received_bytes for report in reports),
+            **({} if marks is None else {"preference_loss": round(marks, 4)}),
         }
 
 

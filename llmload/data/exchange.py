@@ -50,6 +50,8 @@ ASK_EVERY_S = 30.0
 ASK_TIMEOUT_S = 60.0
 # A partner that failed, or has nothing for us, is left alone for so many turns of asking.
 REST_TURNS = 4
+# Of one peer; each costs us a look through our records.
+ANSWER_EVERY_S = 5.0
 REPORTS_MAX = 1024
 # A source that proved useless is still asked now and then: it may have bettered itself.
 WORTH_MIN = 0.05
@@ -113,7 +115,7 @@ class TextExchange:
         self._rng = rng or random.Random()
         self._ledger = Ledger(self._limits, trio.current_time())
         self._resting: dict[PeerId, int] = {}
-        self._answering: set[PeerId] = set()
+        self._answered_at: dict[PeerId, float] = {}
 
     def start(self) -> None:
         """Answer others from now on, in tasks of the node."""
@@ -204,16 +206,18 @@ class TextExchange:
 
     async def _serve(self, call: Call[Offers | GivenText, Sketch | WantTexts]) -> None:
         peer_id = call.peer.peer_id
-        if peer_id in self._answering:
-            raise RequestRefused("one such call at a time", "busy")
-        self._answering.add(peer_id)
+        now = trio.current_time()
+        self._answered_at = {
+            peer: at for peer, at in self._answered_at.items() if now - at < ANSWER_EVERY_S
+        }
+        if peer_id in self._answered_at:
+            raise RequestRefused(f"one such call in {ANSWER_EVERY_S:.0f} s", "busy")
+        self._answered_at[peer_id] = now
         try:
             await self._answer(call)
         except StoreFailed as error:  # the path of our file is nobody else's affair
             logger.warning("can't answer %s: %s", peer_id.short, error)
             raise RequestRefused("has no texts to give now", "unavailable") from error
-        finally:
-            self._answering.discard(peer_id)
 
     async def _answer(self, call: Call[Offers | GivenText, Sketch | WantTexts]) -> None:
         peer_id = call.peer.peer_id

@@ -16,25 +16,26 @@ This file does not know whose marks these are, or when they are learned from.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmload.errors import LearningFailed
 from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.scorer import Passage, Scorer
 from llmload.learn.shards import Vector
 from llmload.learn.trainer import Trainer
+from natswarm import PeerId
 
 __all__ = ["MarkedAnswer", "PreferenceTrainer", "kto"]
 
 # How far the model may move for a mark; the paper's best for most sizes of models.
 BETA = 0.1
 BATCH = 8
-# Of both kinds there is no use for more; the oldest go.
-ANSWERS_MAX = 1024
+# Of one source; the oldest go.
+ANSWERS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,12 @@ class MarkedAnswer:
     Attributes:
         passage: Prompt and answer as token ids; the answer is not empty.
         mark: 1 or -1.
-        weight: What marks from there count now, 0..1; None for 1.
+        source: Who gave it to us; None: it is our own.
     """
 
     passage: Passage
     mark: int
-    weight: Callable[[], float] | None = None
+    source: PeerId | None = None
 
 
 def kto(
@@ -84,6 +85,7 @@ class PreferenceTrainer:
         time: Tokens of prompt and answer that are looked at.
         learning_rate: Of a step.
         rng: Draws the batches.
+        weight: Of the marks of a source, 0..1; ours count 1.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class PreferenceTrainer:
         time: int,
         learning_rate: float,
         rng: np.random.Generator,
+        weight: Callable[[PeerId], float],
     ) -> None:
         self._trainer = trainer
         self._reference = reference
@@ -102,37 +105,54 @@ class PreferenceTrainer:
         settings = AdamWSettings(learning_rate=learning_rate, weight_decay=0.0)
         self._optimizer = AdamW(trainer.space, settings)
         self._rng = rng
-        self._answers: list[MarkedAnswer] = []
+        self._weight = weight
+        self._answers: dict[PeerId | None, deque[MarkedAnswer]] = {}
 
     def add(self, answers: Sequence[MarkedAnswer]) -> None:
         """Take more answers in."""
-        self._answers = [*self._answers, *answers][-ANSWERS_MAX:]
+        for answer in answers:
+            kept = self._answers.setdefault(answer.source, deque(maxlen=ANSWERS_MAX))
+            kept.append(answer)
 
-    @property
-    def answer_count(self) -> int:
-        """Answers there are to learn from."""
-        return len(self._answers)
+    def step(self) -> float | None:
+        """Make one step on a random batch.
 
-    def step(self) -> float:
-        """Make one step on a random batch; returns its loss before the step, 0..1.
+        Returns:
+            Its loss before the step, 0..1; None if there are no answers that count.
 
         Raises:
-            LearningFailed: There is nothing to learn from, or the gradient is not finite; nothing
-                was changed.
+            LearningFailed: The gradient is not finite; nothing was changed.
         """
-        if not self._answers:
-            raise LearningFailed("there are no marked answers to learn from")
-        count = min(BATCH, len(self._answers))
-        chosen = self._rng.choice(len(self._answers), size=count, replace=False)
-        answers = [self._answers[index] for index in chosen]
-        loss, gradient = self.gradient(answers)
+        answers, shares = self._shares()
+        if not answers:
+            return None
+        chosen = self._rng.choice(
+            len(answers), size=min(BATCH, len(answers)), replace=False, p=shares / shares.sum()
+        )
+        loss, gradient = self.gradient([answers[index] for index in chosen])
         self._optimizer.update(self._trainer.parameters, gradient)
         return loss
+
+    def _shares(self) -> tuple[list[MarkedAnswer], NDArray[np.float64]]:
+        """Return the answers that count, and how likely each is to be drawn.
+
+        By what its source counts; and no source counts for more answers than we have marked, or
+        than make a batch.
+        """
+        most = max(BATCH, len(self._answers.get(None, ())))
+        answers: list[MarkedAnswer] = []
+        shares: list[float] = []
+        for source, some in self._answers.items():
+            weight = 1.0 if source is None else self._weight(source)
+            if weight > 0:
+                answers += some
+                shares += [weight * min(1.0, most / len(some))] * len(some)
+        return answers, np.array(shares)
 
     def gradient(self, answers: Sequence[MarkedAnswer]) -> tuple[float, Vector]:
         """Return the loss on at most `BATCH` answers and its gradient, float32 (space.size,)."""
         passages = [answer.passage for answer in answers]
-        # Each answer with the prompt of the next one: what the model says whatever it is asked.
+        # Each answer with the prompt of the one before: what the model says whatever it is asked.
         others = [
             (passages[index - 1][0], passages[index][1])
             for index in range(len(passages) if len(passages) > 1 else 0)
@@ -141,17 +161,16 @@ class PreferenceTrainer:
         ratios = ours - self._reference_log_probabilities([*passages, *others])
         marks = np.array([float(answer.mark) for answer in answers])
         balance = self._balance()
-        weights = np.array([_weight(answer) * balance[answer.mark] for answer in answers])
+        weights = np.array([balance[answer.mark] for answer in answers])
         count = len(passages)
         loss, upstream = kto(ratios[:count], ratios[count:], marks, weights)
         return loss, self._scorer.gradient(passages, upstream)
 
     def _balance(self) -> Mapping[int, float]:
         """Return the weight of good and of bad answers: the rarer kind counts in full."""
-        sums = {
-            mark: sum(_weight(answer) for answer in self._answers if answer.mark == mark)
-            for mark in (1, -1)
-        }
+        answers, shares = self._shares()
+        marks = np.array([answer.mark for answer in answers])
+        sums = {mark: float(shares[marks == mark].sum()) for mark in (1, -1)}
         return {
             mark: min(1.0, sums[-mark] / sums[mark]) if sums[mark] and sums[-mark] else 1.0
             for mark in sums
@@ -165,7 +184,3 @@ class PreferenceTrainer:
             return self._scorer.log_probabilities(passages)
         finally:
             parameters[:] = kept
-
-
-def _weight(answer: MarkedAnswer) -> float:
-    return 1.0 if answer.weight is None else answer.weight()

@@ -146,7 +146,7 @@ class TextLearning:
             MarkedAnswer(
                 (encode(record.prompt), encode(record.answer)),
                 record.mark,
-                partial(self.sources.worth, each.giver) if each.giver else None,
+                each.giver,
             )
             for each in new
             if isinstance(record := each.signed.record, FeedbackRecord)
@@ -163,6 +163,8 @@ class TextLearning:
             time=self._time,
             learning_rate=PREFERENCE_RATE * self._learning_rate,
             rng=self._rng,
+            # Who gives marks alone is never measured: names are free, and so would be marks.
+            weight=self.sources.weight,
         )
 
     async def _novelty(self, samples: Sequence[str]) -> list[float]:

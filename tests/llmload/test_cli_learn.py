@@ -9,7 +9,11 @@ import sys
 import pytest
 
 from llmload import cli
+from llmload.data.record import FeedbackRecord, TextRecord, sign_record
+from llmload.data.store import RecordStore
+from llmload.learn import texts
 from llmload.model_folder import load_model
+from natswarm import Identity
 
 TEXT = "the mesh of the peers, the peers of the mesh. " * 60
 
@@ -60,6 +64,18 @@ def test_learning_goes_on_where_it_stopped_and_helps(run, tmp_path, model_folder
     assert out.content_hash != load_model(model_folder).content_hash
     _, [after], _ = run("eval", "--window", "16", model=tmp_path / "out")
     assert after["loss"] < 0.8 * before["loss"]
+
+
+def test_what_this_device_keeps_is_learned_from_too(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "PREFER_EVERY", 5)
+    me, store = Identity(bytes(32)), RecordStore(tmp_path / "state" / "records.sqlite")
+    kept = (TextRecord("of all nodes " * 99), FeedbackRecord("the peers", " of the mesh", 1))
+    store.add([sign_record(me, record) for record in kept])
+    status, lines, _ = learn(run, tmp_path, 5, "--no-texts")
+    assert status == 0
+    row = lines[-1]
+    assert 0 < row["preference_loss"] < 0.5  # the text has taught what was marked as good
+    assert (row["texts"], row["text_bytes_sent"], row["useless_sources"]) == (0, 0, 0)
 
 
 def test_how_a_step_is_made_can_be_chosen(run, tmp_path):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from llmload.config import GPT2Config
-from llmload.errors import LearningFailed
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.preference import BATCH, BETA, MarkedAnswer, PreferenceTrainer, kto
 from llmload.learn.scorer import Scorer
 from llmload.learn.trainer import Trainer
+from natswarm import PeerId
 
 CONFIG = GPT2Config(vocab_size=40, n_ctx=16, n_embd=16, n_layer=2, n_head=2)
 TIME = 12
@@ -113,10 +113,16 @@ def test_the_loss_is_that_of_the_paper():
 # --- Learning ------------------------------------------------------------------------------------
 
 
+GOOD, BAD = PeerId(b"a" * 32), PeerId(b"b" * 32)
+WEIGHTS = {GOOD: 0.5, BAD: 0.0}
+
+
 def preference_trainer(trainer, reference=None):
     reference = trainer.parameters.copy() if reference is None else reference
     rng = np.random.default_rng(1)
-    return PreferenceTrainer(trainer, reference, time=TIME, learning_rate=3e-3, rng=rng)
+    return PreferenceTrainer(
+        trainer, reference, time=TIME, learning_rate=3e-3, rng=rng, weight=WEIGHTS.get
+    )
 
 
 def test_good_answers_become_likelier_and_bad_ones_less_likely(trainer):
@@ -124,7 +130,6 @@ def test_good_answers_become_likelier_and_bad_ones_less_likely(trainer):
     some = passages(20)
     answers = [MarkedAnswer(passage, 1 if index < 5 else -1) for index, passage in enumerate(some)]
     learner.add(answers)
-    assert learner.answer_count == 20
     before = Scorer(trainer, batch=8, time=TIME).log_probabilities(some)
     losses = [learner.step() for _ in range(40)]
     moved = Scorer(trainer, batch=8, time=TIME).log_probabilities(some) - before
@@ -149,10 +154,21 @@ def test_at_the_reference_the_gradient_is_that_of_the_marks(trainer):
 
 def test_marks_of_a_source_that_is_worth_nothing_do_nothing(trainer):
     learner = preference_trainer(trainer)
-    learner.add([MarkedAnswer(each, 1, lambda: 0.0) for each in passages(4)])
-    assert learner.step() == 0
-    _, gradient = learner.gradient([MarkedAnswer(passages(1)[0], 1, lambda: 0.0)])
-    assert not gradient.any()
+    kept = trainer.parameters.copy()
+    assert learner.step() is None
+    learner.add([MarkedAnswer(each, 1, BAD) for each in passages(4)])
+    assert learner.step() is None
+    assert np.array_equal(trainer.parameters, kept)
+
+
+def test_no_source_drowns_our_own_marks(trainer):
+    learner = preference_trainer(trainer)
+    learner.add([MarkedAnswer(passages(1)[0], -1)] * 4)
+    learner.add([MarkedAnswer(passages(1)[0], 1, GOOD)] * 10_000)
+    answers, shares = learner._shares()
+    assert len(answers) < 300
+    assert shares[:4].sum() == 4
+    assert shares[4:].sum() == pytest.approx(0.5 * BATCH)
 
 
 def test_looking_at_the_reference_leaves_the_model_as_it_is(trainer):
@@ -160,8 +176,3 @@ def test_looking_at_the_reference_leaves_the_model_as_it_is(trainer):
     kept = trainer.parameters.copy()
     learner.gradient([MarkedAnswer(each, 1) for each in passages(3)])
     assert np.array_equal(trainer.parameters, kept)
-
-
-def test_without_marks_there_is_no_step(trainer):
-    with pytest.raises(LearningFailed, match="no marked answers"):
-        preference_trainer(trainer).step()

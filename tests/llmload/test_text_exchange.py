@@ -46,8 +46,9 @@ def mesh(nursery):
 
 
 @pytest.fixture
-def make(mesh, tmp_path):
-    """A function that puts an exchange on a node of its own, answering."""
+def make(mesh, tmp_path, monkeypatch):
+    """A function that puts an exchange on a node of its own, answering whoever asks how often."""
+    monkeypatch.setattr(exchange_module, "ANSWER_EVERY_S", 0)
 
     def make(name, *, limits=None, novelty=len, worth=lambda _peer: 1.0):
         async def novelties(samples):
@@ -212,6 +213,16 @@ async def test_lies_are_refused_counted_and_in_the_end_not_listened_to(make, mes
         with pytest.raises(RequestRefused, match="no records"):
             await a.ask(peer)
     assert kept(a) == set()
+
+
+async def test_who_asks_too_often_is_refused(make, monkeypatch):
+    a, b = make("a"), make("b")
+    monkeypatch.setattr(exchange_module, "ANSWER_EVERY_S", 1000)
+    b.store.add([text(1)], is_shared=True)
+    assert await ask(a, b) == 1
+    with pytest.raises(RequestRefused, match="one such call"):
+        await ask(a, b)
+    assert await ask(make("c"), a) == 1  # others are not kept waiting by it
 
 
 async def test_messages_out_of_turn_are_refused(make):

@@ -170,6 +170,7 @@ def test_measuring_leaves_the_model_as_it_is():
 async def test_learners_give_each_other_texts_and_learn_from_them(nursery, tmp_path, monkeypatch):
     """What one shares the other takes and learns from; of noise it takes, and learns nothing."""
     monkeypatch.setattr(text_exchange, "ASK_EVERY_S", 0.02)
+    monkeypatch.setattr(text_exchange, "ANSWER_EVERY_S", 0)
     monkeypatch.setattr("llmload.learn.texts.MEASURE_EVERY", 2)
     monkeypatch.setattr("llmload.learn.texts.REFRESH_EVERY", 5)
     mesh = FakeMesh(nursery)
