@@ -36,7 +36,7 @@ def peer_as_json(peer: Peer) -> dict[str, Any]:
     record, statistics = peer.record, peer.statistics()
     profile = None if record is None else record.profile
     # Of the paths' round trips the active one's, which probes measure; QUIC's own lags behind.
-    active = next((path for path in peer.paths.paths if path.endpoint == peer.seen_at), None)
+    active = next((path for path in peer.paths.paths if path.endpoint == peer.paths.remote), None)
     return {
         "peer_id": str(peer.peer_id),
         "name": "" if record is None else record.name,

@@ -278,6 +278,7 @@ class Dial:
         attempt_id: The 8 bytes that name it.
         origin: Whose wish it is.
         introducer: Who brought that wish; None where nobody did.
+        is_renewal: Whether it is for a connection that there is already.
         attempt: The puncture.
     """
 
@@ -301,7 +302,7 @@ class Dial:
         self._dialler = dialler
         self._plan = plan
         self._is_controlling = dialler._identity.peer_id < peer_id
-        self._is_renewal = renews is not None
+        self.is_renewal = renews is not None
         self._paths = renews
         self._home = home
         self._path_pump: PortPump | None = None
@@ -375,7 +376,7 @@ class Dial:
                 report = await self._puncture()
                 paths = self._paths
                 assert paths is not None, "a report that is ok has opened a path"
-                if not self._is_renewal:
+                if not self.is_renewal:
                     await dialler._nursery.start(dialler._run_connection, paths)
                 secured = paths
                 return paths, report
@@ -388,7 +389,7 @@ class Dial:
                 dialler._nursery.start_soon(dialler._forget_later, self, secured.connection)
             else:
                 dialler._forget(self)
-                if self._paths is not None and not self._is_renewal:
+                if self._paths is not None and not self.is_renewal:
                     self._paths.close()
 
     async def _puncture(self) -> PunctureReport:

@@ -57,6 +57,11 @@ class LaneSet:
             batches.setdefault(lane, []).append(data)
         return batches
 
+    def suspend(self) -> None:
+        """Wait for a path."""
+        for lane in self.lanes:
+            lane.suspend()
+
     def resume(self, now: float) -> None:
         """Go on at once on another path, or on the old one again."""
         self._striping.forget()

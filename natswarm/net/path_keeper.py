@@ -15,10 +15,12 @@ are answered one for one, and are paths once they have answered us.
     the last question is not answered              every 0.3 s (1.5 round trips), from 2 s on less
 
 A path that is silent for 2 s (or 4 round trips) after a question is dead: under traffic that is
-noticed 3 s after the break, at rest a keepalive interval and 2 s. It goes on being asked, ever less
-often, and lives again if it answers. The best of the living carries QUIC:
+noticed 3 s after the break, at rest a keepalive interval and 2 s. When we have moved, all are asked
+at once, three times, and 0.6 s (2.5 round trips) are enough: most have died. What is dead goes on
+being asked, ever less often, and lives again if it answers. The best of the living carries QUIC:
 
-    answers          before    its question has waited for 0.5 s (2 round trips)
+    answers          before    its question has waited for 0.5 s (2 round trips), or 0.1 s (1.5)
+                               where the peer has turned up elsewhere since
     later puncture   before    earlier: it was made because the other will end
     quicker          before    slower, by a fifth and 5 ms: no flapping
 
@@ -58,9 +60,14 @@ KEEPALIVE_MAX_S = 60.0
 TRAFFIC_INTERVAL_S = 1.0
 RETRY_MIN_S, RETRY_ROUND_TRIPS = 0.3, 1.5
 DOUBT_MIN_S, DOUBT_ROUND_TRIPS = 0.5, 2.0
+# Where the peer has turned up elsewhere, which costs nothing to believe: that path has answered.
+LEFT_MIN_S, LEFT_ROUND_TRIPS = 0.1, 1.5
 # Seven questions. At 10 % loss each way all fail by chance once in 100,000 times, and then
 # the next answer mends it.
 DEATH_MIN_S, DEATH_ROUND_TRIPS = 2.0, 4.0
+# After a move: three questions, the last of which has a round trip for its answer.
+MOVED_RETRY_MIN_S, MOVED_RETRY_ROUND_TRIPS = 0.2, 0.75
+MOVED_DEATH_MIN_S, MOVED_DEATH_ROUND_TRIPS = 0.6, 2.5
 # A dead path is asked 1, 2, 3, 4, 4, ... s apart: the cable may be plugged in again.
 DEAD_RETRY_S, DEAD_RETRY_MAX_S = 1.0, 4.0
 # A dead path beside a living one is forgotten after this; it was worth waiting for its return.
@@ -156,8 +163,10 @@ class Path:
     doubted_since: float | None = None
     """When the first PROBE was sent since the last answer; None: all is answered."""
     died_at: float = math.inf
+    moved_at: float = -math.inf
+    """When we last moved to another network."""
     observed: Endpoint | None = None
-    """Where the peer saw our last question come from."""
+    """Where the peer saw our last question come from; None: not asked since we moved."""
     asked_count: int = 0
     """PROBEs since the last answer."""
 
@@ -165,6 +174,11 @@ class Path:
     def way(self) -> tuple[int, Endpoint]:
         """What tells it from others."""
         return self.port_index, self.endpoint
+
+    @property
+    def is_in_question_by_move(self) -> bool:
+        """Whether it has not answered since we moved."""
+        return self.doubted_since is not None and self.doubted_since == self.moved_at
 
     def after(self, minimum_s: float, round_trips: float) -> float:
         """Return a time-out of so many round trips."""
@@ -208,6 +222,8 @@ class KeeperStatistics:
     """Dropped: a PROBE that came before from elsewhere, or is too old to tell."""
     rebound_count: int = 0
     """Answers that saw us elsewhere than the one before them by the same path."""
+    doubted_count: int = 0
+    """Times that the active path did not answer in time."""
     stray_count: int = 0
     """Dropped: an ACK that answers nothing we sent from there to there."""
 
@@ -242,7 +258,7 @@ class PathKeeper:
     _stranded_since: float | None = None
     _mourned: Path | None = None
     """The path that died when no other was left."""
-    _moved_at: float = -math.inf
+    _learns_from: float = -math.inf
     _looked_at: float = -math.inf
     _ages_at_death: deque[float] = field(default_factory=lambda: deque(maxlen=2))
 
@@ -271,16 +287,9 @@ class PathKeeper:
         if self._outbox:
             return -math.inf
         times = [self._due_at(path) for path in (*self.paths, *self._candidates)]
-        times += [
-            path.doubted_since + path.after(DEATH_MIN_S, DEATH_ROUND_TRIPS)
-            for path in self.paths
-            if path.doubted_since is not None and not path.is_dead
-        ]
-        active = self.active
-        if active is not None and active.doubted_since is not None and len(self.paths) > 1:
-            doubt_at = active.doubted_since + active.after(DOUBT_MIN_S, DOUBT_ROUND_TRIPS)
-            if doubt_at > self._looked_at:
-                times.append(doubt_at)
+        times += [self._death_at(path) for path in self.paths if not path.is_dead]
+        if self.active is not None and self._doubt_at(self.active) > self._looked_at:
+            times.append(self._doubt_at(self.active))
         return min(times, default=math.inf)
 
     # What the driver tells ------------------------------------------------------------------------
@@ -326,16 +335,20 @@ class PathKeeper:
             if path is None:
                 self._add_candidate(port_index, endpoint, now)
 
-    def recheck(self, now: float, *, has_moved: bool) -> None:
+    def recheck(self, now: float, *, has_moved: bool, has_slept: bool = False) -> None:
         """Ask every path at once: something has changed on our side.
 
         Args:
             now: The time.
-            has_moved: Whether we are in another network, where what dies now tells nothing.
+            has_moved: Whether we are in another network. What dies now tells nothing of a NAT, and
+                few paths live on.
+            has_slept: Whether time has passed unnoticed: what dies now tells nothing, either.
         """
-        if has_moved:
-            self._moved_at = now
+        if has_moved or has_slept:
+            self._learns_from = now
         for path in self.paths:
+            if has_moved:
+                path.moved_at, path.doubted_since, path.observed = now, now, None
             self._ask(path, now)
 
     def forget_port(self, port_index: int) -> None:
@@ -370,6 +383,8 @@ class PathKeeper:
 
     def probes_to_send(self, now: float) -> list[ProbeToSend]:
         """Return what is due."""
+        if self.active is not None and self._looked_at < self._doubt_at(self.active) <= now:
+            self.statistics.doubted_count += 1
         self._looked_at = now
         for path in self.paths:
             self._mourn(path, now)
@@ -470,19 +485,25 @@ class PathKeeper:
             if path in self._candidates and path.asked_count >= CHECKS_PER_CANDIDATE:
                 # Not asked again, but forgotten.
                 return path.asked_at + path.after(DEATH_MIN_S, DEATH_ROUND_TRIPS)
+            if path.is_in_question_by_move:
+                return path.asked_at + path.after(MOVED_RETRY_MIN_S, MOVED_RETRY_ROUND_TRIPS)
             return path.asked_at + path.after(RETRY_MIN_S, RETRY_ROUND_TRIPS)
         if path.traffic_at > path.asked_at:
             return max(path.asked_at + TRAFFIC_INTERVAL_S, path.traffic_at)
         return path.sent_at + self.lifetimes.keepalive_s
 
+    def _death_at(self, path: Path) -> float:
+        """Return when a path that goes on being silent is dead."""
+        if path.doubted_since is None:
+            return math.inf
+        if path.is_in_question_by_move:
+            return path.doubted_since + path.after(MOVED_DEATH_MIN_S, MOVED_DEATH_ROUND_TRIPS)
+        return path.doubted_since + path.after(DEATH_MIN_S, DEATH_ROUND_TRIPS)
+
     def _mourn(self, path: Path, now: float) -> None:
         """Take note of a path that has been silent for too long."""
-        since = path.doubted_since
-        if path.is_dead or since is None:
-            return
-        if now < since + path.after(DEATH_MIN_S, DEATH_ROUND_TRIPS):
-            return
-        path.is_dead, path.died_at = True, now
+        if not path.is_dead and now >= self._death_at(path):
+            path.is_dead, path.died_at = True, now
 
     def _learn(self, dead: Path, found: Path) -> None:
         """Take the lesson of a path that died, once another leads to the same place.
@@ -492,7 +513,7 @@ class PathKeeper:
         since = dead.doubted_since
         if since is None or not dead.is_dead or dead.endpoint.ip != found.endpoint.ip:
             return
-        if since < self._moved_at + self.lifetimes.keepalive_s:
+        if since < self._learns_from + self.lifetimes.keepalive_s:
             return
         silence_s = since - dead.heard_at
         if silence_s >= self.lifetimes.keepalive_s / 2:
@@ -564,8 +585,17 @@ class PathKeeper:
         return "it is quicker" if path.rtt_s < limit_s else None
 
     def _is_doubtful(self, path: Path, now: float) -> bool:
-        since = path.doubted_since
-        return since is not None and now >= since + path.after(DOUBT_MIN_S, DOUBT_ROUND_TRIPS)
+        return now >= self._doubt_at(path)
+
+    def _doubt_at(self, path: Path) -> float:
+        """Return when a path that goes on being silent is no better than others that answer."""
+        if path.doubted_since is None:
+            return math.inf
+        for other in self.paths:
+            if other.is_proven and not other.is_dead and other.found_at > path.heard_at:
+                # The peer has turned up there since it was last heard from here.
+                return path.doubted_since + other.after(LEFT_MIN_S, LEFT_ROUND_TRIPS)
+        return path.doubted_since + path.after(DOUBT_MIN_S, DOUBT_ROUND_TRIPS)
 
     def _forget_useless(self, now: float) -> None:
         if self._stranded_since is not None:

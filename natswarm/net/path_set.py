@@ -13,6 +13,7 @@ Knows neither punctures nor streams. When to open another path is `renewer.py`'s
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +68,7 @@ class PathSet:
 
     Attributes:
         on_switch: Told when the connection moves, or has nowhere to be.
+        on_doubt: Told when the active path does not answer in time.
         on_rebound: Told when the peer sees a port of ours elsewhere than before.
     """
 
@@ -80,6 +82,7 @@ class PathSet:
     ) -> None:
         self.connection = connection
         self.on_switch: Callable[[PathSwitched], None] = lambda _switch: None
+        self.on_doubt: Callable[[], None] = lambda: None
         self.on_rebound: Callable[[], None] = lambda: None
         self._main = main
         self._pumps: dict[int, PortPump] = {0: main}
@@ -101,6 +104,12 @@ class PathSet:
         """Where the peer is: its end of the active path."""
         assert self._keeper.active is not None, "a set begins with a path"
         return self._keeper.active.endpoint
+
+    @property
+    def seen_at(self) -> Endpoint:
+        """Where the peer was heard from last: for a moment ahead of `remote` when it has moved."""
+        paths = self._keeper.paths
+        return max(paths, key=lambda path: path.heard_at).endpoint if paths else self.remote
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -163,11 +172,32 @@ class PathSet:
         self._tell_change()
         self._wake()
 
+    @property
+    def busy_at(self) -> float:
+        """When QUIC last sent anything; minus infinity: never."""
+        active = self._keeper.active
+        return -math.inf if active is None else active.traffic_at
+
+    @property
+    def sightings(self) -> list[tuple[Endpoint, Endpoint]]:
+        """Where the peer sees our main port, since we last moved: (its own endpoint, ours)."""
+        return [
+            (path.endpoint, path.observed)
+            for path in self._keeper.paths
+            if path.port_index == 0 and path.observed is not None and not path.is_dead
+        ]
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the peer has answered since we last moved."""
+        active = self._keeper.active
+        return active is not None and not active.is_in_question_by_move
+
     async def wait_certain(self, since: float) -> None:
-        """Wait until the active path has answered since then, or is dead."""
+        """Wait until the active path has answered after that time, or is dead."""
         while not self._is_closed:
             active = self._keeper.active
-            if active is None or active.is_dead or active.heard_at >= since:
+            if active is None or active.is_dead or active.heard_at > since:
                 return
             await self._heard.wait()
 
@@ -200,9 +230,9 @@ class PathSet:
         self._keeper.check(0, tuple(endpoints), trio.current_time())
         self._wake()
 
-    def recheck(self, *, has_moved: bool) -> None:
-        """Ask every path at once: we have moved to another network, or something is strange."""
-        self._keeper.recheck(trio.current_time(), has_moved=has_moved)
+    def recheck(self, *, has_moved: bool, has_slept: bool = False) -> None:
+        """Ask every path at once: we have moved or slept, or something is strange."""
+        self._keeper.recheck(trio.current_time(), has_moved=has_moved, has_slept=has_slept)
         self._wake()
 
     def receive_untrusted(self, data: bytes, source: Endpoint, pump: PortPump) -> None:
@@ -268,7 +298,11 @@ class PathSet:
     def _send_due(self) -> None:
         if not self._is_named or self._is_closed:
             return
-        for probe in self._keeper.probes_to_send(trio.current_time()):
+        doubted_count = self._keeper.statistics.doubted_count
+        probes = self._keeper.probes_to_send(trio.current_time())
+        if self._keeper.statistics.doubted_count != doubted_count:
+            self.on_doubt()
+        for probe in probes:
             if (pump := self._pumps.get(probe.port_index)) is not None:
                 with contextlib.suppress(trio.ClosedResourceError):
                     pump.port.send(probe.data, probe.destination)
@@ -293,7 +327,9 @@ class PathSet:
             if self._is_named:
                 if self._log is not None:
                     self._log.note_switch(switch.old, switch.new, switch.reason)
-                if switch.new is not None:
+                if switch.new is None:
+                    self.connection.suspend()
+                else:
                     self.connection.resume()
                 self.on_switch(switch)
         self._wake()

@@ -61,7 +61,7 @@ class Peer(trio.abc.AsyncResource):
     @property
     def seen_at(self) -> Endpoint:
         """Where its datagrams come from."""
-        return self.paths.remote
+        return self.paths.seen_at
 
     @property
     def is_reachable(self) -> bool:

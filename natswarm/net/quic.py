@@ -229,6 +229,12 @@ class Connection:
         binding = self._first.engine.channel_binding()
         return hashlib.blake2s(binding, digest_size=NAME_BYTES, person=NAME_PURPOSE).digest()
 
+    def suspend(self) -> None:
+        """Let time-outs wait until `resume`: no path leads to the peer."""
+        if self._first.is_proved and not self._closed.is_set():
+            self._lanes.suspend()
+            self._wake_up()
+
     def resume(self) -> None:
         """Send at once what QUIC holds back after losses: there is a new path, or the old again.
 

@@ -154,21 +154,30 @@ class QuicEngine(QuicConnection):
             return False
         return True
 
-    def expire_probe_timer(self, now: float) -> None:
+    def expire_probe_timer(self, now: float, until: float) -> None:
         """Have the next `drain` send a probe packet, whatever congestion control says.
 
         The PTO timer of RFC 9002 section 6.2 doubles with every expiry; its answer, by whatever
         path it comes, tells which packets were lost, and ends that.
+
+        Args:
+            now: Seconds.
+            until: A timer that is set for later is left alone: it may be that of idleness, or has
+                doubled often enough.
 
         Raises:
             RuntimeError: The connection has ended.
         """
         self.send_ping(0)
         timer = self.get_timer()
-        in_flight = self.bytes_in_flight
-        # With something in flight the timer is loss detection's, far from that of idleness.
-        if timer is not None and timer > now and in_flight:
-            self.handle_timer(timer)
+        # With something in flight the timer is loss detection's.
+        if timer is not None and timer < until and self.bytes_in_flight:
+            self.handle_timer(max(timer, now))
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether a probe packet was sent and nothing acknowledged since."""
+        return self._core is not None and self._core.pto_count > 0
 
     @property
     def is_drained(self) -> bool:

@@ -69,8 +69,12 @@ RETRY_FIRST_S, RETRY_MAX_S = 1.0, 15.0
 # anew, with what our NAT does by now.
 TRY_S = 15.0
 # With all paths the block of ports or the place of the counter may be gone that our profile tells
-# of; of a NAT that is predictable nothing of that kind can be.
+# of; of a NAT that is predictable nothing of that kind can be. Of a block we try the old one at
+# once, since our other paths may have kept it, while we look again.
 STALE_S = 15.0
+# Of the probes expected, what may be under way when the path opens, where a connection has none:
+# half as many again, for a puncture that takes tenths of seconds where it would take seconds.
+URGENT_OVERSHOOT = 0.5
 # A side that was declined waits so long for the other's wish to begin.
 THEIR_SIDE_TIMEOUT_S = 5.0
 # Two round trips of a slow mobile network; an answer that is lost costs a birthday puncture.
@@ -159,6 +163,7 @@ class Renewer:
         self._rng = rng
         self._outage_s = outage_s
         self._wishes: set[PeerId] = set()
+        self._steps: dict[Peer, trio.CancelScope] = {}
 
     async def keep(self, peer: Peer) -> None:
         """Renew the paths to a peer until the connection ends."""
@@ -173,20 +178,40 @@ class Renewer:
                 )
                 return
             due_at = max(not_before, paths.renewal_at if since is None else now)
-            if now < due_at:
-                with trio.move_on_at(min(due_at, give_up_at)):
+            is_due = now >= due_at
+            step = trio.CancelScope(deadline=give_up_at if is_due else min(due_at, give_up_at))
+            self._steps[peer] = step
+            with step:
+                if is_due:
+                    is_found = await self._try_renew(peer)
+                    pause_s = RETRY_FIRST_S if is_found else min(2 * pause_s, RETRY_MAX_S)
+                    not_before = trio.current_time() + pause_s
+                else:
                     await paths.wait_changed()
-                if (paths.stranded_since is None) is not (since is None):
-                    not_before = -math.inf
+            del self._steps[peer]
+            if step.cancelled_caught or (paths.stranded_since is None) is not (since is None):
+                pause_s, not_before = RETRY_FIRST_S, -math.inf
+
+    def begin_anew(self) -> None:
+        """Give up all punctures for connections: we are somewhere else, and our mappings void."""
+        for dial in self._dialler.under_way():
+            if dial.is_renewal:
+                dial.cancel("we have moved to another network")
+        for step in self._steps.values():
+            step.cancel()
+
+    def note_profile(self, before: NatProfile, profile: NatProfile) -> None:
+        """Take note of what our NAT does: searches that went by something else begin anew."""
+        is_void = _is_void(before, profile)
+        for peer, step in self._steps.items():
+            if peer.is_reachable:
                 continue
-            try:
-                with trio.move_on_at(give_up_at):
-                    await self._renew(peer)
-                pause_s = RETRY_FIRST_S
-            except NatswarmError as error:
-                logger.info("no new path to %s yet: %s", peer.peer_id.short, error)
-                pause_s = min(2 * pause_s, RETRY_MAX_S)
-            not_before = trio.current_time() + pause_s
+            searches = [d for d in self._dialler.under_way(peer_id=peer.peer_id) if d.is_renewal]
+            if is_void:
+                for dial in searches:
+                    dial.cancel("we know more of our NAT")
+            if is_void or not searches:
+                step.cancel()
 
     def check(self, peer: Peer) -> None:
         """Ask a peer's known endpoints whether it is there."""
@@ -200,6 +225,14 @@ class Renewer:
         paths.check([e for e in dict.fromkeys(endpoints) if e.kind is not AddressKind.LOOPBACK])
 
     # Our own wish ---------------------------------------------------------------------------------
+
+    async def _try_renew(self, peer: Peer) -> bool:
+        try:
+            await self._renew(peer)
+        except NatswarmError as error:
+            logger.info("no new path to %s yet: %s", peer.peer_id.short, error)
+            return False
+        return True
 
     async def _renew(self, peer: Peer) -> None:
         """Open one more path.
@@ -241,7 +274,8 @@ class Renewer:
                 seen_at = peer.seen_at
             else:
                 record, seen_at, attempt = await self._introduction(peer, sealed)
-            plan = self._plan(profile, profile_as_seen(record.profile, seen_at), peer.peer_id)
+            theirs = profile_as_seen(record.profile, seen_at)
+            plan = self._plan(profile, theirs, peer.peer_id, is_urgent=not peer.is_reachable)
             dial = self._dialler.prepare(peer.peer_id, plan, attempt, renews=peer.paths, home=home)
             is_taken = True
             return dial
@@ -311,7 +345,9 @@ class Renewer:
         home, profile = await self._open_side(peer)
         try:
             self._give_way(peer_id)
-            plan = self._plan(profile, profile_as_seen(record.profile, seen_at), peer_id)
+            theirs = profile_as_seen(record.profile, seen_at)
+            # Who can still reach us asks us itself.
+            plan = self._plan(profile, theirs, peer_id, is_urgent=introducer != peer_id)
             for dial in self._dialler.under_way(peer_id=peer_id):
                 if dial.introducer == introducer:
                     dial.cancel("the peer began anew")
@@ -353,10 +389,13 @@ class Renewer:
         assert name is not None, "peers are proved"
         return name[:NAME_PART_BYTES] + self._rng.randbytes(ATTEMPT_BYTES - NAME_PART_BYTES)
 
-    def _plan(self, ours: NatProfile, theirs: NatProfile, peer_id: PeerId) -> Plan:
-        return plan_puncture(
-            ours, theirs, my_id=self._peer_id, their_id=peer_id, limits=self._limits
-        )
+    def _plan(
+        self, ours: NatProfile, theirs: NatProfile, peer_id: PeerId, *, is_urgent: bool
+    ) -> Plan:
+        limits = self._limits
+        if is_urgent:
+            limits = replace(limits, overshoot=max(limits.overshoot, URGENT_OVERSHOOT))
+        return plan_puncture(ours, theirs, my_id=self._peer_id, their_id=peer_id, limits=limits)
 
     async def _open_side(self, peer: Peer) -> tuple[PortPump | None, NatProfile]:
         """Return the port to puncture from, None for the main port, and what our NAT does with it.
@@ -368,7 +407,11 @@ class Renewer:
         """
         profile = await self._home.known_profile()
         if not peer.is_reachable and not profile.is_predictable:
-            profile = await self._home.known_profile(max_age_s=STALE_S)
+            law = None if profile.allocation is None else profile.allocation.law
+            if law is AllocationLaw.SEQUENTIAL:
+                profile = await self._home.known_profile(max_age_s=STALE_S)
+            else:
+                self._nursery.start_soon(self._look_if_stale)
         if not math.isfinite(peer.paths.lifetimes.renewal_s):
             return None, profile
         port = self._network.bind(Endpoint(self._bind_ip, 0))
@@ -381,6 +424,13 @@ class Renewer:
         local = tuple(Endpoint(each.ip, number) for each in profile.local_endpoints)
         profile = replace(profile, main_endpoint=external, local_endpoints=local)
         return self._dialler.open_home(port), profile
+
+    async def _look_if_stale(self) -> None:
+        """See whether our NAT draws ports as it did; if not, searches begin anew."""
+        try:
+            await self._home.known_profile(max_age_s=STALE_S)
+        except NatswarmError as error:
+            logger.info("did not find out what our NAT does now: %s", error)
 
     async def _external_endpoint(self, port: DatagramPort, profile: NatProfile) -> Endpoint | None:
         """Return where peers will see a fresh port; None where that cannot be known."""
@@ -411,6 +461,15 @@ class Renewer:
                     if reply.transaction == transaction and reply.sender in observers:
                         return reply.observed
         return None
+
+
+def _is_void(before: NatProfile, profile: NatProfile) -> bool:
+    """Whether a search by an earlier profile had better begin anew; else what it opened counts."""
+    if before.is_predictable or profile.is_predictable:
+        ends = [each.main_endpoint if each.is_predictable else None for each in (before, profile)]
+        return ends[0] != ends[1]
+    blocks = [set(() if p.allocation is None else p.allocation.blocks) for p in (before, profile)]
+    return bool(blocks[1]) and blocks[0].isdisjoint(blocks[1])
 
 
 async def _cancel_when_settled(dial: Dial, paths: PathSet) -> None:

@@ -1,13 +1,17 @@
 """Notice that we are somewhere else: another network, a NAT that forgot us, waking from sleep.
 
     seen                                           so
-    our addresses changed                          ask all paths at once; what we knew of our NAT is
-                                                   void: look again when the neighbours are back
-    a peer sees us elsewhere than a moment ago     the NAT has started anew: look again, too
+    our addresses changed                          what we knew of our NAT is void; ask all paths at
+                                                   once: the answers of two neighbours tell enough
+                                                   to puncture by; then look at the NAT in full
+    a peer does not answer in time                 look at our addresses, and ask some other peers
+    neighbours see us at another address           as if our addresses had changed
+    a peer sees us elsewhere than a moment ago     the NAT has started anew: look at it again
     the machine slept                              ask all paths at once
 
-Addresses are looked at every 2 s, and at once when a connection has lost its last path. Peers are
-told nothing here: those that we can still reach hear from our probes where we are.
+Addresses are looked at four times a second while a connection is busy, else every 2 s. Peers are
+told nothing here: those that we can still reach hear from our probes where we are. Whoever moves on
+before it is known where we are is looked for anew.
 
 Source: RFC 8445 section 2.1 for what an address is good for; the rest follows from `path_keeper`.
 """
@@ -22,6 +26,7 @@ from typing import Protocol
 import trio
 
 from natswarm.errors import NatswarmError
+from natswarm.net.nursery import open_private_nursery
 from natswarm.net.peer import Peer
 from natswarm.net.port import Network
 
@@ -29,9 +34,16 @@ __all__ = ["Home", "Roamer"]
 
 logger = logging.getLogger("natswarm.node")
 
+# A look takes 0.6 ms of a processor.
 POLL_S = 2.0
+POLL_BUSY_S = 0.25
+BUSY_FOR_S = 3.0
 # Clocks drift and stutter; whoever sleeps, sleeps for longer.
 SLEEP_MIN_S = 1.0
+# So many addresses that see us tell an EIM NAT from others.
+VOTERS_ENOUGH = 2
+# Whom to ask when one is silent: among four are two that are there.
+ASKED_IN_DOUBT = 4
 # Until every path has answered or is known to be dead.
 SETTLE_MAX_S = 3.0
 # A NAT that ends mappings early is seen elsewhere all the time, and stays what it is.
@@ -46,7 +58,15 @@ class Home(Protocol):
         ...
 
     def forget_profile(self) -> None:
-        """What our NAT does is not known any more."""
+        """We are somewhere else: what our NAT does is not known any more."""
+        ...
+
+    def is_seen_elsewhere(self) -> bool:
+        """Whether neighbours agree that we have another public address than we know of."""
+        ...
+
+    def glimpse(self) -> None:
+        """Go by what neighbours have told of our NAT since we moved, until more is known."""
         ...
 
     async def look_again(self) -> object:
@@ -77,17 +97,20 @@ class Roamer:
         self._check = check
         self._slept_s = slept_s or _slept_s
         self._hint = trio.Event()
+        self._is_in_doubt = False
         self._is_rebound = False
         self._looked_at = float("-inf")
+        self._settling = trio.CancelScope()
         self._settled = trio.Event()
         self._settled.set()
 
     async def wait_settled(self) -> None:
-        """Wait until it is known where we are, after a move."""
+        """Wait until it is known where we are, after a move: what our NAT does, in short."""
         await self._settled.wait()
 
-    def look(self) -> None:
-        """Look at our addresses now: a connection has lost its last path."""
+    def note_doubt(self) -> None:
+        """Take note that a peer does not answer in time."""
+        self._is_in_doubt = True
         self._hint.set()
 
     def note_rebound(self) -> None:
@@ -98,41 +121,84 @@ class Roamer:
     async def run(self) -> None:
         """Watch until cancelled."""
         addresses, slept_s = self._network.local_addresses(), self._slept_s()
-        while True:
-            with trio.move_on_after(POLL_S):
-                await self._hint.wait()
-            self._hint = trio.Event()
-            before, addresses = addresses, self._network.local_addresses()
-            slept_before_s, slept_s = slept_s, self._slept_s()
-            is_rebound, self._is_rebound = self._is_rebound, False
-            if set(addresses) != set(before):
-                logger.info("our addresses are %s now", ", ".join(addresses) or "none")
-                self._home.forget_profile()
-                await self._settle(has_moved=True)
-            elif slept_s - slept_before_s > SLEEP_MIN_S:
-                self._ask_all(has_moved=True)
-            elif is_rebound and trio.current_time() >= self._looked_at + LOOK_AGAIN_S:
-                await self._settle(has_moved=False)
+        async with open_private_nursery() as nursery:
+            while True:
+                with trio.move_on_after(POLL_BUSY_S if self._is_busy else POLL_S):
+                    await self._hint.wait()
+                self._hint = trio.Event()
+                before, addresses = addresses, self._network.local_addresses()
+                slept_before_s, slept_s = slept_s, self._slept_s()
+                is_in_doubt, self._is_in_doubt = self._is_in_doubt, False
+                is_rebound, self._is_rebound = self._is_rebound, False
+                if set(addresses) != set(before):
+                    logger.info("our addresses are %s now", ", ".join(addresses) or "none")
+                    self._move(nursery)
+                elif slept_s - slept_before_s > SLEEP_MIN_S:
+                    self._ask_all(has_moved=False, has_slept=True)
+                elif is_rebound and self._home.is_seen_elsewhere():
+                    logger.info("we are seen at another address")
+                    self._move(nursery)
+                elif is_rebound and trio.current_time() >= self._looked_at + LOOK_AGAIN_S:
+                    nursery.start_soon(self._look_closer)
+                elif is_in_doubt:
+                    # Behind another NAT we may have the address that we had behind the last one.
+                    for peer in self._home.peers()[:ASKED_IN_DOUBT]:
+                        peer.paths.recheck(has_moved=False)
 
-    def _ask_all(self, *, has_moved: bool) -> None:
+    @property
+    def _is_busy(self) -> bool:
+        since = trio.current_time() - BUSY_FOR_S
+        return any(peer.paths.busy_at >= since for peer in self._home.peers())
+
+    def _ask_all(self, *, has_moved: bool, has_slept: bool = False) -> None:
         for peer in self._home.peers():
-            peer.paths.recheck(has_moved=has_moved)
+            peer.paths.recheck(has_moved=has_moved, has_slept=has_slept)
             self._check(peer)
 
-    async def _settle(self, *, has_moved: bool) -> None:
-        """Find out which neighbours are still there, then what our NAT does now."""
+    def _move(self, nursery: trio.Nursery) -> None:
+        self._settling.cancel()
+        self._settling = trio.CancelScope()
+        if self._settled.is_set():
+            self._settled = trio.Event()
+        self._home.forget_profile()
+        self._ask_all(has_moved=True)
+        nursery.start_soon(self._settle, self._settling)
+
+    async def _settle(self, scope: trio.CancelScope) -> None:
+        """Find out where we are, which neighbours are still there, and what our NAT does now."""
         moved_at = self._looked_at = trio.current_time()
-        self._settled = trio.Event()
+        with scope:
+            await self._wait_answers(moved_at, VOTERS_ENOUGH)
+            self._home.glimpse()
+            self._settled.set()
+            await self._look()
+
+    async def _look_closer(self) -> None:
+        looked_at = self._looked_at = trio.current_time()
+        self._ask_all(has_moved=False)
+        await self._wait_answers(looked_at)
+        await self._look()
+
+    async def _look(self) -> None:
         try:
-            self._ask_all(has_moved=has_moved)
-            with trio.move_on_after(SETTLE_MAX_S):
-                for peer in self._home.peers():
-                    await peer.paths.wait_certain(moved_at)
             await self._home.look_again()
         except NatswarmError as error:
             logger.info("did not find out where we are: %s", error)
-        finally:
-            self._settled.set()
+
+    async def _wait_answers(self, since: float, enough: float = float("inf")) -> None:
+        """Wait until all paths have answered or are dead, or `enough` voters have."""
+        peers = self._home.peers()
+
+        async def wait(peer: Peer, nursery: trio.Nursery) -> None:
+            await peer.paths.wait_certain(since)
+            voters = {remote.ip for each in peers for remote, _ in each.paths.sightings}
+            if len(voters) >= enough:
+                nursery.cancel_scope.cancel()
+
+        with trio.move_on_after(SETTLE_MAX_S):
+            async with trio.open_nursery() as nursery:
+                for peer in peers:
+                    nursery.start_soon(wait, peer, nursery)
 
 
 def _slept_s() -> float:

@@ -30,6 +30,7 @@ IDLE_S = 0.5
 
 LOSS_SEEN = 0.002
 MIN_LOST = 3  # one lost packet is no rate
+INTERVALS_MAX = 3  # where that many take longer: 2 % of a slow lane's 100 packets are two
 LOSSY_INTERVALS = 2  # in a row: slow start ends with one that is lossy on any path
 WORTH_IT = 1.25
 PAUSE_S = 60.0
@@ -86,10 +87,17 @@ class Striping:
         elif now < self._interval_ends_at:
             return
         else:
-            self._judge(progress(), now)
+            so_far = progress()
+            sent_count = so_far.sent_count - self._start.sent_count
+            lost_count = so_far.lost_count - self._start.lost_count
+            is_vague = LOSS_SEEN * sent_count <= lost_count < MIN_LOST and lost_count > 0
+            if is_vague and now < self._started_at + INTERVALS_MAX * _interval_s(rtt_s):
+                self._interval_ends_at = now + _interval_s(rtt_s)
+                return
+            self._judge(so_far, now)
         self._start = progress()
         self._started_at = now
-        self._interval_ends_at = now + max(MIN_INTERVAL_S, INTERVAL_ROUND_TRIPS * rtt_s)
+        self._interval_ends_at = now + _interval_s(rtt_s)
 
     def forget(self) -> None:
         """Judge nothing of what was before: the path is another, or was away."""
@@ -129,3 +137,7 @@ class Striping:
         self.lane_count = LEVELS[level]
         self._settling = SETTLING_INTERVALS
         self._clean_count = self._lossy_count = 0
+
+
+def _interval_s(rtt_s: float) -> float:
+    return max(MIN_INTERVAL_S, INTERVAL_ROUND_TRIPS * rtt_s)

@@ -418,8 +418,9 @@ class Node:
         if not self._is_closed:
             self._nursery.start_soon(self._share_record_with_all)
 
-    def note_profile(self, profile: NatProfile) -> None:
+    def note_profile(self, before: NatProfile, profile: NatProfile) -> None:
         """Have all that depends on what our NAT does go by a new profile."""
+        self._renewer.note_profile(before, profile)
         for peer in self.peers():
             peer.paths.lifetimes = lifetimes_of(profile).or_else(peer.paths.lifetimes)
         if self._rejoiner is not None and profile.is_translated is not None:
@@ -431,6 +432,15 @@ class Node:
         self._nat.forget()
         for peer in self.peers():
             peer.paths.lifetimes = Lifetimes()
+        self._renewer.begin_anew()
+
+    def is_seen_elsewhere(self) -> bool:
+        """Whether neighbours agree that we have another public address than we know of."""
+        return self._nat.is_seen_elsewhere()
+
+    def glimpse(self) -> None:
+        """Go by what neighbours have told of our NAT since we moved, until more is known."""
+        self._nat.glimpse()
 
     async def find_peers(self) -> list[NodeRecord]:
         """Ask every neighbour for its neighbours; return all records, the newest of each peer.
@@ -698,6 +708,7 @@ class Node:
         if self.profile is not None:
             paths.lifetimes = lifetimes_of(self.profile)
         paths.on_switch = partial(self._on_switch, peer)
+        paths.on_doubt = self._roamer.note_doubt
         paths.on_rebound = self._roamer.note_rebound
         self._emit(PeerConnected(peer))
         self._nursery.start_soon(self._introduce_ourselves, peer)
@@ -710,7 +721,6 @@ class Node:
     def _on_switch(self, peer: Peer, switch: PathSwitched) -> None:
         if switch.new is None:
             peer.calls.note_unreachable()
-            self._roamer.look()
         else:
             peer.calls.note_reachable()
             if switch.old is None:  # it was out of reach, and may have missed our latest record
@@ -843,7 +853,7 @@ class Node:
         with trio.move_on_after(ASK_AROUND_S):
             async with trio.open_nursery() as nursery:
                 for peer in self.peers():
-                    if peer.is_reachable:
+                    if peer.is_reachable and peer.paths.is_certain:
                         nursery.start_soon(ask, peer)
         for peer in self.peers():
             if peer.record is not None:

@@ -21,7 +21,8 @@ from natswarm.address import AddressKind, Endpoint
 from natswarm.discovery.introduction import NodeRecord, record_as_seen
 from natswarm.errors import ConnectFailed
 from natswarm.identity import PeerId
-from natswarm.nat.classify import Observation
+from natswarm.nat.behaviour import AllocationLaw
+from natswarm.nat.classify import Observation, classify
 from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.inspection import QUICK
 from natswarm.nat.measurement import Observer
@@ -69,8 +70,8 @@ class Home(Protocol):
         """Inspect what takes seconds, and have neighbours hear of it."""
         ...
 
-    def note_profile(self, profile: NatProfile) -> None:
-        """Go by a profile that was just found out."""
+    def note_profile(self, before: NatProfile, profile: NatProfile) -> None:
+        """Go by a profile that was just found out, and not by the one before any more."""
         ...
 
     def adopt_profile(self, profile: NatProfile) -> None:
@@ -115,6 +116,7 @@ class OwnNat:
         self._wait_settled = wait_settled
         self._rng = rng
         self._inspecting = trio.Lock()
+        self._inspection = trio.CancelScope()
         self._knowing = trio.Lock()
         self._looked_at = -math.inf
         self.forwarder: Forwarder | None = None
@@ -147,39 +149,47 @@ class OwnNat:
     async def known_profile(self, max_age_s: float) -> NatProfile:
         """Return our profile; look first if nobody has told us what they see, or long ago."""
         await self._wait_settled()
-        async with self._knowing:
-            profile = self.profile
-            is_stale = trio.current_time() > self._looked_at + max_age_s
-            has_anybody = bool(self._home.peers()) or self._mainline is not None
-            if profile is None or is_stale or (profile.is_translated is None and has_anybody):
-                profile = await self._home.look_again()
-            return profile
+        if (profile := self._fresh(max_age_s)) is None:
+            async with self._knowing:
+                profile = self._fresh(max_age_s) or await self._home.look_again()
+        return profile
+
+    def _fresh(self, max_age_s: float) -> NatProfile | None:
+        profile = self.profile
+        has_anybody = bool(self._home.peers()) or self._mainline is not None
+        if profile is None or (profile.is_translated is None and has_anybody):
+            return None
+        return profile if trio.current_time() <= self._looked_at + max_age_s else None
 
     async def inspect(self, tests: Iterable[NatTest] = QUICK) -> NatProfile:
         """Look; see `Node.inspect`.
 
         Raises:
-            ConnectFailed: The node was closed meanwhile.
+            ConnectFailed: The node was closed, or moved to another network, meanwhile.
         """
         way_out: list[PathReport] = []
+        findings: Findings | None = None
         async with self._inspecting:
-            observers = await self._observers()
-            witnessed = await self._witnessed()
-            # The outer one takes off the groups that the inner one wraps around errors.
-            async with open_private_nursery(), trio.open_nursery() as nursery:
-                nursery.start_soon(self._trace_path, observers, way_out)
-                if self.forwarder is not None:
-                    nursery.start_soon(self.forwarder.wait_tried)
-                findings = await self._echo.inspect(
-                    observers,
-                    tests=tests,
-                    host_candidates=self.own_endpoints(),
-                    witnessed=witnessed,
-                    rng=self._rng,
-                    ask_neighbour=self._ask_neighbour_to_echo,
-                )
+            with trio.CancelScope() as self._inspection:
+                observers = await self._observers()
+                witnessed = await self._witnessed()
+                # The outer one takes off the groups that the inner one wraps around errors.
+                async with open_private_nursery(), trio.open_nursery() as nursery:
+                    nursery.start_soon(self._trace_path, observers, way_out)
+                    if self.forwarder is not None:
+                        nursery.start_soon(self.forwarder.wait_tried)
+                    findings = await self._echo.inspect(
+                        observers,
+                        tests=tests,
+                        host_candidates=self.own_endpoints(),
+                        witnessed=witnessed,
+                        rng=self._rng,
+                        ask_neighbour=self._ask_neighbour_to_echo,
+                    )
             if self._home.is_closed:
                 raise ConnectFailed("this node was closed")
+            if findings is None:
+                raise ConnectFailed("we moved to another network while our NAT was looked at")
         # Not before: whoever is seen at an endpoint of its own has no NAT.
         profile = replace(findings.profile, local_endpoints=self.host_candidates())
         for report in way_out:
@@ -194,12 +204,52 @@ class OwnNat:
 
     def learn(self, profile: NatProfile) -> None:
         """Go by a profile from now on."""
-        self.profile = profile
-        self._home.note_profile(profile)
+        before, self.profile = self.known_or_unknown(), profile
+        self._home.note_profile(before, profile)
+
+    def is_seen_elsewhere(self) -> bool:
+        """Whether neighbours agree that we have another public address than we know of."""
+        if self.profile is None:
+            return False
+        seen = self._glimpsed().public_ips
+        return bool(seen) and not set(seen) & set(self.profile.public_ips)
+
+    def glimpse(self) -> None:
+        """Go by what neighbours have told since we moved, until there was time to inspect.
+
+        The answers to our probes say where the main port is seen: enough for the mapping, and where
+        that is endpoint-independent, to puncture by.
+        """
+        profile = self._glimpsed()
+        if profile.is_translated is None:
+            return
+        law = None if profile.allocation is None else profile.allocation.law
+        if law is not AllocationLaw.PRESERVING:
+            profile = replace(profile, allocation=None)  # a handful of ports shows no other law
+        self._looked_at = trio.current_time()
+        self.learn(profile)
+
+    def _glimpsed(self) -> NatProfile:
+        local_port = self._home.local_endpoint.port
+        observations = [
+            Observation(
+                port_index=0,
+                local_port=local_port,
+                observer=peer.peer_id,
+                destination=remote,
+                observed=observed,
+                sent_at=trio.current_time(),
+                is_contiguous=False,
+            )
+            for peer in self._home.peers()
+            for remote, observed in peer.paths.sightings
+        ]
+        return classify(observations, local_endpoints=self.host_candidates())
 
     def forget(self) -> None:
         """Know nothing: we are somewhere else."""
         self.profile = None
+        self._inspection.cancel()
         if self._mainline is not None:
             self._mainline.forget_sightings()
         if self.forwarder is not None:
@@ -216,7 +266,7 @@ class OwnNat:
         observers = []
         for peer in peers:
             found.pop(peer.peer_id, None)
-            if not peer.is_reachable:
+            if not (peer.is_reachable and peer.paths.is_certain):
                 continue
             alternate = None
             if peer.record is not None and peer.record.alternate_endpoint is not None:

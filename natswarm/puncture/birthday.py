@@ -78,6 +78,9 @@ HURRY = 2.0
 # Below this even the smallest search would take longer than users wait.
 PROBES_PER_S_MIN = 4.0
 
+# Ports of a block where nobody has seen any: what of presets have blocks have 128 or 256.
+BLOCK_USUAL = 256
+
 # Mappings opened in a row against a counter: the probes' stride. More would overrun small blocks.
 SEQUENTIAL_RUN_MAX = 16
 SEQUENTIAL_RUN_MIN = 4
@@ -162,6 +165,9 @@ def size_one_sided(
         if allocation.law is AllocationLaw.BLOCK:
             # Half of it is left for what the subscriber does besides.
             opened = min(opened, port_count // 2)
+        elif opener.allocation is None:
+            # It may be a block, and one that is used up tells nothing of where the next is.
+            opened = min(opened, BLOCK_USUAL // 2)
         opened = min(opened, opened_max)
         expected = expected_probe_count(opened_count=opened, port_count=port_count)
         enough = probe_count_quantile(CONFIDENCE, opened_count=opened, port_count=port_count)

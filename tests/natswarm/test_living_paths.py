@@ -229,6 +229,37 @@ async def test_two_roam_again_and_again(open_swarm, autojump_clock):
         await swarm.check_talk("b", "a")
 
 
+@pytest.mark.parametrize(
+    ("carriers", "receiver"),
+    [
+        (("telia-no", "linux-home"), "linux-home"),
+        (("kpn-nl", "vodafone-nl"), "linux-home"),
+        (("orange-bg", "telia-no"), "lebara-nl"),
+        (("linux-home", "lyca-bg"), "kpn-nl"),
+    ],
+)
+async def test_whoever_moves_every_five_seconds_gets_something_through_each_time(
+    open_swarm, autojump_clock, carriers, receiver
+):
+    """A phone between two networks; both carriers give it the same private addresses."""
+    async with open_swarm(seed=14) as swarm:
+        await add_pair(swarm, carriers[0], receiver)
+        transfer = Transfer(swarm, seconds=40)
+        nats = [swarm.hosts["a"].nat, swarm.internet.add_nat("other", carriers[1])]
+        stays = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transfer.run)
+            for index in range(8):
+                await trio.sleep(5)
+                stays.append(transfer.received_bytes)
+                swarm.hosts["a"].move(nats[(index + 1) % 2])
+            nursery.cancel_scope.deadline = trio.current_time() + 30
+        print(f"longest gap {transfer.longest_gap_s:.1f} s")
+        transfer.check()
+        check_survived(swarm)
+        assert all(after > before for before, after in itertools.pairwise(stays)), stays
+
+
 # Silence ------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,14 @@
 """A large transfer through the virtual internet, while its sender roams and a NAT reboots.
 
-    python -m tools.bench.roaming_transfer [--seed N] [--quick] [--json]
+    python -m tools.bench.roaming_transfer [--seed N] [--quick] [--json] [--megabytes N]
+        [--between CARRIER,CARRIER] [--receiver NAT] [--pairs]
 
-Two whole nodes behind NATs, 100 Mbit/s and 2 % loss at the sender's access. Every 5 s the sender is
-in another network, with another NAT and address; once the receiver's NAT forgets all its mappings.
-The application sees one stream. Time is virtual, so the figures are the same on any machine; how
-long the run takes is not, and 1 GB takes minutes.
+Two whole nodes behind NATs, 100 Mbit/s and 2 % loss at the sender's access. The sender is a phone
+between two carriers: every 5 s it is behind the other one's NAT, with another address, and what it
+had before is gone. Once the receiver's NAT forgets all its mappings. The application sees one
+stream. Time is virtual; keys and connection ids are drawn by the system, so that runs of one seed
+differ a little. 1 GB takes five minutes of a processor. With `--pairs`, 20 MB for each of several
+pairs of NATs.
 """
 
 from __future__ import annotations
@@ -43,9 +46,18 @@ from natswarm.sim.topology import Host, NatRouter
 
 PROTOCOL = "bench/transfer"
 ROAM_INTERVAL_S = 5.0
-# All map endpoint-independently: where a side draws ports at random, punctures may take longer
-# than the sender stays.
-KINDS = ("telia-no", "linux-home", "vodafone-nl")
+BETWEEN, RECEIVER = ("kpn-nl", "telia-no"), "linux-home"
+# Where both sides draw ports, from all there are or from small blocks, a puncture takes longer than
+# the sender stays, if there is one at all: no such pair is here but the last.
+PAIRS = (
+    (("telia-no", "linux-home"), "linux-home"),
+    (("kpn-nl", "vodafone-nl"), "linux-home"),
+    (("orange-bg", "tmobile-us"), "linux-home"),
+    (("orange-bg", "kpn-nl"), "lebara-nl"),
+    (("telia-no", "linux-home"), "kpn-nl"),
+    (("lyca-bg", "vodafone-nl"), "orange-bg"),
+    (("kpn-nl", "linux-home"), "kpn-nl"),
+)
 ACCESS = LinkConditions(
     delay_s=0.01, loss=0.02, rate_bytes_per_s=100e6 / 8, queue_bytes=round(100e6 / 8 * 0.1)
 )
@@ -60,6 +72,8 @@ TARGETS = {"is_identical": 1.0, "reconnects": 0.0}
 class Outcome:
     """What became of the transfer."""
 
+    between: tuple[str, str]
+    receiver: str
     megabytes: int
     received_mb: float = 0.0
     failure: str = ""
@@ -75,7 +89,7 @@ class Outcome:
     lanes: int = 1
     sent_to_payload: float = 0.0
     """Bytes of datagrams for each byte of the application's, the sender's."""
-    real_s: float = 0.0
+    cpu_s: float = 0.0
     peak_memory_mb: float = 0.0
 
 
@@ -117,12 +131,13 @@ class Scene:
             await trio.sleep_forever()
 
     async def roam(self, outcome: Outcome) -> None:
-        """Move the sender again and again, and reboot the receiver's NAT once."""
-        for index in itertools.count():
+        """Move the sender to and fro."""
+        sender = self.hosts["sender"]
+        nats = [sender.nat, self.internet.add_nat("other carrier", outcome.between[1])]
+        for index in itertools.count(1):
             await trio.sleep(ROAM_INTERVAL_S)
-            nat = self.internet.add_nat(f"network{index}", KINDS[index % len(KINDS)])
-            self.hosts["sender"].move(nat)
-            _set_access(self.hosts["sender"])
+            sender.move(nats[index % 2])
+            _set_access(sender)
             outcome.roams += 1
 
     async def reboot(self) -> None:
@@ -135,23 +150,23 @@ def _set_access(host: Host) -> None:
     host.uplink.upload.conditions = host.uplink.download.conditions = ACCESS
 
 
-async def transfer(megabytes: int, seed: int) -> Outcome:
+async def transfer(between: tuple[str, str], receiver_kind: str, mb: int, seed: int) -> Outcome:
     """Carry it out, in virtual time."""
-    outcome = Outcome(megabytes)
-    started = time.perf_counter()
+    outcome = Outcome(between, receiver_kind, mb)
+    started = time.process_time()
     async with trio.open_nursery() as nursery:
         scene = Scene(seed, nursery)
         async with run_world(scene.internet.world):
             for name in ("observer0", "observer1"):
                 await scene.add(name, "public")
-            sender = await scene.add("sender", "linux-home")
-            receiver = await scene.add("receiver", "linux-home")
+            sender = await scene.add("sender", between[0])
+            receiver = await scene.add("receiver", receiver_kind)
             scene.receiver_nat = list(scene.internet.nats.values())[-1]
             peer = await sender.connect(receiver.peer_id)
             _set_access(scene.hosts["sender"])
             await _send_and_receive(scene, peer, receiver, outcome, seed)
             nursery.cancel_scope.cancel()
-    outcome.real_s = time.perf_counter() - started
+    outcome.cpu_s = time.process_time() - started
     outcome.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return outcome
 
@@ -210,26 +225,49 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the world")
     parser.add_argument("--quick", action="store_true", help="10 MB instead of 1 GB")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--megabytes", type=int, help="how much to send")
+    parser.add_argument("--between", default=",".join(BETWEEN), help="the sender's two carriers")
+    parser.add_argument("--receiver", default=RECEIVER, help="the receiver's NAT")
+    parser.add_argument("--pairs", action="store_true", help="several pairs, 20 MB each")
     arguments = parser.parse_args()
-    megabytes = 10 if arguments.quick else 1000
-    outcome = trio.run(transfer, megabytes, arguments.seed, clock=MockClock(autojump_threshold=0))
-    figures: dict[str, Any] = {
-        name: round(value, 3) if isinstance(value, float) else value
-        for name, value in asdict(outcome).items()
-    }
+    if arguments.pairs:
+        wanted = [(*pair, arguments.megabytes or 20) for pair in PAIRS]
+    else:
+        megabytes = arguments.megabytes or (10 if arguments.quick else 1000)
+        first, second = arguments.between.split(",")
+        wanted = [((first, second), arguments.receiver, megabytes)]
+    runs = []
+    for each in wanted:
+        outcome = trio.run(transfer, *each, arguments.seed, clock=MockClock(autojump_threshold=0))
+        runs.append(
+            {
+                name: round(value, 3) if isinstance(value, float) else value
+                for name, value in asdict(outcome).items()
+            }
+        )
+        if not arguments.json:
+            _show(runs[-1])
     targets = {
-        name: {"value": figures[name], "target": target, "ok": figures[name] == target}
+        name: {
+            "value": (min if target else max)(run[name] for run in runs),
+            "target": target,
+            "ok": all(run[name] == target for run in runs),
+        }
         for name, target in TARGETS.items()
     }
     if arguments.json:
         head = {"benchmark": "roaming_transfer", "seed": arguments.seed, "quick": arguments.quick}
-        print(json.dumps({**head, **figures, "targets": targets}))
-        return
+        print(json.dumps({**head, "runs": runs, "targets": targets}))
+    else:
+        for name, result in targets.items():
+            print(f"{name:18} {result['value']!s:>12}   {'met' if result['ok'] else 'MISSED'}")
+
+
+def _show(figures: dict[str, Any]) -> None:
+    print(f"{' and '.join(figures['between'])} to {figures['receiver']}")
     for name, value in figures.items():
-        verdict = ""
-        if name in targets:
-            verdict = "   met" if targets[name]["ok"] else "   MISSED"
-        print(f"{name:18} {value!s:>12}{verdict}")
+        if name not in ("between", "receiver"):
+            print(f"    {name:18} {value!s:>12}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the QUIC transport carries and costs, beside Trio's TLS over TCP and plain QUIC drivers.
 
-    python -m tools.bench.transport [--seed N] [--quick] [--json]
+    python -m tools.bench.transport [--seed N] [--quick] [--json] [--slow-reader SECONDS]
 
 Four parts. Two processes on 127.0.0.1, since the ends of a real connection share no core: every
 round moves data through one connection of each kind, one right after the other, so that all see the
@@ -8,6 +8,9 @@ same noise of the machine; the ratio is the figure to trust, then CPU seconds. P
 and aioquic get less data, since they take their time; aioquic is left out, with a word, where it is
 not installed. Then, in virtual time, emulated paths of 100 Mbit/s: those figures are the same on
 any machine. Then many connections in one process: handshakes and memory.
+
+With `--slow-reader` nothing but a sender that has all that it is let send, to a reader of 1 MB/s,
+for so long: what both processes have in memory must not grow.
 
 Loopback has no loss and no NAT; tools/bench/roaming_transfer.py and the lab look at those.
 """
@@ -21,11 +24,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 import trio.testing
@@ -118,6 +121,7 @@ class Figures:
 
 
 Connect = Callable[[], AbstractAsyncContextManager[OpenStream]]
+Measured = TypeVar("Measured")
 
 
 async def measure(connect: Connect, size: Size, share: float, *, has_streams: bool) -> Figures:
@@ -270,7 +274,24 @@ def free_udp_endpoint() -> Endpoint:
     return endpoint
 
 
-async def main_parent(seed: int, size: Size) -> dict[str, list[Figures]]:
+async def run_slow_reader(
+    seed: int, seconds: int, udp: Endpoint, ports: dict[str, int]
+) -> dict[str, float]:
+    """Return what a slow reader does to both ends in the long run."""
+    async with connect_quic(seed, udp, Endpoint(HERE, ports["quic"])) as open_stream:
+        await send_to_slow_reader(await open_stream(), WARM_UP.slow_s)
+        rate, sender_growth, growth = await send_to_slow_reader(await open_stream(), seconds)
+    return {
+        "slow_reader_s": seconds,
+        "quic_slow_reader_mb_per_s": round(rate, 3),
+        "quic_slow_reader_sender_growth_mb": round(sender_growth, 3),
+        "quic_slow_reader_growth_mb": round(growth, 3),
+    }
+
+
+async def main_parent(
+    seed: int, measure_all: Callable[[Endpoint, dict[str, int]], Awaitable[Measured]]
+) -> Measured:
     """Start the child and measure."""
     udp = free_udp_endpoint()
     command = [sys.executable, "-m", "tools.bench.transport"]
@@ -282,9 +303,9 @@ async def main_parent(seed: int, size: Size) -> dict[str, list[Figures]]:
         line = bytearray()
         while not line.endswith(b"\n"):
             line += await child.stdout.receive_some()
-        rounds = await run_parent(seed, size, udp, json.loads(line))
+        measured = await measure_all(udp, json.loads(line))
         nursery.cancel_scope.cancel()
-    return rounds
+    return measured
 
 
 # --- what it comes to ---
@@ -373,20 +394,35 @@ def show(
         print(f"{name:36} {value:10,.2f}")
 
 
+def show_slow_reader(figures: dict[str, float], as_json: bool) -> None:
+    """Print what the slow reader alone came to."""
+    targets = judge(figures)
+    if as_json:
+        print(json.dumps({"benchmark": "transport", **figures, "targets": targets}))
+        return
+    for name, value in figures.items():
+        print(f"{name:36} {value:10,.2f}")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1, help="of the identities and of the losses")
     parser.add_argument("--quick", action="store_true", help="a rough figure in seconds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--slow-reader", type=int, metavar="SECONDS", help="this alone, so long")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
         trio.run(run_child, arguments.seed, arguments.child)
         return
+    if arguments.slow_reader is not None:
+        measure_slow = partial(run_slow_reader, arguments.seed, arguments.slow_reader)
+        show_slow_reader(trio.run(main_parent, arguments.seed, measure_slow), arguments.json)
+        return
     size = QUICK if arguments.quick else FULL
     load = measure_load(size.connections, arguments.seed)
-    rounds = trio.run(main_parent, arguments.seed, size)
+    rounds = trio.run(main_parent, arguments.seed, partial(run_parent, arguments.seed, size))
     paths = measure_paths(size, arguments.seed)
     figures = {
         name: round(value, 3)

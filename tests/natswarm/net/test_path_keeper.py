@@ -14,6 +14,7 @@ from natswarm.net.path_keeper import (
     CANDIDATES_MAX,
     CHECKS_PER_CANDIDATE,
     KEEPALIVE_ASSUMED_S,
+    MOVED_DEATH_MIN_S,
     PATHS_MAX,
     Lifetimes,
     PathKeeper,
@@ -197,6 +198,17 @@ def test_a_peer_that_turns_up_elsewhere_is_followed_within_a_second():
     assert wire.keepers["peer"].stranded_since is None
 
 
+def test_who_has_left_is_followed_in_a_few_round_trips():
+    """So that whom a mover asks can answer it, and tell others where it is."""
+    wire = make_wire()
+    wire.run(20, traffic=["us", "peer"])
+    moved = Endpoint("203.0.113.9", 4000)
+    wire.ports["us"] = [moved]
+    wire.keepers["us"].recheck(wire.now, has_moved=True)
+    wire.run(0.35)
+    assert wire.keepers["peer"].active.endpoint == moved
+
+
 def test_the_quicker_path_is_used_and_the_other_kept_ready():
     wire = make_wire()
     near = Endpoint("10.0.0.1", 1000)
@@ -328,6 +340,28 @@ def test_two_paths_that_died_in_use_at_a_like_age_tell_the_age():
     lifetimes = wire.keepers["us"].lifetimes
     assert lifetimes.absolute_s == pytest.approx(30, abs=3)
     assert wire.keepers["us"].renewal_at - wire.now == pytest.approx(0.7 * 30, abs=4)
+
+
+def test_after_a_move_silence_is_death_in_little_more_than_half_a_second():
+    wire = make_wire()
+    wire.run(10, traffic=["us", "peer"])
+    wire.cut_between(*wire.ports["us"], THEY)
+    moved_at = wire.now
+    wire.keepers["us"].recheck(moved_at, has_moved=True)
+    wire.run(1, traffic=["us", "peer"])
+    assert wire.switches("us")[-1] == (None, "it fell silent")
+    since = wire.keepers["us"].stranded_since
+    assert since - moved_at == pytest.approx(MOVED_DEATH_MIN_S, abs=0.11)
+    asked = [at for at, side, *_ in wire.sent if side == "us" and moved_at <= at <= since]
+    assert len(asked) >= 3
+
+
+def test_a_move_that_leaves_the_path_alone_is_none():
+    wire = make_wire()
+    wire.run(10, traffic=["us", "peer"])
+    wire.keepers["us"].recheck(wire.now, has_moved=True)
+    wire.run(10, traffic=["us", "peer"])
+    assert [reason for _, reason in wire.switches("us")] == ["the first path"]
 
 
 def test_what_dies_when_we_move_teaches_nothing():

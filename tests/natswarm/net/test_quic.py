@@ -769,6 +769,57 @@ async def test_after_an_outage_it_goes_on_at_once(lab, autojump_clock, outage_s)
             nursery.cancel_scope.cancel()
 
 
+async def test_an_answer_that_is_lost_after_an_outage_is_asked_for_again(lab, autojump_clock):
+    """The peer changes to the new path a moment later than we do: our first question is lost."""
+    options = {"keepalive_s": 200.0, "idle_timeout_s": 600.0}
+    async with lab.connected_pair(**options) as (client, server, link):
+        stream, other = await lab.open_pair(client, server)
+
+        async def write():
+            while True:
+                await stream.send_all(bytes(20_000))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await lab.receive_exactly(other, 100_000)
+            link.is_cut = True
+            await trio.sleep(20)
+            while await _read_what_is_there(other):
+                pass
+            client.resume()
+            await trio.sleep(0.25)
+            link.is_cut = False
+            with trio.fail_after(0.3):
+                await lab.receive_exactly(other, 1)
+            nursery.cancel_scope.cancel()
+
+
+async def test_time_outs_do_not_double_while_there_is_no_path(lab, autojump_clock):
+    options = {"keepalive_s": 200.0, "idle_timeout_s": 900.0}
+    async with lab.connected_pair(**options) as (client, server, link):
+        stream, _ = await lab.open_pair(client, server)
+        link.is_cut = True
+        await stream.send_all(bytes(10_000))
+        await trio.sleep(1)
+        client.suspend()
+        before = client.statistics().sent_datagram_count
+        await trio.sleep(600)
+        assert client.statistics().sent_datagram_count <= before + 3, "keepalives at most"
+        client.resume()
+        await trio.sleep(1)
+        assert client.statistics().sent_datagram_count >= before + 3, "it has asked several times"
+
+
+async def test_a_connection_without_a_path_can_be_closed(lab, autojump_clock):
+    async with lab.connected_pair() as (client, _, link):
+        link.is_cut = True
+        client.suspend()
+        with trio.fail_after(20):
+            await client.aclose()
+            while not client._is_terminated:  # noqa: ASYNC110 - no event says so
+                await trio.sleep(0.1)
+
+
 async def _read_what_is_there(stream):
     with trio.move_on_after(0.001):
         return await stream.receive_some()

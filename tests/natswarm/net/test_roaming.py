@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import trio
 import trio.testing
 
+from natswarm.address import Endpoint
 from natswarm.net.nursery import open_private_nursery
-from natswarm.net.roaming import LOOK_AGAIN_S, POLL_S, Roamer
+from natswarm.net.roaming import ASKED_IN_DOUBT, LOOK_AGAIN_S, POLL_BUSY_S, POLL_S, Roamer
+
+ANSWER_S, LOOK_S = 0.5, 1.0
 
 
 class Paths:
-    def __init__(self):
-        self.asked = []
+    """Those of one neighbour, which answers after half a second, or never."""
 
-    def recheck(self, *, has_moved):
-        self.asked.append(has_moved)
+    def __init__(self, ip, is_silent):
+        self.asked, self.busy_at, self.sightings = [], -math.inf, []
+        self._remote, self._is_silent = Endpoint(ip, 4000), is_silent
+
+    def recheck(self, *, has_moved, has_slept=False):
+        self.asked.append("slept" if has_slept else "moved" if has_moved else "asked")
+        self.sightings = []
 
     async def wait_certain(self, since):
-        await trio.sleep(0.5)
+        if self._is_silent:
+            await trio.sleep_forever()
+        await trio.sleep_until(since + ANSWER_S)
+        self.sightings = [(self._remote, Endpoint("198.51.100.9", 1))]
 
 
 class FakePeer:
-    def __init__(self):
-        self.paths = Paths()
+    def __init__(self, ip, *, is_silent=False):
+        self.paths = Paths(ip, is_silent)
 
 
 class FakeHome:
@@ -31,19 +43,27 @@ class FakeHome:
 
     def __init__(self):
         self.addresses, self.slept_s = ["192.168.1.2"], 0.0
-        self.peer, self.checked, self.log = FakePeer(), [], []
+        self.all_peers = [FakePeer("203.0.113.1")]
+        self.peer = self.all_peers[0]
+        self.checked, self.log, self.is_elsewhere = [], [], False
 
     def local_addresses(self):
         return list(self.addresses)
 
     def peers(self):
-        return [self.peer]
+        return self.all_peers
 
     def forget_profile(self):
         self.log.append("forgotten")
 
+    def is_seen_elsewhere(self):
+        return self.is_elsewhere
+
+    def glimpse(self):
+        self.log.append("glimpsed")
+
     async def look_again(self):
-        await trio.sleep(1)
+        await trio.sleep(LOOK_S)
         self.log.append("looked")
 
 
@@ -59,22 +79,58 @@ async def home():
 
 async def test_new_addresses_ask_every_path_and_then_look(home, autojump_clock):
     home.addresses = ["10.0.0.7"]
-    await trio.sleep(POLL_S)
-    assert home.peer.paths.asked == [True]
+    await trio.sleep(POLL_S - 1 + 0.1)
+    assert home.peer.paths.asked == ["moved"]
     assert home.checked == [home.peer]
     assert home.log == ["forgotten"]
-    with trio.fail_after(2):
+    with trio.fail_after(ANSWER_S):
         await home.roamer.wait_settled()
-    assert home.log == ["forgotten", "looked"]
+    assert home.log == ["forgotten", "glimpsed"]
     await trio.sleep(60)
-    assert home.log == ["forgotten", "looked"]
+    assert home.log == ["forgotten", "glimpsed", "looked"]
 
 
-async def test_a_lost_connection_has_it_look_at_once(home, autojump_clock):
+async def test_a_glimpse_takes_two_that_answer_and_no_more(home, autojump_clock):
+    home.all_peers += [FakePeer("203.0.113.2", is_silent=True), FakePeer("203.0.113.3")]
     home.addresses = ["10.0.0.7"]
-    home.roamer.look()
+    home.roamer.note_doubt()
     await trio.testing.wait_all_tasks_blocked()
-    assert home.peer.paths.asked == [True]
+    with trio.fail_after(ANSWER_S + 0.1):
+        await home.roamer.wait_settled()
+    assert home.log == ["forgotten", "glimpsed"]
+
+
+async def test_who_moves_on_is_looked_for_there(home, autojump_clock):
+    for index in range(5):
+        home.addresses = [f"10.0.0.{index}"]
+        home.roamer.note_doubt()
+        await trio.sleep(ANSWER_S + LOOK_S / 2)
+    await trio.sleep(10)
+    assert home.log == ["forgotten", "glimpsed"] * 5 + ["looked"]
+
+
+async def test_a_peer_that_is_silent_has_it_look_at_once(home, autojump_clock):
+    home.addresses = ["10.0.0.7"]
+    home.roamer.note_doubt()
+    await trio.testing.wait_all_tasks_blocked()
+    assert home.peer.paths.asked == ["moved"]
+
+
+async def test_a_peer_that_is_silent_has_some_others_asked(home, autojump_clock):
+    home.all_peers += [FakePeer(f"203.0.113.{index}") for index in range(2, 30)]
+    home.roamer.note_doubt()
+    await trio.testing.wait_all_tasks_blocked()
+    asked = [peer.paths.asked for peer in home.all_peers]
+    assert asked == [["asked"]] * ASKED_IN_DOUBT + [[]] * (29 - ASKED_IN_DOUBT)
+    assert home.log == []
+
+
+async def test_busy_connections_are_looked_after_more_often(home, autojump_clock):
+    home.peer.paths.busy_at = math.inf
+    await trio.sleep(POLL_S)
+    home.addresses = ["10.0.0.7"]
+    await trio.sleep(POLL_BUSY_S + 0.01)
+    assert home.peer.paths.asked == ["moved"]
 
 
 async def test_the_order_of_addresses_means_nothing(home, autojump_clock):
@@ -92,7 +148,7 @@ async def test_waking_asks_every_path_and_keeps_the_profile(home, autojump_clock
     assert home.peer.paths.asked == []
     home.slept_s = 300
     await trio.sleep(POLL_S)
-    assert home.peer.paths.asked == [True]
+    assert home.peer.paths.asked == ["slept"]
     assert home.log == []
 
 
@@ -100,6 +156,15 @@ async def test_being_seen_elsewhere_has_it_look_but_not_all_the_time(home, autoj
     for _ in range(100):
         home.roamer.note_rebound()
         await trio.sleep(1)
-    assert home.peer.paths.asked == [False] * len(home.log)
+    assert home.peer.paths.asked == ["asked"] * len(home.log)
     assert home.log == ["looked"] * len(home.log)
     assert 2 <= len(home.log) <= 100 / LOOK_AGAIN_S + 1
+
+
+async def test_a_new_public_address_is_a_move(home, autojump_clock):
+    """Of two carriers both give out the same private address."""
+    home.is_elsewhere = True
+    home.roamer.note_rebound()
+    await trio.testing.wait_all_tasks_blocked()
+    assert home.peer.paths.asked == ["moved"]
+    assert home.log == ["forgotten"]

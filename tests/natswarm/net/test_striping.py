@@ -47,6 +47,12 @@ def test_climbs_while_it_helps_and_comes_down_when_nothing_is_lost():
     assert transfer.run(3 + 0.5 * CLEAN_INTERVALS, rate=side_by_side, loss=0.0) == 1
 
 
+def test_a_slow_lane_loses_few_and_still_enough():
+    """At 2 % and 200 ms CUBIC sends 80 packets in half a second; one or two of them are lost."""
+    transfer = Transfer()
+    assert transfer.run(15, rate=lambda lane_count: 0.2e6 * lane_count, loss=0.02) == LEVELS[-1]
+
+
 @pytest.mark.parametrize("loss", [0.0, 0.0005])
 def test_a_path_that_loses_next_to_nothing_has_one_lane(loss):
     transfer = Transfer()

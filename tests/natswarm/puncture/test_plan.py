@@ -267,7 +267,7 @@ def test_strict_blocks_get_rounds_a_lifetime_apart_and_overloading_ones_do_not()
         (replace(BLOCK, block_size=64, blocks=(41_216,)), 7, 8),
         (COUNTER, 4, 1),
         (replace(COUNTER, others_per_s=100.0), 10, 11),
-        (None, 253, 254),
+        (None, 128, 500),
     ],
 )
 def test_one_sided_sizes_follow_the_formulas(
