@@ -9,8 +9,9 @@
 The modules, from the inside out: `config`, `weights`, `tokenizer`, `model_folder` (a model on disk,
 in Hugging Face layout), `model_store` (the models of this device), `reference` (the model in NumPy:
 what is right), `graph` (the model as ONNX), `engine` (ONNX graphs running on this device), `swarm`
-(stages on peers and the client that asks them), `learn` (training here, and together with whoever
-trains the same model), `data` (text and feedback that peers give each other to learn from).
+(stages on peers and the client that asks them), `serve` (an HTTP API for existing programs),
+`learn` (training here, and together with whoever trains the same model), `data` (text and feedback
+that peers give each other to learn from).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from llmload.cli_mesh import (
     join_mesh,
 )
 from llmload.cli_model import show_model
+from llmload.cli_serve import serve
 from llmload.cli_shared import (
     AdapterOption,
     JsonOption,
@@ -62,6 +63,7 @@ app.add_typer(cli_model.app)
 app.add_typer(cli_data.app)
 app.command(context_settings={"ignore_unknown_options": True})(cli_data.feedback)  # -1
 app.command()(up)
+app.command()(serve)
 app.command()(cli_learn.learn)
 app.command("eval")(cli_learn.evaluate)
 

@@ -161,6 +161,7 @@ def test_terminal_gets_no_control_characters(monkeypatch, capsys):
         ("up", "--blocks", "2-1"),
         ("up", "--blocks", "0-3"),
         ("up", "--blocks", "0-1", "--port", "65536"),
+        ("serve", "--host", "localhost"),
         ("nonsense",),
     ],
     ids=" ".join,
@@ -209,7 +210,7 @@ def test_failure_on_the_way_is_one_line(llmload, monkeypatch):
 def test_help_names_every_command(llmload):
     status, out, _ = llmload("--help", model=False)
     assert status == 0
-    for command in ("info", "generate", "up"):
+    for command in ("info", "generate", "up", "serve"):
         assert command in out
         assert llmload(command, "--help", model=False)[0] == 0
 
