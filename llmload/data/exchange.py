@@ -185,21 +185,26 @@ class TextExchange:
     async def _take(
         self, call: Call[Sketch | WantTexts, Offers | GivenText], wanted: dict[bytes, Offer]
     ) -> list[SignedRecord]:
-        """Receive what was wanted, and return what of it is right."""
+        """Receive what was wanted; return what of it is right, also if the rest does not come."""
         peer_id, found = call.peer.peer_id, []
         report = self._report(peer_id)
-        async for given, packed in call:
-            report.received_bytes += len(packed)
-            try:
-                if not isinstance(given, GivenText) or given.record_id not in wanted:
-                    raise DecodeError("it was not asked for, or came already")
-                found.append(open_given_untrusted(wanted.pop(given.record_id), packed))
-            except DecodeError as error:
-                report.refused += 1
-                self._ledger.note_lie(peer_id, trio.current_time())
-                logger.warning("a record from %s is refused: %s", peer_id.short, error)
-                if self._ledger.is_liar(peer_id):
-                    break
+        try:
+            async for given, packed in call:
+                report.received_bytes += len(packed)
+                try:
+                    if not isinstance(given, GivenText) or given.record_id not in wanted:
+                        raise DecodeError("it was not asked for, or came already")
+                    found.append(open_given_untrusted(wanted.pop(given.record_id), packed))
+                except DecodeError as error:
+                    report.refused += 1
+                    self._ledger.note_lie(peer_id, trio.current_time())
+                    logger.warning("a record from %s is refused: %s", peer_id.short, error)
+                    if self._ledger.is_liar(peer_id):
+                        break
+        except NatswarmError as error:
+            if not found:
+                raise
+            logger.info("%s gave a part: %s", peer_id.short, error)
         return found
 
     # --- Answering ---------------------------------------------------------------------------

@@ -114,6 +114,22 @@ async def test_what_is_here_already_under_another_name_is_given_once(make):
     assert report.received_bytes == received
 
 
+async def test_what_came_before_a_call_failed_is_kept(make, mesh):
+    a, giver = make("a"), mesh.node("giver")
+
+    async def answer(call):
+        await call.receive()
+        await call.send(Offers((offer_of(text(1)), offer_of(text(2))), 10**6))
+        await call.receive()
+        await call.send(GivenText(text(1).record_id), pack(text(1)))
+        raise RequestRefused("the battery is empty")
+
+    giver.serve_calls(TEXTS, answer)
+    with trio.fail_after(TIMEOUT_S):
+        assert await a.ask(await a.node.connect(giver.peer_id)) == 1
+    assert kept(a) == {text(1).record_id}
+
+
 async def test_feedback_travels_too(make):
     a, b = make("a"), make("b")
     mark = sign_record(Identity(bytes(32)), FeedbackRecord("why?", "because", -1, "CC0-1.0"))
@@ -242,7 +258,7 @@ async def test_messages_out_of_turn_are_refused(make):
 
 async def test_partners_are_asked_in_turn_and_silent_ones_hold_up_nobody(make, mesh, monkeypatch):
     monkeypatch.setattr(exchange_module, "ASK_EVERY_S", 0.01)
-    monkeypatch.setattr(exchange_module, "ASK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(exchange_module, "ASK_TIMEOUT_S", 0.5)
     a, b, c = make("a"), make("b"), make("c")
     b.store.add([text(1)], is_shared=True)
     c.store.add([text(2)], is_shared=True)
