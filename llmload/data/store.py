@@ -145,17 +145,13 @@ class RecordStore:
 
         return self._call(work)
 
-    def records(self, *, after: int = 0, count_max: int | None = None) -> list[StoredRecord]:
+    def records(self, *, after: int = 0) -> list[StoredRecord]:
         """Return the records in the order of adding, but for the forgotten.
 
         Args:
             after: Only those with higher numbers.
-            count_max: At most so many; None for all.
         """
-        limit = -1 if count_max is None else count_max
-        return self._call(
-            lambda connection: _read(connection, "number > ? LIMIT ?", (after, limit))
-        )
+        return self._call(lambda connection: _read(connection, "number > ?", (after,)))
 
     def find(self, prefix: bytes) -> list[StoredRecord]:
         """Return the records whose ids begin so, but for the forgotten."""
@@ -376,7 +372,7 @@ def _read(
     found = []
     for number, sealed, giver, is_shared in connection.execute(
         "SELECT number, sealed, giver, is_shared FROM records "
-        f"WHERE sealed IS NOT NULL AND {condition}",
+        f"WHERE sealed IS NOT NULL AND {condition} ORDER BY number",
         values,
     ):
         try:

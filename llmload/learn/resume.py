@@ -1,7 +1,8 @@
 """What a checkpoint of a learner holds, and how to go on from it.
 
 Alone, a run that was resumed makes the same bits as one that was not interrupted. With partners it
-goes on from the same model; what was known of them (versions, how far they agree) begins anew.
+goes on from the same model; what was known of them (versions, how far they agree, what their texts
+are worth) begins anew, as do the means of AdamW that steps on marked answers keep.
 
 This file does not know files (`checkpoint.py`).
 """
