@@ -56,6 +56,7 @@ from llmload.cli_shared import (
     print_json,
     run_async,
 )
+from llmload.graph.quantize import Precision
 from llmload.learn.checkpoint import load_checkpoint, save_checkpoint
 from llmload.learn.exchange import Learner
 from llmload.learn.optimizer import AdamWSettings
@@ -123,6 +124,9 @@ def learn(
             help="Learn an adapter of this rank beside the model, which stays as it is.",
         ),
     ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the model beside an adapter; less is smaller.")
+    ] = "float32",
     steps: Annotated[
         int | None,
         typer.Option("--steps", min=1, help="Stop after so many; else at an interrupt."),
@@ -175,6 +179,8 @@ def learn(
     Also learned from is what `llmload data` and `llmload feedback` keep; what is shared there is
     given to others, for what they share.
     """
+    if adapter is None and precision != "float32":
+        raise typer.BadParameter("only with --adapter", param_hint="--precision")
     invites = [Invite.parse(text) for text in join or ()]
     loaded = load_model(model_folder(model))
     window = min(window, loaded.config.n_ctx)
@@ -195,6 +201,7 @@ def learn(
         loaded.config,
         loaded.weights,
         adapter=None if adapter is None else _new_adapter(loaded, adapter),
+        precision=precision,
         optimizer=AdamWSettings(learning_rate=rate),
         recompute=recompute,
         thread_count=threads,

@@ -208,10 +208,18 @@ class Backward:
 def _infer_values(builder: GraphBuilder) -> list[ValueInfoProto]:
     """Return name, type and shape of every input and every computed tensor of the builder."""
     graph = helper.make_graph(
-        builder.nodes, builder.name, builder.inputs, [], initializer=builder.initializers
+        builder.nodes,
+        builder.name,
+        builder.inputs,
+        [],
+        initializer=builder.initializers,
+        value_info=builder.declared,
     )
+    domains = {"": OPSET} | {node.domain: 1 for node in builder.nodes if node.domain}
     model: ModelProto = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        graph,
+        opset_imports=[helper.make_opsetid(*version) for version in domains.items()],
+        ir_version=IR_VERSION,
     )
     # data_prop: the target shape of a Reshape may be computed from shapes.
     inferred = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph

@@ -92,6 +92,7 @@ class GraphBuilder:
         self.inputs: list[ValueInfoProto] = []
         self.outputs: list[ValueInfoProto] = []
         self.initializers: list[TensorProto] = []
+        self.declared: list[ValueInfoProto] = []  # inner tensors
         self.parameter_names: list[str] = []  # those in use, in order of their first use
         self._parameter_shapes = parameter_shapes
         self._parameter_types = parameter_types or {}
@@ -145,6 +146,13 @@ class GraphBuilder:
         )
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
         return outputs
+
+    def declare(self, tensor: str, shape: Sequence[Dimension]) -> None:
+        """Say that an inner tensor is float32 of some shape.
+
+        Only needed for what a contributed operator gives, which shape inference does not know.
+        """
+        self.declared.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape))
 
     def constant(self, value: NDArray[Any]) -> str:
         """Return the name of a constant tensor; equal constants are stored once."""

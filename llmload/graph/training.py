@@ -24,13 +24,23 @@ This file does not know how a graph is differentiated, optimisers, or ONNX Runti
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from onnx import ModelProto, TensorProto
 
 from llmload.adapter import AdapterSettings, adapter_shapes, lora_names
-from llmload.config import GPT2Config, parameter_shapes
+from llmload.config import GPT2Config
 from llmload.graph.autodiff import add_gradients
-from llmload.graph.build import GraphBuilder, block, final_norm, linear, lm_head
+from llmload.graph.build import GraphBuilder, Linear, block, final_norm, linear, lm_head
+from llmload.graph.quantize import (
+    BLOCK_SIZE,
+    Precision,
+    bits_of,
+    quantized_name,
+    scales_name,
+    stored_types,
+)
 
 __all__ = ["build_forward_graph", "build_gradient_graph", "gradient_name"]
 
@@ -47,14 +57,15 @@ def build_forward_graph(
     time: int,
     blocks: range | None = None,
     adapter: AdapterSettings | None = None,
+    precision: Precision = "float32",
 ) -> ModelProto:
     """Build the graph that computes the losses, or the hidden states after an earlier stage.
 
     Inputs:
         hidden: float32 (batch, time, n_embd): the embedded tokens, or what the stage before gave.
         targets: int64 (batch, time), the token after each; in the last stage.
-        The parameters of the blocks and, in the last stage, of the output layer; float32, under
-            their names; and those of the adapter.
+        The parameters of the blocks and, in the last stage, of the output layer, as
+            `graph.quantize` stores them at this precision; and those of the adapter.
     Outputs:
         losses: float32 (batch, time), cross-entropy of each target in nats; in the last stage; or
         hidden_out: float32 (batch, time, n_embd), in earlier ones.
@@ -65,11 +76,13 @@ def build_forward_graph(
         time: Tokens of each, 1..n_ctx.
         blocks: Contiguous range of blocks; None for the whole model, which is first stage and last.
         adapter: The adapter beside its layers; None for none.
+        precision: Of the matrices. Below float32 they can only be computed with, not trained.
 
     Raises:
-        ValueError: `blocks` is no contiguous part of the model, or a size is out of range.
+        ValueError: `blocks` is no contiguous part of the model, a size is out of range, or
+            quantised matrices would be trained.
     """
-    stage = _Stage(config, batch, time, blocks, adapter)
+    stage = _Stage(config, batch, time, blocks, adapter, precision)
     stage.builder.output(stage.result, stage.result_name, stage.result_shape)
     return stage.builder.model()
 
@@ -81,6 +94,7 @@ def build_gradient_graph(
     time: int,
     blocks: range | None = None,
     adapter: AdapterSettings | None = None,
+    precision: Precision = "float32",
 ) -> ModelProto:
     """Build the graph that computes the gradients of a stage, and the losses if it is the last.
 
@@ -96,7 +110,7 @@ def build_gradient_graph(
 
     Args, raises: as `build_forward_graph`.
     """
-    stage = _Stage(config, batch, time, blocks, adapter)
+    stage = _Stage(config, batch, time, blocks, adapter, precision)
     builder = stage.builder
     if stage.is_last:
         builder.output(stage.result, stage.result_name, stage.result_shape)
@@ -118,19 +132,32 @@ class _Stage:
         time: int,
         blocks: range | None,
         adapter: AdapterSettings | None,
+        precision: Precision,
     ) -> None:
+        if adapter is None and precision != "float32":
+            raise ValueError(f"without an adapter there is nothing to train at {precision}")
         if batch < 1 or not 1 <= time <= config.n_ctx:
             raise ValueError(f"batch {batch} < 1, or time {time} not in 1..{config.n_ctx}")
         blocks = config.blocks if blocks is None else blocks
-        shapes = parameter_shapes(config, blocks)
+        stored = stored_types(config, blocks, precision)
+        shapes = {name: shape for name, (shape, _) in stored.items()}
         adapted = {} if adapter is None else adapter_shapes(config, adapter, blocks)
         self.is_last = blocks.stop == config.n_layer
         self.hidden_shape = (batch, time, config.n_embd)
         name = f"gpt2-training-{blocks.start}-{blocks.stop}"
-        self.builder = GraphBuilder(name, shapes | adapted, parameters_as="input")
+        self.builder = GraphBuilder(
+            name,
+            shapes | adapted,
+            parameter_types={
+                name: TensorProto.UINT8 for name, (_, dtype) in stored.items() if dtype is np.uint8
+            },
+            parameters_as="input",
+        )
         builder = self.builder
 
-        layer = linear if adapter is None else _Adapted(adapter)
+        quantized = None if precision == "float32" else _Quantized(config, precision, batch, time)
+        frozen = linear if quantized is None else quantized.linear
+        layer = frozen if adapter is None else partial(_adapted, adapter, frozen)
         x = builder.input("hidden", self.hidden_shape)
         for index in blocks:
             x = block(builder, config, index, x, time, layer)  # (batch, time, n_embd)
@@ -139,7 +166,10 @@ class _Stage:
         self.result_shape: tuple[int, ...] = self.hidden_shape
         if self.is_last:
             targets = builder.input("targets", (batch, time), TensorProto.INT64)
-            logits = lm_head(builder, config, final_norm(builder, config, x))
+            x = final_norm(builder, config, x)
+            logits = (
+                lm_head(builder, config, x) if quantized is None else quantized.head(builder, x)
+            )
             logits = builder.node("Reshape", [logits, builder.ints(-1, config.vocab_size)])
             labels = builder.node("Reshape", [targets, builder.ints(-1)])  # (batch * time,)
             # The logits are (batch * time, vocab_size).
@@ -150,19 +180,68 @@ class _Stage:
         self.trained_shapes = adapted or {name: shapes[name] for name in builder.parameter_names}
 
 
-class _Adapted:
-    """Emits linear layers with their adapter beside them."""
+def _adapted(
+    adapter: AdapterSettings, base: Linear, builder: GraphBuilder, name: str, x: str
+) -> str:
+    """Emit a linear layer with its adapter beside it: base + scale (x A^T) B^T."""
+    y = base(builder, name, x)
+    if not name.endswith(adapter.layers):
+        return y
+    for factor in lora_names(name):
+        transposed = builder.node("Transpose", [builder.parameter(factor)], perm=[1, 0])
+        x = builder.node("MatMul", [x, transposed])  # (..., rank), then (..., out)
+    scale = builder.constant(np.array(adapter.scale, dtype=np.float32))
+    return builder.node("Add", [y, builder.node("Mul", [x, scale])])
 
-    def __init__(self, adapter: AdapterSettings) -> None:
-        self._adapter = adapter
 
-    def __call__(self, builder: GraphBuilder, name: str, x: str) -> str:
-        """Emit x @ weight + bias + scale (x A^T) B^T: (..., in) -> (..., out)."""
-        y = linear(builder, name, x)
-        if not name.endswith(self._adapter.layers):
-            return y
-        for factor in lora_names(name):
-            transposed = builder.node("Transpose", [builder.parameter(factor)], perm=[1, 0])
-            x = builder.node("MatMul", [x, transposed])  # (..., rank), then (..., out)
-        scale = builder.constant(np.array(self._adapter.scale, dtype=np.float32))
-        return builder.node("Add", [y, builder.node("Mul", [x, scale])])
+class _Quantized:
+    """Emits layers whose matrices are stored in few bits, and are float32 only while in use.
+
+    MatMulNBits, with which stages compute, has no counterpart for the transposed matrix that the
+    backward pass needs.
+    """
+
+    def __init__(self, config: GPT2Config, precision: Precision, batch: int, time: int) -> None:
+        bits = bits_of(precision)
+        assert bits is not None, "float32 is not quantised"
+        self._config, self._bits, self._batch, self._time = config, bits, batch, time
+
+    def linear(self, builder: GraphBuilder, name: str, x: str) -> str:
+        """Emit x @ weight + bias: (batch, time, in) -> (batch, time, out)."""
+        width = self._config.n_embd
+        in_count = 4 * width if name.endswith("mlp.c_proj") else width
+        out_count = {"c_attn": 3, "c_fc": 4, "c_proj": 1}[name.rpartition(".")[2]] * width
+        weight = self._matrix(builder, f"{name}.weight", out_count, in_count)
+        rows = builder.node("Reshape", [x, builder.ints(-1, in_count)])  # (batch * time, in)
+        y = builder.node("Gemm", [rows, weight, builder.parameter(f"{name}.bias")], transB=1)
+        return builder.node("Reshape", [y, builder.ints(self._batch, self._time, out_count)])
+
+    def head(self, builder: GraphBuilder, x: str) -> str:
+        """Emit the logits: (batch, time, n_embd) -> (batch * time, vocab_size)."""
+        config = self._config
+        weight = self._matrix(builder, config.lm_head_name, config.vocab_size, config.n_embd)
+        rows = builder.node("Reshape", [x, builder.ints(-1, config.n_embd)])
+        return builder.node("Gemm", [rows, weight], transB=1)
+
+    def _matrix(self, builder: GraphBuilder, name: str, out_count: int, in_count: int) -> str:
+        """Emit a matrix as float32 (out, in)."""
+        values = builder.parameter(quantized_name(name))  # (out, blocks, bytes of a block)
+        matrix = builder.node(
+            "GatherBlockQuantized",
+            [
+                builder.node("Reshape", [values, builder.ints(out_count, -1)]),
+                builder.constant(np.arange(out_count)),
+                builder.parameter(scales_name(name)),
+            ],
+            domain="com.microsoft",
+            bits=self._bits,
+            block_size=BLOCK_SIZE,
+            gather_axis=0,
+            quantize_axis=1,
+        )  # (out, blocks * BLOCK_SIZE)
+        padded_count = -(-in_count // BLOCK_SIZE) * BLOCK_SIZE
+        builder.declare(matrix, (out_count, padded_count))
+        if padded_count == in_count:
+            return matrix
+        bounds = (builder.ints(0), builder.ints(in_count), builder.ints(1))
+        return builder.node("Slice", [matrix, *bounds])

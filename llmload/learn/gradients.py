@@ -26,6 +26,13 @@ from numpy.typing import NDArray
 
 from llmload.adapter import AdapterSettings
 from llmload.config import GPT2Config
+from llmload.graph.quantize import (
+    BLOCK_SIZE,
+    EMBEDDING_BITS,
+    Precision,
+    rows_name,
+    scales_name,
+)
 from llmload.graph.training import build_forward_graph, build_gradient_graph, gradient_name
 from llmload.learn.shards import Vector
 
@@ -42,9 +49,10 @@ class LossGraphs:
 
     Args:
         config: The shape of the model.
-        parameters: All of them, float32 by name, with those of the adapter; read in place at each
-            run.
+        parameters: All of them by name, as `graph.quantize` stores them at this precision, with
+            those of the adapter; read in place at each run.
         adapter: What is trained beside a model that stays as it is; None to train the model.
+        precision: Of the matrices of such a model.
         recompute: Blocks whose activations are held at once; None for all.
         thread_count: Threads of the runtime.
     """
@@ -52,14 +60,16 @@ class LossGraphs:
     def __init__(
         self,
         config: GPT2Config,
-        parameters: Mapping[str, Vector],
+        parameters: Arrays,
         *,
         adapter: AdapterSettings | None,
+        precision: Precision,
         recompute: int | None,
         thread_count: int,
     ) -> None:
         self._config = config
         self._adapter = adapter
+        self._precision = precision
         self._parameters = parameters
         size = recompute or config.n_layer
         # The last piece, which carries the output layer, is never the shorter one.
@@ -121,7 +131,15 @@ class LossGraphs:
 
     def _embed(self, tokens: NDArray[Any]) -> Vector:
         """Return what the first block sees, float32 (batch, time, n_embd)."""
-        hidden: Vector = self._parameters["wte.weight"][tokens]
+        rows = rows_name("wte.weight")
+        hidden: Vector
+        if rows in self._parameters:
+            values = self._parameters[rows][tokens]  # uint8 (batch, time, n_embd)
+            scales = self._parameters[scales_name(rows)][tokens].repeat(BLOCK_SIZE, axis=-1)
+            hidden = values.astype(np.float32) - np.float32(2 ** (EMBEDDING_BITS - 1))
+            hidden *= scales[..., : hidden.shape[-1]]
+        else:
+            hidden = self._parameters["wte.weight"][tokens]
         hidden += self._parameters["wpe.weight"][: tokens.shape[1]]
         return hidden
 
@@ -161,7 +179,14 @@ class LossGraphs:
         if kind not in graphs:
             batch, time, _ = inputs["hidden"].shape
             build = build_forward_graph if gradients is None else build_gradient_graph
-            model = build(self._config, batch=batch, time=time, blocks=piece, adapter=self._adapter)
+            model = build(
+                self._config,
+                batch=batch,
+                time=time,
+                blocks=piece,
+                adapter=self._adapter,
+                precision=self._precision,
+            )
             names = [value.name for value in model.graph.input if value.name in self._parameters]
             content = model.SerializeToString()
             graphs[kind] = _OpenGraph(content, names, piece.start, self._thread_count)

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from llmload.adapter import Adapter, adapter_shapes
 from llmload.config import GPT2Config, parameter_shapes
+from llmload.graph.quantize import Precision, stored_tensors
 from llmload.learn.gradients import LossGraphs
 from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.shards import ParameterSpace, Vector
@@ -46,6 +47,8 @@ class Trainer:
         config: The shape of the model.
         weights: All its parameters, float32 by name; copied, unless there is an adapter.
         adapter: What to train in their place, from these values on; None to train the model.
+        precision: Of the matrices of a model that stays as it is. They become float32 block by
+            block while they are used, so `recompute` is 1 unless said otherwise.
         optimizer: Hyperparameters of AdamW.
         recompute: Hold the activations of no more than so many blocks at once and compute others
             again when they are needed: less memory for more time. None to hold all.
@@ -56,7 +59,8 @@ class Trainer:
         optimizer: AdamW and its state.
 
     Raises:
-        ValueError: `weights` are not those of `config`, or `recompute` is not positive.
+        ValueError: `weights` are not those of `config`, `recompute` is not positive, or a model is
+            to be trained at less than float32.
     """
 
     def __init__(
@@ -65,29 +69,37 @@ class Trainer:
         weights: Weights,
         *,
         adapter: Adapter | None = None,
+        precision: Precision = "float32",
         optimizer: AdamWSettings | None = None,
         recompute: int | None = None,
         thread_count: int = 1,
     ) -> None:
         if recompute is not None and recompute < 1:
             raise ValueError(f"recompute must be positive: {recompute}")
+        if adapter is None and precision != "float32":
+            raise ValueError(f"a model can't be trained at {precision}; an adapter beside it can")
+        if recompute is None and precision != "float32":
+            recompute = 1
         self.config = config
         model_space = ParameterSpace.of(parameter_shapes(config, config.blocks))
         self._settings = None if adapter is None else adapter.settings
         if adapter is None:
             self.space = model_space
             self._parameters = self.space.flatten(weights)
-            frozen: Weights = {}
+            frozen: dict[str, NDArray[Any]] = {}
         else:
             model_space.check(weights)
             self.space = ParameterSpace.of(adapter_shapes(config, adapter.settings))
             self._parameters = self.space.flatten(adapter.tensors)
-            frozen = weights
+            stored = stored_tensors(config, config.blocks, precision, weights.__getitem__)
+            # As the runtime takes them in place: without gaps.
+            frozen = {name: np.ascontiguousarray(values) for name, values in stored}
         self.optimizer = AdamW(self.space, optimizer or AdamWSettings())
         self._graphs = LossGraphs(
             config,
             {**frozen, **self.space.views(self._parameters)},
             adapter=self._settings,
+            precision=precision,
             recompute=recompute,
             thread_count=thread_count,
         )

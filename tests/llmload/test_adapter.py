@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -22,6 +23,7 @@ from llmload.adapter import (
 )
 from llmload.config import GPT2Config
 from llmload.errors import ModelFolderError
+from llmload.graph.quantize import EMBEDDING_BITS, bits_of, dequantize, quantize
 from llmload.learn.trainer import Trainer
 from llmload.weights import random_weights
 
@@ -41,13 +43,13 @@ def lively_weights(seed=5):
     }
 
 
-def lively_adapter(settings, seed=6):
+def lively_adapter(settings, seed=6, config=CONFIG):
     rng = np.random.default_rng(seed)
     return Adapter(
         settings,
         {
             name: rng.standard_normal(shape).astype(np.float32) / 4
-            for name, shape in adapter_shapes(CONFIG, settings).items()
+            for name, shape in adapter_shapes(config, settings).items()
         },
     )
 
@@ -93,6 +95,46 @@ def test_beside_the_base_is_as_merged_into_it():
     assert beside == pytest.approx(inside, rel=1e-5)
     without = Trainer(CONFIG, weights).losses(TOKENS, TARGETS)
     assert abs(beside - without).max() > 0.1
+
+
+@pytest.mark.parametrize("recompute", [None, 2])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_gradients_over_a_quantised_base_are_those_over_what_it_stands_for(
+    precision, tied, recompute
+):
+    # Wider than a group of weights with one scale, and no multiple of it.
+    config = GPT2Config(
+        vocab_size=13, n_ctx=7, n_embd=132, n_layer=2, n_head=2, tie_word_embeddings=tied
+    )
+    settings = AdapterSettings(rank=2)
+    weights, adapter = random_weights(config, 1), lively_adapter(settings, config=config)
+    rounded = dict(weights)
+    for name in weights:
+        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            rounded[name] = through_bits(weights[name].T, bits_of(precision)).T
+    # Tied embeddings have 8 bits where they are looked up, and those of the matrices as output.
+    rounded["wte.weight"] = through_bits(weights["wte.weight"], EMBEDDING_BITS)
+    rounded["lm_head.weight"] = through_bits(weights[config.lm_head_name], bits_of(precision))
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    expected = Trainer(untied, rounded, adapter=adapter)
+    found = Trainer(config, weights, adapter=adapter, precision=precision, recompute=recompute)
+    loss, gradient = found.gradients((TOKENS, TARGETS))
+    expected_loss, expected_gradient = expected.gradients((TOKENS, TARGETS))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    difference = np.linalg.norm(gradient - expected_gradient)
+    assert difference < 1e-4 * np.linalg.norm(expected_gradient)
+    assert found.loss(TOKENS, TARGETS) == pytest.approx(loss, rel=1e-6)
+
+
+def through_bits(matrix, bits):
+    """Return what a matrix (out, in) is after it was quantised."""
+    return dequantize(*quantize(matrix, bits), bits, matrix.shape[1])
+
+
+def test_a_model_is_not_trained_in_few_bits():
+    with pytest.raises(ValueError, match="int8"):
+        Trainer(CONFIG, lively_weights(), precision="int8")
 
 
 def test_a_fresh_adapter_changes_nothing_and_learns():

@@ -90,8 +90,9 @@ def test_how_a_step_is_made_can_be_chosen(run, tmp_path):
 
 def test_an_adapter_is_learned_and_used(run, tmp_path, model_folder, monkeypatch, capsys):
     _, [before], _ = run("eval", "--window", "16")
-    for steps in (5, 10):
-        status, lines, said = learn(run, tmp_path, steps, "--adapter", "4", "--rate", "0.02")
+    for steps, precision in ((5, "float32"), (10, "int8")):
+        chosen = ["--adapter", "4", "--rate", "0.02", "--precision", precision]
+        status, lines, said = learn(run, tmp_path, steps, *chosen)
         assert status == 0, said
         assert [line["step"] for line in lines if "step" in line] == [steps]
     file = tmp_path / "out" / "adapter.safetensors"
@@ -102,6 +103,9 @@ def test_an_adapter_is_learned_and_used(run, tmp_path, model_folder, monkeypatch
     status, _, said = learn(run, tmp_path, 15, "--adapter", "5")
     assert status == 1
     assert "another shape" in said
+    status, _, said = learn(run, tmp_path, 15, "--precision", "int8")
+    assert status == 2
+    assert "only with --adapter" in said
 
     answers = []
     for adapter in ([], ["--adapter", str(file)]):

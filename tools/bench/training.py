@@ -1,12 +1,13 @@
 """A step of training on one device, beside torch, eager and compiled, in one run.
 
     python -m tools.bench.training [--seed N] [--threads N] [--rounds N] [--quick] [--json]
-                                   [--only small|124M]
+                                   [--only small|124M] [--sides NAME ...]
 
 Two models with random weights: one in the shape of the small model that is shipped, and GPT-2 124M.
 Each side is a process of its own, and they take turns: in a round, each computes the gradients of
 one batch, and later does whole steps (gradients, clipping, AdamW). Our side runs a second time with
-`recompute`: activations of three blocks at once.
+`recompute`, activations of three blocks at once; and twice with an adapter of rank 8 that is
+trained in the place of the model, which is held in float32 and in 4 bits.
 
 What else the machine does lengthens a time and never shortens it, so a figure is the best of the
 rounds. With `--threads 1` times are processor time, which leaves out what the system gives to
@@ -38,7 +39,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 # First of what loads ONNX Runtime: it switches its telemetry off.
-from llmload import GPT2Config, Trainer, bundled_model_path
+from llmload import AdapterSettings, GPT2Config, Trainer, bundled_model_path, fresh_adapter
 from llmload.learn.shards import Vector
 from llmload.weights import random_weights
 from tools.bench.training_torch import TorchTrainer, is_installed
@@ -48,8 +49,10 @@ SHAPES = {
     "124M": GPT2Config(vocab_size=50257, n_ctx=1024, n_embd=768, n_layer=12, n_head=12),
 }
 OURS = ("ours", "ours-recompute")
+ADAPTERS = ("adapter", "adapter-int4")
 RIVALS = ("torch-eager", "torch-compile")
 RECOMPUTE = 3
+RANK = 8
 
 # Of the time of torch eager.
 TIME_TARGETS = {"small": 0.9, "124M": 0.7}
@@ -87,9 +90,16 @@ QUICK_CASES = (Case("small", 4, 128),)
 class OwnSide:
     """llmload's trainer, with the gradient of the latest batch."""
 
-    def __init__(self, config: GPT2Config, seed: int, threads: int, recompute: int | None) -> None:
-        weights = random_weights(config, seed)
-        self._trainer = Trainer(config, weights, recompute=recompute, thread_count=threads)
+    def __init__(self, config: GPT2Config, seed: int, threads: int, name: str) -> None:
+        settings = AdapterSettings(rank=RANK)
+        self._trainer = Trainer(
+            config,
+            random_weights(config, seed),
+            adapter=fresh_adapter(config, settings) if name in ADAPTERS else None,
+            precision="int4" if name == "adapter-int4" else "float32",
+            recompute=RECOMPUTE if name == "ours-recompute" else None,
+            thread_count=threads,
+        )
         self._gradient: Vector = np.empty(self._trainer.space.size, dtype=np.float32)
 
     def gradients(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
@@ -107,8 +117,8 @@ class OwnSide:
 
 def open_side(name: str, config: GPT2Config, seed: int, threads: int) -> OwnSide | TorchTrainer:
     """Open one side by its name."""
-    if name in OURS:
-        return OwnSide(config, seed, threads, RECOMPUTE if name == OURS[1] else None)
+    if name not in RIVALS:
+        return OwnSide(config, seed, threads, name)
     weights = random_weights(config, seed)
     return TorchTrainer(config, weights, threads, is_compiled=name == RIVALS[1])
 
@@ -229,7 +239,7 @@ def measure(case: Case, names: Sequence[str], options: Options) -> Figures:
                 figures[child.name][f"{wish}_s"] = round(min(seconds[child.name]), 4)
                 figures[child.name][f"{wish}_mb"] = child.ask("memory")["memory_mb"]
         if RIVALS[0] in names:
-            for name in names:
+            for name in {*names} - {*ADAPTERS}:
                 files = (folder / f"{name}.safetensors", folder / f"{RIVALS[0]}.safetensors")
                 figures[name]["gradient_error"] = gradient_error(*files)
     return figures
@@ -247,7 +257,7 @@ def gradient_error(file: Path, truth_file: Path) -> float:
 def targets_of(figures: dict[str, Figures]) -> Iterator[tuple[str, float, float]]:
     """Yield name, value and the most that it should be, for all that could be measured."""
     for case, sides in figures.items():
-        if RIVALS[0] not in sides:
+        if not {*OURS, RIVALS[0]} <= sides.keys():
             continue
         ours, eager = sides[OURS[0]], sides[RIVALS[0]]
         model = case.partition(" ")[0]
@@ -273,6 +283,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--only", choices=SHAPES, help="one model alone")
+    parser.add_argument(
+        "--sides", nargs="+", choices=(*OURS, *ADAPTERS, *RIVALS), help="these sides alone"
+    )
     parser.add_argument("--quick", action="store_true", help="the small model, not compiled")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -285,7 +298,7 @@ def main() -> None:
         return
     options = Options(arguments.seed, arguments.threads, 3 if arguments.quick else arguments.rounds)
     rivals = RIVALS if not arguments.quick else RIVALS[:1]
-    names = [*OURS, *(rivals if is_installed() else ())]
+    names = arguments.sides or [*OURS, *ADAPTERS, *(rivals if is_installed() else ())]
     cases = [
         case
         for case in (QUICK_CASES if arguments.quick else FULL_CASES)
@@ -314,10 +327,11 @@ def main() -> None:
 
 def _print_text(figures: dict[str, Figures], targets: dict[str, Any]) -> None:
     for case, sides in figures.items():
-        columns = list(sides[OURS[0]])
+        columns = max((list(values) for values in sides.values()), key=len)
         print(f"{case:16}" + "".join(f"{column:>16}" for column in columns))
         for name, values in sides.items():
-            print(f"  {name:14}" + "".join(f"{values[column]:>16.4g}" for column in columns))
+            shown = (f"{values[c]:.4g}" if c in values else "" for c in columns)
+            print(f"  {name:14}" + "".join(f"{value:>16}" for value in shown))
     if not targets:
         print("torch is not installed: nothing to compare with (extra `rivals`)")
     for name, target in targets.items():
