@@ -1,4 +1,4 @@
-"""The `llmload serve` command: an OpenAI-compatible HTTP API.
+"""The `llmload serve` command: an OpenAI-compatible HTTP API, and a page to chat.
 
 No logic of its own; see `serve/`.
 """
@@ -85,7 +85,7 @@ def serve(
     ] = "float32",
     as_json: JsonOption = False,
 ) -> None:
-    """Offer a model to programs of this device by OpenAI's HTTP API.
+    """Offer a model to programs of this device by OpenAI's HTTP API, and to you by a web page.
 
     Programs are told the base URL that this prints, with any key. With --join, the answers come
     from peers that run `llmload up`, who can read them; without, they are computed here.
@@ -121,7 +121,8 @@ def _announce(url: str, model: Model, as_json: bool) -> None:
         print_json({"event": "serving", "url": url, "base_url": f"{url}/v1", "model": name})
     else:
         output.print(
-            f"Base URL {url}/v1, model {name}, any key.\nPress Ctrl-C to stop.",
+            f"Chat      {url}/\nPrograms  base URL {url}/v1, model {name}, any key\n"
+            "Press Ctrl-C to stop.",
             markup=False,
         )
 

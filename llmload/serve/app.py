@@ -1,5 +1,6 @@
-"""The HTTP side of `llmload serve`: OpenAI's API, and what the swarm looks like.
+"""The HTTP side of `llmload serve`: OpenAI's API, a page to chat, and what the swarm looks like.
 
+    GET  /                       the page
     GET  /swarm                  route, peers and load, as JSON
     GET  /v1/models[/NAME]
     POST /v1/completions
@@ -17,6 +18,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,7 +27,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -42,6 +44,15 @@ from natswarm import NatswarmError
 __all__ = ["make_app"]
 
 RETRY_AFTER_S = 1
+PAGE = Path(__file__).with_name("page.html")
+# The page loads nothing, talks to nobody else, and nobody frames it.
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; img-src data:; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
 
 
 def make_app(
@@ -58,6 +69,7 @@ def make_app(
     desk = _Desk(source, answers_max, waiting_max)
     return Starlette(
         routes=[
+            Route("/", desk.page),
             Route("/swarm", desk.swarm),
             Route("/v1/models", desk.models),
             Route("/v1/models/{name:path}", desk.one_model),
@@ -105,6 +117,9 @@ class _Desk:
             yield
         finally:
             self._places.release_on_behalf_of(borrower)
+
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(PAGE.read_bytes(), headers=PAGE_HEADERS)
 
     async def swarm(self, request: Request) -> Response:
         statistics = self._places.statistics()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import openai
 import pytest
@@ -14,8 +14,12 @@ from llmload.model_folder import load_model
 from llmload.serve.app import make_app
 from llmload.serve.local import LocalSource
 from llmload.serve.server import listen, serve_app
+from llmload.serve.source import SwarmSource
+from llmload.swarm.blocks import BlockStack
+from llmload.swarm.stage import StageServer
+from natswarm import Identity, Internet, NodeConfig, VirtualNetwork, World, open_node, run_world
 
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 
 
 @pytest.fixture
@@ -68,3 +72,35 @@ def serving(monkeypatch):
                 nursery.cancel_scope.cancel()
 
     return serve
+
+
+@pytest.fixture
+def mesh_source(model):
+    """A function that opens a mesh: kim and otto serve the model, home asks them."""
+
+    @asynccontextmanager
+    async def open_mesh():
+        internet = Internet(World(seed=5))
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(run_world(internet.world))
+            nodes = []
+            for name, kind in (("kim", "public"), ("otto", "public"), ("home", "linux-home")):
+                config = NodeConfig(
+                    identity=Identity(name.encode().ljust(32, b".")),
+                    network=VirtualNetwork(internet.add_host(name, kind)),
+                    name=name,
+                    seed=len(nodes),
+                )
+                nodes.append(await stack.enter_async_context(open_node(config)))
+            kim, otto, home = nodes
+            for node in (otto, home):
+                await node.connect(await kim.invite())
+            for node, blocks in ((kim, range(1)), (otto, range(1, 3))):
+                stage = StageServer(
+                    node, BlockStack.open(model.config, model.weights, blocks), model.content_hash
+                )
+                stage.start()
+                await node.announce([stage.service])
+            yield SwarmSource(home, model, codec="float32")
+
+    return open_mesh
