@@ -114,11 +114,15 @@ class LabProcess:
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise self._failure(f"did not print what was waited for in {timeout_s:g} s")
 
-    def wait(self, *, timeout_s: float) -> str:
+    def wait(self, *, timeout_s: float, expected_status: int = 0) -> str:
         """Wait for the end of the command and return its standard output.
 
+        Args:
+            timeout_s: How long.
+            expected_status: With which it is to end; 130 for most that were interrupted.
+
         Raises:
-            LabError: It failed; or `timeout_s` have passed, then it was killed.
+            LabError: It ended with another one; or `timeout_s` have passed, then it was killed.
         """
         try:
             status = self._popen.wait(timeout_s)
@@ -126,7 +130,7 @@ class LabProcess:
             self.kill()
             raise self._failure(f"was killed after {timeout_s:g} s") from None
         self._close()
-        if status:
+        if status != expected_status:
             raise self._failure(f"exited with status {status}")
         return "\n".join(self.lines)
 

@@ -51,6 +51,7 @@ BATCH, WINDOW, RATE = 2, 96, 5e-4
 JUDGED_WINDOWS = 12
 STARTED_S = 90.0
 STOPPED_S = 60.0
+INTERRUPTED = 130
 
 
 def read_text(package: str) -> str:
@@ -195,7 +196,7 @@ def _learn_together(
         found = {}
         for name, process in running.items():
             with process:
-                process.wait(timeout_s=STOPPED_S)
+                process.wait(timeout_s=STOPPED_S, expected_status=INTERRUPTED)
             last = [row for line in process.lines if "step" in (row := json.loads(line))][-1]
             found[name] = {
                 "weights": load_model(folder / f"{name} model").weights,
