@@ -219,7 +219,9 @@ class TextExchange:
             raise RequestRefused(f"one such call in {ANSWER_EVERY_S:.0f} s", "busy")
         self._answered_at[peer_id] = now
         try:
-            await self._answer(call)
+            # Who never chooses must not keep the offers in our memory.
+            with trio.move_on_after(ASK_TIMEOUT_S):
+                await self._answer(call)
         except StoreFailed as error:  # the path of our file is nobody else's affair
             logger.warning("can't answer %s: %s", peer_id.short, error)
             raise RequestRefused("has no texts to give now", "unavailable") from error

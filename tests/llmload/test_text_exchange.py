@@ -241,6 +241,17 @@ async def test_who_asks_too_often_is_refused(make, monkeypatch):
     assert await ask(make("c"), a) == 1  # others are not kept waiting by it
 
 
+async def test_who_never_chooses_is_let_go(make, monkeypatch):
+    monkeypatch.setattr(exchange_module, "ASK_TIMEOUT_S", 0.1)
+    a, b = make("a"), make("b")
+    peer = await a.node.connect(b.node.peer_id)
+    with trio.fail_after(TIMEOUT_S):
+        async with peer.start_call(TEXTS, *make_sketch([], random.Random(1))) as call:
+            await call.receive()
+            with pytest.raises(trio.EndOfChannel):
+                await call.receive()
+
+
 async def test_messages_out_of_turn_are_refused(make):
     a, b = make("a"), make("b")
     peer = await a.node.connect(b.node.peer_id)
