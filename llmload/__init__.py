@@ -47,6 +47,7 @@ from llmload.model_folder import Model, load_model
 from llmload.model_store import ModelStore
 from llmload.swarm.blocks import BlockStack
 from llmload.swarm.client import Generation, SwarmClient, SwarmTimeouts
+from llmload.swarm.draft import DraftModel, open_draft
 from llmload.swarm.route import NoRoute, StageOffer
 from llmload.swarm.stage import StageLimits, StageServer
 from llmload.tokenizer import TextStream, Tokenizer
@@ -60,6 +61,7 @@ __all__ = [
     "BlockStack",
     "CacheFull",
     "CachePool",
+    "DraftModel",
     "EngineSettings",
     "GPT2Config",
     "Generation",
@@ -93,6 +95,7 @@ __all__ = [
     "generate_tokens",
     "load_adapter",
     "load_model",
+    "open_draft",
     "open_stage",
     "save_adapter",
 ]

@@ -24,8 +24,10 @@ from llmload.adapter import load_adapter
 from llmload.answer_screen import AnswerScreen
 from llmload.cli_mesh import (
     BindOption,
+    DraftOption,
     JoinOption,
     join_mesh,
+    open_draft_in_thread,
 )
 from llmload.cli_model import show_model
 from llmload.cli_serve import serve
@@ -142,6 +144,7 @@ def generate(
             "slow links and may change a token now and then."
         ),
     ] = "float32",
+    draft: DraftOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Go on from a text, on this device or on the peers that serve the model.
@@ -166,6 +169,8 @@ def generate(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     invites = [Invite.parse(text) for text in join or ()]
+    if draft is not None and not join:
+        raise typer.BadParameter("it saves trips over the mesh: needs --join", param_hint="--draft")
     loaded = load_model(model_folder(model))
     prompt = sys.stdin.read() if prompt == "-" else prompt
     try:
@@ -180,6 +185,7 @@ def generate(
             bind,
             wire,
             stop,
+            draft,
         )
     else:
         facts = run_async(
@@ -251,6 +257,7 @@ async def _generate_on_peers(
     bind: str,
     codec: Codec = "float32",
     stop: Sequence[str] = (),
+    draft: Path | None = None,
 ) -> dict[str, Any]:
     # Whoever only asks needs no lasting name, and may ask on a device that serves, too.
     config = NodeConfig(
@@ -265,7 +272,7 @@ async def _generate_on_peers(
         async with open_node(config) as node:
             await join_mesh(node, invites)
             screen.tell("looking for peers that serve the model")
-            client = SwarmClient(node, model)
+            client = SwarmClient(node, model, draft=await open_draft_in_thread(draft, model))
             route = await client.find_route()
             async with client.generate(
                 prompt_ids,

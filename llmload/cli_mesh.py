@@ -15,7 +15,9 @@ import platformdirs
 import trio
 import typer
 
-from llmload.cli_shared import output, print_json
+from llmload.cli_shared import model_folder, output, print_json
+from llmload.model_folder import Model
+from llmload.swarm.draft import DraftModel, open_draft
 from natswarm import (
     LINKS_MAX,
     ConnectFailed,
@@ -34,6 +36,7 @@ __all__ = [
     "DhtFileOption",
     "DhtNodeOption",
     "DhtOption",
+    "DraftOption",
     "GatewayOption",
     "InterfaceOption",
     "JoinOption",
@@ -42,6 +45,7 @@ __all__ = [
     "PortOption",
     "StateOption",
     "join_mesh",
+    "open_draft_in_thread",
     "show_event",
     "stay_joined",
 ]
@@ -118,6 +122,23 @@ DhtFileOption = Annotated[
         show_default=False,
     ),
 ]
+DraftOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft",
+        metavar="NAME|DIR",
+        help="A smaller model with the same tokenizer that guesses on this device, to save trips; "
+        "the answer is the same.",
+        show_default=False,
+    ),
+]
+
+
+async def open_draft_in_thread(draft: Path | None, model: Model) -> DraftModel | None:
+    """Open the model that `--draft` names, to guess for `model`; None without one."""
+    if draft is None:
+        return None
+    return await trio.to_thread.run_sync(open_draft, model_folder(draft), model)
 
 
 async def join_mesh(node: Node, invites: Sequence[Invite]) -> None:

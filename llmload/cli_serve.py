@@ -9,12 +9,20 @@ import ipaddress
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import trio
 import typer
 
-from llmload.cli_mesh import BindOption, JoinOption, join_mesh, stay_joined
+from llmload.cli_mesh import (
+    BindOption,
+    DraftOption,
+    JoinOption,
+    join_mesh,
+    open_draft_in_thread,
+    stay_joined,
+)
 from llmload.cli_shared import (
     JsonOption,
     ModelOption,
@@ -83,6 +91,7 @@ def serve(
     wire: Annotated[
         Codec, typer.Option(help="How activations travel over long links; see `generate`.")
     ] = "float32",
+    draft: DraftOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Offer a model to programs of this device by OpenAI's HTTP API, and to you by a web page.
@@ -94,6 +103,8 @@ def serve(
         is_local = ipaddress.ip_address(host).is_loopback
     except ValueError:
         raise typer.BadParameter(f"{host!r} is no address", param_hint="--host") from None
+    if draft is not None and not join:
+        raise typer.BadParameter("it saves trips over the mesh: needs --join", param_hint="--draft")
     invites = [Invite.parse(text) for text in join or ()]
     loaded = load_model(model_folder(model))
     # Before anything slow: most often it is the port that is wrong.
@@ -102,7 +113,7 @@ def serve(
         remarks.print("[yellow]Whoever reaches this address can use the model, without a key.[/]")
 
     if invites:
-        source = partial(_open_swarm, loaded, invites, bind, wire)
+        source = partial(_open_swarm, loaded, invites, bind, wire, draft)
     else:
         source = partial(_open_here, loaded, answers, precision, threads)
 
@@ -142,7 +153,7 @@ async def _open_here(
 
 @asynccontextmanager
 async def _open_swarm(
-    model: Model, invites: Sequence[Invite], bind: str, codec: Codec
+    model: Model, invites: Sequence[Invite], bind: str, codec: Codec, draft: Path | None
 ) -> AsyncIterator[Source]:
     # As `generate`: whoever only asks needs no lasting name.
     config = NodeConfig(
@@ -152,7 +163,8 @@ async def _open_swarm(
         links_max=LINKS_MIN,
         paths=SystemPaths(ip=bind),
     )
+    opened = await open_draft_in_thread(draft, model)
     async with open_node(config) as node:
         await join_mesh(node, invites)
         async with beside(stay_joined, node, invites):
-            yield SwarmSource(node, model, codec=codec)
+            yield SwarmSource(node, model, codec=codec, draft=opened)

@@ -13,6 +13,7 @@ from llmload.engine.sampler import SamplingParameters
 from llmload.model_folder import Model
 from llmload.swarm.client import Generation, SwarmClient
 from llmload.swarm.codec import Codec
+from llmload.swarm.draft import DraftModel
 from llmload.swarm.route import format_blocks, parse_offer
 from llmload.swarm.route_view import route_as_json
 from natswarm import Node, Peer, peer_as_json
@@ -95,12 +96,15 @@ class SwarmSource:
         node: Ours; it must have no other `SwarmClient`.
         model: Which.
         codec: The least exact form in which hidden states may travel.
+        draft: Guesses tokens, to save trips; see `SwarmClient`.
     """
 
-    def __init__(self, node: Node, model: Model, *, codec: Codec) -> None:
+    def __init__(
+        self, node: Node, model: Model, *, codec: Codec, draft: DraftModel | None = None
+    ) -> None:
         self.model = model
         self._node = node
-        self._client = SwarmClient(node, model)
+        self._client = SwarmClient(node, model, draft=draft)
         self._codec: Codec = codec
         self._latest: Generation | None = None
         self._news = ""

@@ -34,6 +34,7 @@ from llmload.model_folder import Model
 from llmload.swarm.beside import open_quiet_nursery
 from llmload.swarm.codec import Codec
 from llmload.swarm.directory import StageDirectory
+from llmload.swarm.draft import Drafter, DraftModel
 from llmload.swarm.living_sequence import LivingSequence, SwarmTimeouts
 from llmload.swarm.route import StageOffer
 from llmload.swarm.route_session import SequenceTerms, TokenDesk
@@ -123,10 +124,19 @@ class SwarmClient:
         node: Where stages are found and tokens arrive.
         model: Which model; its configuration, tokenizer and hash are used, not its weights.
         timeouts: How long to wait.
+        draft: Guesses the next tokens, instead of what stood in the text before.
     """
 
-    def __init__(self, node: Node, model: Model, *, timeouts: SwarmTimeouts | None = None) -> None:
+    def __init__(
+        self,
+        node: Node,
+        model: Model,
+        *,
+        timeouts: SwarmTimeouts | None = None,
+        draft: DraftModel | None = None,
+    ) -> None:
         self._model = model
+        self._draft = draft
         self._timeouts = timeouts or SwarmTimeouts()
         self._desk = TokenDesk(node)
         self._directory = StageDirectory(node, model.content_hash, model.config.n_layer)
@@ -215,6 +225,10 @@ class SwarmClient:
                 tell=tell,
                 rng=random.SystemRandom(),  # whoever can foretell it lies between two checks
             )
+            drafter = None
+            if speculate and self._draft is not None:
+                drafter = Drafter(self._draft, sampling)
+                nursery.start_soon(drafter.read, token_ids)
             try:
                 await sequence.open(route)
                 yield Generation(
@@ -224,7 +238,8 @@ class SwarmClient:
                     token_ids,
                     text,
                     token_count_max=token_count_max,
-                    speculate=speculate,
+                    lookup=PromptLookup(token_ids) if speculate and drafter is None else None,
+                    drafter=drafter,
                     open_s=trio.current_time() - started_at,
                 )
             finally:
@@ -276,7 +291,8 @@ class Generation:
         text: TextStream,
         *,
         token_count_max: int,
-        speculate: bool,
+        lookup: PromptLookup | None,
+        drafter: Drafter | None,
         open_s: float,
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
@@ -289,7 +305,8 @@ class Generation:
         self._drawn: deque[int] = deque()  # drawn, and not given out yet
         self._stream = text
         self._is_over = self._is_ended = False
-        self._lookup = PromptLookup(prompt_ids) if speculate else None
+        self._lookup = lookup
+        self._drafter = drafter
         self._guesses = GuessCount()
         self._token_count = 0
         self._trip_count = 0
@@ -370,13 +387,12 @@ class Generation:
 
     async def _travel(self) -> None:
         """Have the next tokens drawn: one, and as many more as were guessed right."""
-        guesses: list[int] = []
-        if self._lookup is not None:
-            room = self._token_count_max - len(self._answer_ids) - 1
-            guesses = self._lookup.guess(min(self._guesses.best(), room))
+        began_at = trio.current_time()
+        guesses = await self._guess()
         sent_at = trio.current_time()
         drawn = await self._sequence.advance(self.token_ids, guesses)
-        elapsed_s = trio.current_time() - sent_at
+        trip_s = trio.current_time() - sent_at
+        elapsed_s = trio.current_time() - began_at
         self._checker.maybe_check(self.route, (*self.token_ids, *guesses), drawn)
         accepted = accepted_count(guesses, drawn.token_ids)
         new_ids = drawn.token_ids[: accepted + 1]
@@ -394,7 +410,7 @@ class Generation:
             self._stage_s = [0.0] * len(self._route)
             return
         self._route_trip_count += 1
-        self._route_s += elapsed_s
+        self._route_s += trip_s
         self._stage_s = [
             total + seconds for total, seconds in zip(self._stage_s, drawn.stage_s, strict=True)
         ]
@@ -404,3 +420,12 @@ class Generation:
             elapsed_s=elapsed_s,
             compute_s=sum(drawn.stage_s),
         )
+
+    async def _guess(self) -> list[int]:
+        """Return what may come next, as much of it as pays."""
+        room = self._token_count_max - len(self._answer_ids) - 1
+        if self._lookup is not None:
+            return self._lookup.guess(min(self._guesses.best(), room))
+        if self._drafter is not None:
+            return await self._drafter.guess(self.token_ids, min(self._guesses.best(), room))
+        return []

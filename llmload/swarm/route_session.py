@@ -40,6 +40,7 @@ from llmload.swarm.protocol import (
     pack_token_ids,
 )
 from llmload.swarm.route import HopFailed, StageOffer
+from llmload.swarm.speculate import shared_count
 from llmload.swarm.stage import receive_opened
 from natswarm import MessageStream, NatswarmError, Node, Peer, Stream
 
@@ -259,7 +260,7 @@ class RouteSession:
 
     def missing_count(self, token_ids: Sequence[int]) -> int:
         """Return how many of the tokens the stages would have to compute, at least 1."""
-        return len(token_ids) - self._shared_count(token_ids)
+        return len(token_ids) - shared_count(token_ids, self._held_ids)
 
     async def advance(
         self, token_ids: Sequence[int], guesses: Sequence[int] = (), *, timeout_s: float = math.inf
@@ -276,7 +277,7 @@ class RouteSession:
         Raises:
             HopFailed: A stage failed, was lost, or answered what it can't have computed.
         """
-        start = self._shared_count(token_ids)
+        start = shared_count(token_ids, self._held_ids)
         rows = [*token_ids[start:], *guesses]
         self._held_ids[start:] = rows
         part_rows = max(PART_ROWS, math.ceil(len(rows) / PARTS_MAX))
@@ -306,15 +307,6 @@ class RouteSession:
         self._events.close()
         with trio.move_on_after(CLOSE_S):
             await self._chain.aclose()
-
-    def _shared_count(self, token_ids: Sequence[int]) -> int:
-        """Return how many positions need not be sent; the last one is, for the token after it."""
-        shared = 0
-        for ours, theirs in zip(token_ids[:-1], self._held_ids, strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        return shared
 
     async def _send(self, position: int, token_ids: Sequence[int], draw_count: int) -> None:
         payload = pack_token_ids(np.array(token_ids))

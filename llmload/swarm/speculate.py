@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["GuessCount", "PromptLookup", "accepted_count"]
+__all__ = ["GuessCount", "PromptLookup", "accepted_count", "shared_count"]
 
 # The longest run that stood there before decides; single tokens repeat by chance.
 RUN_LENGTHS = (4, 3, 2)
@@ -125,3 +125,14 @@ def accepted_count(guesses: Sequence[int], drawn: Sequence[int]) -> int:
         if guess != token_id:
             return index
     return min(len(guesses), len(drawn))
+
+
+def shared_count(token_ids: Sequence[int], held_ids: Sequence[int]) -> int:
+    """Return how many positions of a sequence need not be computed, because they are held.
+
+    The last one is computed in any case, for what comes after it.
+    """
+    for index, (ours, held) in enumerate(zip(token_ids[:-1], held_ids, strict=False)):
+        if ours != held:
+            return index
+    return min(len(token_ids) - 1, len(held_ids))

@@ -162,6 +162,8 @@ def test_terminal_gets_no_control_characters(monkeypatch, capsys):
         ("up", "--blocks", "0-3"),
         ("up", "--blocks", "0-1", "--port", "65536"),
         ("serve", "--host", "localhost"),
+        ("serve", "--draft", "x"),
+        ("generate", "x", "--draft", "x"),
         ("nonsense",),
     ],
     ids=" ".join,
