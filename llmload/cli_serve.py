@@ -26,6 +26,7 @@ from llmload.cli_mesh import (
 from llmload.cli_shared import (
     JsonOption,
     ModelOption,
+    ThreadsOption,
     model_folder,
     output,
     print_json,
@@ -59,8 +60,7 @@ def serve(
         typer.Option(
             "--host",
             metavar="IP",
-            help="Address for HTTP; others than this device's own programs "
-            "can use it if it is not 127.0.0.1.",
+            help="Address for HTTP. With another than this, others can use it as well.",
         ),
     ] = "127.0.0.1",
     port: Annotated[
@@ -81,10 +81,7 @@ def serve(
     waiting: Annotated[
         int, typer.Option("--waiting", min=0, help="How many requests may wait for their turn.")
     ] = 32,
-    threads: Annotated[
-        int,
-        typer.Option("--threads", min=1, max=256, help="Processor threads, without --join."),
-    ] = 1,
+    threads: ThreadsOption = 1,
     precision: Annotated[
         Precision, typer.Option(help="Of the weights on this device, without --join.")
     ] = "float32",

@@ -91,7 +91,9 @@ class _Desk:
     def __init__(self, source: Source, answers_max: int, waiting_max: int) -> None:
         self.source = source
         self.name = source.model.folder.name
+        # Of the latest answer: under way, or how quick it was. One that is done holds memory.
         self.latest: Answer | None = None
+        self.tokens_per_s = 0.0
         self._places = trio.CapacityLimiter(answers_max)
         self._waiting_max = waiting_max
         self._created_s = int(time.time())
@@ -123,14 +125,15 @@ class _Desk:
 
     async def swarm(self, request: Request) -> Response:
         statistics = self._places.statistics()
-        latest = self.latest
+        if self.latest is not None:
+            self.tokens_per_s = self.latest.statistics().tokens_per_s
         return JSONResponse(
             {
                 "model": self.name,
                 "n_ctx": self.source.model.config.n_ctx,
                 "answering": statistics.borrowed_tokens,
                 "waiting": statistics.tasks_waiting,
-                "tokens_per_s": 0.0 if latest is None else latest.statistics().tokens_per_s,
+                "tokens_per_s": self.tokens_per_s,
                 **self.source.view(),
             },
             headers={"cache-control": "no-store"},
@@ -205,7 +208,12 @@ class _Answering(Response):
             ) as answer,
         ):
             self._desk.latest = answer
-            yield answer
+            try:
+                yield answer
+            finally:
+                if self._desk.latest is answer:
+                    self._desk.latest = None
+                    self._desk.tokens_per_s = answer.statistics().tokens_per_s
 
     async def _whole(self) -> dict[str, Any]:
         try:

@@ -174,7 +174,8 @@ RequestT = TypeVar("RequestT", bound=_Settings)
 def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    # RecursionError: lists in lists a thousand deep.
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Problem(400, f"the body is no JSON object: {error}") from None
     for name, harmless in UNSUPPORTED.items():
         if fields.get(name) not in harmless:
@@ -195,14 +196,10 @@ def _decode(body: bytes, kind: type[RequestT]) -> RequestT:
 
 
 def _prompt(prompt: str | list[Any]) -> str | list[int]:
-    if isinstance(prompt, str):
+    if len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]  # a batch of one
+    if isinstance(prompt, str) or (prompt and all(type(each) is int for each in prompt)):
         return prompt
-    if prompt and all(type(each) is int for each in prompt):
-        return prompt
-    if len(prompt) == 1 and isinstance(prompt[0], str):
-        return prompt[0]
-    if len(prompt) == 1 and isinstance(prompt[0], list):
-        return _prompt(prompt[0])
     raise Problem(
         400,
         "prompt must be one text or one list of token ids; send several one by one",

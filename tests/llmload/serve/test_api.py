@@ -184,6 +184,8 @@ async def test_other_models_and_paths_are_not_found(serving, local_source):
     [
         ({}, b"{", 400),
         ({}, b"[]", 400),
+        ({}, b'{"prompt": ' + b"[" * 100_000, 400),
+        ({}, b'{"model": "model", "prompt": ' + b"[" * 500 + b"]" * 500 + b"}", 400),
         ({"Host": "attacker.example"}, b"{}", 403),
         ({"Host": ""}, b"{}", 403),
         ({"Origin": "http://attacker.example"}, b"{}", 403),
