@@ -274,9 +274,10 @@ class _OpenGraph:
 
 @cache
 def _share_memory() -> None:
-    """Let all training graphs of this process take activations from one pool, as none run at once.
+    """Let all training graphs of this process take activations from one pool.
 
-    It grows by what is asked for; by default it would double, up to twice of what is needed.
+    A trainer runs one graph at a time, so the largest of them is what the pool has to hold. It
+    grows by what is asked for; by default it would double, up to twice of what is needed.
     """
     info = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import trio
 
+from llmload.adapter import AdapterSettings, fresh_adapter
 from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
 from llmload.learn import exchange
@@ -44,10 +45,11 @@ def mesh(nursery):
 async def make_learner(mesh, trained_looking_weights):
     """A function that puts a learner on a node of its own, announced and answering."""
 
-    async def make(name, own_text=1, *, own_batches=None, **options) -> Learner:
+    async def make(name, own_text=1, *, own_batches=None, adapter=None, **options) -> Learner:
         trainer = Trainer(
             CONFIG,
             trained_looking_weights(CONFIG, 1),
+            adapter=None if adapter is None else fresh_adapter(CONFIG, adapter),
             optimizer=AdamWSettings(learning_rate=3e-3),
         )
         options = {"settings": SETTINGS} | options
@@ -97,6 +99,17 @@ async def test_updates_go_both_ways_and_the_replies_say_what_became_of_them(make
         assert ours.outer.crowd > 1
         assert ours.step_count == 40
         assert ours.loss is not None
+
+
+async def test_learners_of_adapters_teach_each_other(make_learner):
+    settings = AdapterSettings(rank=4)
+    a = await make_learner("a", 1, adapter=settings, parts=2)
+    b = await make_learner("b", 2, adapter=settings, parts=2)
+    before = loss_on(a, 2), loss_on(b, 1)
+    await run_all(a, b, step_count=60)
+    assert loss_on(a, 2) < 0.97 * before[0]
+    assert loss_on(b, 1) < 0.97 * before[1]
+    assert a.outer.statistics.taken > 0 < b.outer.statistics.taken
 
 
 async def test_alone_it_trains(make_learner):

@@ -1,7 +1,7 @@
 """A step of training on one device, beside torch, eager and compiled, in one run.
 
     python -m tools.bench.training [--seed N] [--threads N] [--rounds N] [--quick] [--json]
-                                   [--only small|124M] [--sides NAME ...]
+                                   [--only CASE] [--sides NAME ...]
 
 Two models with random weights: one in the shape of the small model that is shipped, and GPT-2 124M.
 Each side is a process of its own, and they take turns: in a round, each computes the gradients of
@@ -282,7 +282,7 @@ def main() -> None:
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every side"
     )
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--only", choices=SHAPES, help="one model alone")
+    parser.add_argument("--only", default="", help="cases that begin so, as '124M 1x128'")
     parser.add_argument(
         "--sides", nargs="+", choices=(*OURS, *ADAPTERS, *RIVALS), help="these sides alone"
     )
@@ -302,7 +302,7 @@ def main() -> None:
     cases = [
         case
         for case in (QUICK_CASES if arguments.quick else FULL_CASES)
-        if arguments.only in (None, case.model)
+        if case.name.startswith(arguments.only)
     ]
     figures = {case.name: measure(case, names, options) for case in cases}
     targets = {
