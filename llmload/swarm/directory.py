@@ -190,7 +190,12 @@ class StageDirectory:
         costs = self._costs(frozenset())
         ends = [costs.client, *(offer.peer_id for offer in route), costs.client]
         way_s = sum(costs.hop_s(one, other) for one, other in itertools.pairwise(ends))
-        return way_s + sum(len(offer.blocks) * costs.compute_s(offer.peer_id) for offer in route)
+        return way_s + self.compute_s(route)
+
+    def compute_s(self, route: Sequence[StageOffer]) -> float:
+        """Return the seconds of such a step that are spent computing, and not on the way."""
+        costs = self._costs(frozenset())
+        return sum(len(offer.blocks) * costs.compute_s(offer.peer_id) for offer in route)
 
     async def _published(self) -> list[Record]:
         try:

@@ -250,8 +250,9 @@ class LivingSequence:
         rows, opening_s = len(token_ids) + len(guesses), OPENING_S
         if racer.session is not None:
             rows, opening_s = racer.session.missing_count(token_ids) + len(guesses), 0.0
-        step_s = self._step_s or self._directory.step_s(racer.route)
-        expected_s = step_s * (1 + (rows - 1) * PREFILL_SHARE)
+        # The way is the same for one row and for many.
+        expected_s = self._step_s or self._directory.step_s(racer.route)
+        expected_s += (rows - 1) * PREFILL_SHARE * self._directory.compute_s(racer.route)
         return opening_s + max(STALL_FACTOR * expected_s, STALL_S_MIN)
 
     def _other_route(self, racers: Sequence[_Racer]) -> tuple[StageOffer, ...] | None:

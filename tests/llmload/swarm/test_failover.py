@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import trio
 from fake_mesh import compute_here
@@ -10,6 +12,12 @@ from llmload.engine.generate import generate_tokens
 from llmload.engine.sampler import SamplingParameters
 from llmload.errors import StageFailed
 from llmload.swarm.client import SwarmTimeouts
+from llmload.swarm.living_sequence import (
+    OPENING_S,
+    PREFILL_SHARE,
+    STALL_FACTOR,
+    LivingSequence,
+)
 from llmload.swarm.route import NoRoute
 from llmload.swarm.stage import StageLimits, StageServer
 
@@ -78,6 +86,16 @@ async def test_stage_that_falls_silent_is_passed_by(autojump_clock, pipeline, ex
     await trio.sleep(1)
     # The silent one is not done yet.
     assert all(stage.session_count == 0 for stage in swarm.stages if stage.offer != silent)
+
+
+async def test_patience_grows_with_what_is_computed_and_not_with_the_way():
+    """A prompt travels at once, however far; only its rows are computed one by one."""
+    directory = SimpleNamespace(step_s=lambda _route: 0.5, compute_s=lambda _route: 0.01)
+    sequence = LivingSequence(None, None, directory, None, SwarmTimeouts(), print)
+    racer = SimpleNamespace(session=None, route=())
+    one, many = (sequence._patience_s(racer, [7] * rows, []) for rows in (1, 400))
+    assert one == OPENING_S + STALL_FACTOR * 0.5
+    assert many - one == pytest.approx(STALL_FACTOR * 399 * PREFILL_SHARE * 0.01)
 
 
 async def test_without_a_replica_it_waits_for_one(autojump_clock, pipeline, expected, stack, model):
