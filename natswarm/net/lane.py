@@ -72,7 +72,6 @@ FRAGILE_COPIES = 2
 # and 1 with it; sent twice, 1 and none.
 MIN_ATTEMPT_S = 3.0
 ATTEMPT_ROUND_TRIPS = 10
-MAX_ATTEMPTS_SEEN = 16
 # A side's part of the handshake is 4 datagrams at the most, sent twice.
 MAX_EARLY_DATAGRAMS = 16
 
@@ -125,8 +124,9 @@ class Lane:
 
     Args:
         settings: Shared by all lanes.
-        attempt: The connection id of the only attempt of the handshake there may be; None on the
-            first lane, whose client begins anew when nothing comes back.
+        attempt: The connection id of the only attempt of the handshake there may be; None on a
+            client's first lane, which begins anew when nothing comes back, and on the lane of a
+            server that has heard of no attempt.
 
     Attributes:
         engine: QUIC; None on a server that heard of no client yet.
@@ -154,7 +154,6 @@ class Lane:
         self.is_restless = False
         self._settings = settings
         self._only_attempt = attempt
-        self._seen_attempts: deque[bytes] = deque(maxlen=MAX_ATTEMPTS_SEEN)
         self._early: deque[bytes] = deque(maxlen=MAX_EARLY_DATAGRAMS)
         self._attempt_until = math.inf
         self._handled_at = 0.0
@@ -234,35 +233,30 @@ class Lane:
         offering all of them anew costs microseconds, where the sender's time-out costs a second.
         """
         self._early.extend(datagrams)
-        if not self._settings.is_client:
-            self._watch_for_attempts(datagrams, now)
+        if not self._settings.is_client and self.engine is None:
+            self._answer_attempt(datagrams, now)
         for _ in range(2):  # once for the keys, once for what waited for them
             for data in self._early:
                 self._feed([data], now)
         if self.engine is not None and self.engine.is_encrypted:
             self._early.clear()
 
-    def _watch_for_attempts(self, datagrams: list[bytes], now: float) -> None:
-        """Make an engine for each new attempt of the client: the latest counts until TLS is done.
+    def _answer_attempt(self, datagrams: list[bytes], now: float) -> None:
+        """Make an engine once an Initial of the client's attempt is there.
 
         An attempt is known by the connection id that the client made up (RFC 9000 section 7.2).
-        One that was replaced must not come back when its datagrams arrive late, or twice.
         """
         for data in datagrams:
             attempt = initial_connection_id_untrusted(data)
-            if attempt is None or attempt in self._seen_attempts:
-                continue
-            if self.engine is not None and attempt == self.engine.host_cid:
-                continue  # an Initial that answers ours
-            if self._only_attempt not in (None, attempt):
+            if attempt is None or attempt != self._only_attempt:
                 continue
             engine = QuicEngine.server(self._configuration(), self._settings.identity, attempt)
             engine.host_cid = self.connection_id
             with contextlib.suppress(Exception):  # as in _feed
                 engine.feed([data], now)
             if engine.has_authentic_packet:  # else garbage with the right first byte
-                self._seen_attempts.append(attempt)
                 self.engine = engine
+                return
 
     # --- what comes in ---
 

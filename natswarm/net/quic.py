@@ -137,7 +137,6 @@ class Connection:
             on_lane_note=self._on_lane_note,
         )
         self._lanes = LaneSet(self._settings, self._streams, may_stripe=may_stripe)
-        self._first = self._lanes.first
 
         self._wake = trio.Event()
         self._is_started = False
@@ -165,6 +164,10 @@ class Connection:
     def peer_id(self) -> PeerId:
         """Who is, or must prove to be, at the other end."""
         return self._settings.peer_id
+
+    @property
+    def _first(self) -> Lane:
+        return self._lanes.first
 
     @property
     def close_reason(self) -> str | None:
@@ -277,7 +280,7 @@ class Connection:
         self._received_datagram_count += len(datagrams)
         self._received_bytes += sum(map(len, datagrams))
         datagrams = self._swarm.open_quic_untrusted(datagrams)
-        for lane, batch in self._lanes.sort_untrusted(datagrams).items():
+        for lane, batch in self._lanes.sort_untrusted(datagrams, now).items():
             lane.receive(batch, now)
             self._handle_lane(lane)
         self._wake_up()
@@ -293,22 +296,26 @@ class Connection:
                     self._streams.receive(lane, data)
             self._note_proved(lane)
         except ProofRefused as refusal:
-            if lane is self._first:
+            if not self._lanes.give_up(lane) and lane is self._first:
                 self._close(CLOSE_REFUSED, "not the peer that was asked for", str(refusal))
         except ProtocolViolation as violation:
-            self._close(
-                CLOSE_VIOLATION, str(violation), f"the peer broke the protocol: {violation}"
-            )
+            if lane.is_proved or not self._lanes.give_up(lane):
+                reason = f"the peer broke the protocol: {violation}"
+                self._close(CLOSE_VIOLATION, str(violation), reason)
         is_needed = lane is self._first or lane.is_proved
         engine = lane.engine
         is_ending = engine is not None and engine.closing is not None
-        if is_needed and is_ending and not self._closed.is_set():
+        is_the_end = is_needed and is_ending and not self._closed.is_set()
+        if is_ending and not lane.is_proved and self._lanes.give_up(lane):
+            is_the_end = False
+        if is_the_end:
             assert engine is not None
             self._lose(_describe(engine, self._settings.idle_timeout_s))
         self._is_terminated |= self._first.is_terminated
 
     def _note_proved(self, lane: Lane) -> None:
         if lane.is_proved and not self._streams.has_lane(lane) and not self._closed.is_set():
+            self._lanes.settle_on(lane)
             self._streams.add_lane(lane)
             self._proved.set()
 
@@ -390,7 +397,9 @@ class Connection:
     @property
     def _driven_lanes(self) -> list[Lane]:
         """Those that have something to do: after the close, the first, which tells of it."""
-        return [self._first] if self._closed.is_set() else self._lanes.lanes
+        if self._closed.is_set():
+            return [self._first]
+        return [*self._lanes.lanes, *self._lanes.rivals]
 
     def _flush(self) -> bool:
         """Send what QUIC has to send, once for everything that happened since the last time.

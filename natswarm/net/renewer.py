@@ -164,6 +164,7 @@ class Renewer:
         self._outage_s = outage_s
         self._wishes: set[PeerId] = set()
         self._steps: dict[Peer, trio.CancelScope] = {}
+        self._believers: set[PeerId] = set()  # of our wishes, those that go by our profile already
 
     async def keep(self, peer: Peer) -> None:
         """Renew the paths to a peer until the connection ends."""
@@ -202,15 +203,18 @@ class Renewer:
 
     def note_profile(self, before: NatProfile, profile: NatProfile) -> None:
         """Take note of what our NAT does: searches that went by something else begin anew."""
+        if _foundations(before) == _foundations(profile):
+            return
         is_void = _is_void(before, profile)
         for peer, step in self._steps.items():
             if peer.is_reachable:
                 continue
-            searches = [d for d in self._dialler.under_way(peer_id=peer.peer_id) if d.is_renewal]
             if is_void:
-                for dial in searches:
-                    dial.cancel("we know more of our NAT")
-            if is_void or not searches:
+                for dial in self._dialler.under_way(peer_id=peer.peer_id):
+                    if dial.is_renewal:
+                        dial.cancel("we know more of our NAT")
+            # A step that is just looking at our NAT itself goes by what it finds.
+            if peer.peer_id not in self._wishes or (is_void and peer.peer_id in self._believers):
                 step.cancel()
 
     def check(self, peer: Peer) -> None:
@@ -257,6 +261,7 @@ class Renewer:
             raise ConnectFailed(f"no path was found in {TRY_S:g} s") from None
         finally:
             self._wishes.discard(peer_id)
+            self._believers.discard(peer_id)
 
     async def _agree(self, peer: Peer) -> Dial:
         """Have the peer start its side of a puncture, and return ours.
@@ -265,6 +270,7 @@ class Renewer:
             NatswarmError: Nobody could tell it, or it did not agree.
         """
         home, profile = await self._open_side(peer)
+        self._believers.add(peer.peer_id)
         is_taken = False
         try:
             sealed = replace(self._home.record(), profile=profile).seal(self._identity)
@@ -461,6 +467,14 @@ class Renewer:
                     if reply.transaction == transaction and reply.sender in observers:
                         return reply.observed
         return None
+
+
+def _foundations(profile: NatProfile) -> object:
+    """Return what searches go by."""
+    if profile.is_predictable:
+        return profile.main_endpoint
+    allocation = profile.allocation
+    return None if allocation is None else (allocation.law, allocation.blocks)
 
 
 def _is_void(before: NatProfile, profile: NatProfile) -> bool:

@@ -10,6 +10,7 @@ Source: trio.abc for what a stream promises. Knows neither time, datagrams nor Q
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ __all__ = ["INITIAL_CREDIT_BYTES", "Stream"]
 INITIAL_CREDIT_BYTES = 16 * 1024
 
 DEFAULT_RECEIVE_BYTES = 64 * 1024
+# Of what waits to be read, small pieces are joined up to this.
+CHUNK_BYTES = DEFAULT_RECEIVE_BYTES
 
 
 class _ConflictDetector:
@@ -89,7 +92,9 @@ class Stream(trio.abc.HalfCloseableStream):
 
         self._receive_conflict = _ConflictDetector("another task is receiving from this stream")
         self._readable = trio.lowlevel.ParkingLot()
-        self._buffer = bytearray()
+        # In chunks: one long buffer would be copied whole each time that it has grown by an eighth.
+        self._chunks: deque[bytearray] = deque()
+        self._unread_bytes = 0
         self._pieces = Reassembly()
         self._received_position = 0
         self._announced_bytes = 0
@@ -258,7 +263,7 @@ class Stream(trio.abc.HalfCloseableStream):
         with self._receive_conflict:
             await trio.lowlevel.checkpoint()
             self._extend_credit()
-            while not self._buffer:
+            while not self._chunks:
                 if self._is_closed:
                     raise trio.ClosedResourceError("this side closed the stream")
                 if self._is_aborted:
@@ -269,8 +274,13 @@ class Stream(trio.abc.HalfCloseableStream):
                     return b""
                 self._multiplexer.raise_if_ended()
                 await self._readable.park()
-            data = bytes(memoryview(self._buffer)[:limit])
-            del self._buffer[:limit]  # moves no bytes: a bytearray can start late
+            chunk = self._chunks[0]
+            if len(chunk) <= limit:
+                data = bytes(self._chunks.popleft())
+            else:
+                data = bytes(memoryview(chunk)[:limit])
+                del chunk[:limit]  # moves no bytes: a bytearray can start late
+            self._unread_bytes -= len(data)
             self._extend_credit()
             return data
 
@@ -283,14 +293,14 @@ class Stream(trio.abc.HalfCloseableStream):
         if self._is_closed or self._is_end_received:
             return
         window_bytes = self._multiplexer.window_bytes
-        limit = self._received_position - len(self._buffer) + window_bytes
+        limit = self._received_position - self._unread_bytes + window_bytes
         if limit - self._receive_limit >= window_bytes // 4:
             self._receive_limit = limit
             self._multiplexer.send_credit(self._id, limit)
 
     @property
     def _buffered_bytes(self) -> int:
-        return len(self._buffer) + len(self._pieces)
+        return self._unread_bytes + len(self._pieces)
 
     def _on_data_announced(self, position: int, count: int) -> None:
         # Counted as well, so that what comes twice can't fill the memory.
@@ -314,9 +324,17 @@ class Stream(trio.abc.HalfCloseableStream):
     def _take(self, data: memoryview | bytearray) -> None:
         """Take the next data of the stream."""
         self._received_position += len(data)
-        if not self._is_closed:
-            self._buffer += data
+        if not self._is_closed and len(data):
+            if self._chunks and len(self._chunks[-1]) + len(data) <= CHUNK_BYTES:
+                self._chunks[-1] += data
+            else:
+                self._chunks.append(bytearray(data))
+            self._unread_bytes += len(data)
             self._readable.unpark_all()
+
+    def _drop_unread(self) -> None:
+        self._chunks.clear()
+        self._unread_bytes = 0
 
     def _protocol_unknown(self) -> ProtocolUnknown | None:
         if not self._is_unknown:
@@ -331,7 +349,7 @@ class Stream(trio.abc.HalfCloseableStream):
             # What came in is part of something that will never be whole.
             self._is_aborted = self._is_end_received = True
             self._is_unknown = is_unknown
-            self._buffer.clear()
+            self._drop_unread()
             self._pieces.clear()
             self._readable.unpark_all()
             return
@@ -376,7 +394,7 @@ class Stream(trio.abc.HalfCloseableStream):
 
     def _mark_closed(self) -> None:
         self._is_closed = True
-        self._buffer.clear()
+        self._drop_unread()
         self._wake_all()
 
     def _finish(self, *, is_clean: bool, is_unknown: bool = False) -> None:

@@ -226,6 +226,7 @@ async def do_task(stream: trio.abc.Stream, *, keep_open: bool = False) -> bool:
         elif task == SLOW:
             (seconds,) = COUNT.unpack(await receive_exactly(stream, COUNT.size))
             await receive_exactly(stream, SLOW_BYTES_PER_S)
+            await trio.sleep(1)  # the window fills
             before_bytes = resident_bytes()
             for _ in range(seconds * 10):
                 await receive_exactly(stream, SLOW_BYTES_PER_S // 10)

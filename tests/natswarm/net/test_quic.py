@@ -14,6 +14,7 @@ from natswarm.net import lane as lane_module
 from natswarm.net import quic
 from natswarm.net.frames import FRAME, QUIC_STREAM_ID, FrameKind
 from natswarm.net.lane import initial_connection_id_untrusted
+from natswarm.net.lane_set import RIVALS_MAX
 from natswarm.net.multiplexer import MAX_OPEN_STREAMS
 from natswarm.net.proof import PROOF_BYTES
 from natswarm.net.quic import Connection
@@ -159,6 +160,50 @@ async def test_replaced_attempt_does_not_come_back(lab, autojump_clock):
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("rtt_s", [0.05, 0.3])
+async def test_forged_attempts_from_the_peers_own_endpoint_keep_nobody_out(
+    lab, autojump_clock, rtt_s
+):
+    """Forty a second, each as good as a client's until it would have to answer."""
+    link = lab.Link(seed=0, weather=lab.Weather(delay_s=rtt_s / 2))
+    client, server = lab.make_pair(link)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+
+        async def forge():
+            while True:
+                forger = Connection(
+                    lab.STRANGER, lab.SERVER.peer_id, is_client=True, send=server.receive_datagrams
+                )
+                forger._first.start(trio.current_time())
+                forger._flush()
+                await trio.sleep(1 / 40)
+
+        nursery.start_soon(forge)
+        await trio.sleep(0.5)
+        async with trio.open_nursery() as starting:
+            starting.start_soon(nursery.start, server.run)
+            starting.start_soon(nursery.start, client.run)
+        assert trio.current_time() < 0.5 + 3 * rtt_s + 0.2
+        assert server._lanes.rivals == []
+        stream, other = await lab.open_pair(client, server)
+        await stream.send_all(b"hello")
+        assert await other.receive_some() == b"hello"
+        nursery.cancel_scope.cancel()
+
+
+async def test_attempts_are_bounded(lab, autojump_clock):
+    _, server = lab.make_pair(lab.Link(seed=0))
+    for _ in range(200):
+        forger = Connection(
+            lab.STRANGER, lab.SERVER.peer_id, is_client=True, send=server.receive_datagrams
+        )
+        forger._first.start(trio.current_time())
+        forger._flush()
+    assert len(server._lanes.rivals) == RIVALS_MAX
+    assert len(server._lanes._by_connection_id) == 2 * (RIVALS_MAX + 1)
+
+
 @pytest.mark.parametrize("is_client", [True, False])
 async def test_silence_fails_after_the_time_out(lab, autojump_clock, is_client):
     failures = {}
@@ -244,11 +289,15 @@ async def test_man_in_the_middle_with_a_certificate_of_his_own(lab, autojump_clo
     assert all(at < 0.2 for at, _ in failures.values())
 
 
-async def test_proof_for_one_server_is_void_at_another(lab, autojump_clock):
+async def test_proof_for_one_server_is_void_at_another(lab, autojump_clock, monkeypatch):
     """A client connects to a stranger, who shows its proof to the server it is not for."""
     stolen = []
 
-    def steal(engine, data):
+    authenticate = lane_module.Lane._authenticate
+
+    def steal(lane, engine, data):
+        if lane._settings.identity is not lab.STRANGER:
+            return authenticate(lane, engine, data)
         stolen.append(data)
         return b""
 
@@ -260,7 +309,7 @@ async def test_proof_for_one_server_is_void_at_another(lab, autojump_clock):
         is_client=False,
         send=link.sender(client.receive_datagrams),
     )
-    thief._first._authenticate = steal
+    monkeypatch.setattr(lane_module.Lane, "_authenticate", steal)
     client.send = link.sender(thief.receive_datagrams)
     await fail_both(lab, client, thief, link)
     assert len(stolen[0]) == PROOF_BYTES
