@@ -79,6 +79,23 @@ async def test_reader_that_never_reads_gets_no_more_than_the_initial_credit(lab,
         await other.aclose()
 
 
+async def test_small_pieces_that_wait_are_joined(lab, autojump_clock):
+    """Else a peer that sends single bytes would take many times as much memory as its credit."""
+    async with lab.connected_pair() as (client, server, _):
+        stream, other = await lab.open_pair(client, server)
+        for index in range(3000):
+            await stream.send_all(index.to_bytes(4, "big"))
+        await stream.send_eof()
+        await trio.sleep(1)
+        assert len(other._chunks) == 1
+        assert server.statistics().buffered_bytes == 12_000
+        received = bytearray()
+        while data := await other.receive_some(7):
+            assert len(data) <= 7
+            received += data
+        assert received == b"".join(index.to_bytes(4, "big") for index in range(3000))
+
+
 async def test_reader_that_stops_stops_the_sender_within_a_window(lab, autojump_clock):
     async with lab.connected_pair(stream_window_bytes=WINDOW) as (client, server, _):
         stream, other = await lab.open_pair(client, server)
