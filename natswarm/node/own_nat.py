@@ -170,7 +170,8 @@ class OwnNat:
         way_out: list[PathReport] = []
         findings: Findings | None = None
         async with self._inspecting:
-            with trio.CancelScope() as self._inspection:
+            with trio.CancelScope() as scope:
+                self._inspection = scope
                 observers = await self._observers()
                 witnessed = await self._witnessed()
                 # The outer one takes off the groups that the inner one wraps around errors.
@@ -188,7 +189,7 @@ class OwnNat:
                     )
             if self._home.is_closed:
                 raise ConnectFailed("this node was closed")
-            if findings is None:
+            if scope.cancelled_caught or findings is None:
                 raise ConnectFailed("we moved to another network while our NAT was looked at")
         # Not before: whoever is seen at an endpoint of its own has no NAT.
         profile = replace(findings.profile, local_endpoints=self.host_candidates())
