@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every side"
     )
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=6, help="2 or more")
     parser.add_argument("--only", default="", help="cases that begin so, as '124M 1x128'")
     parser.add_argument(
         "--sides", nargs="+", choices=(*OURS, *ADAPTERS, *RIVALS), help="these sides alone"
@@ -296,6 +296,8 @@ def main() -> None:
         case = Case(model, int(batch), int(length))
         run_child(arguments.child, case, arguments.seed, arguments.threads)
         return
+    if arguments.rounds < 2:
+        parser.error("--rounds: a step holds the most when AdamW's vectors are there: the second")
     options = Options(arguments.seed, arguments.threads, 3 if arguments.quick else arguments.rounds)
     rivals = RIVALS if not arguments.quick else RIVALS[:1]
     names = arguments.sides or [*OURS, *ADAPTERS, *(rivals if is_installed() else ())]
