@@ -17,6 +17,8 @@ that peers give each other to learn from).
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 # From 1.32 on ONNX Runtime reports to its maker unless told not to before it is loaded.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -38,20 +40,22 @@ from llmload.errors import (
     StageFailed,
     StoreFailed,
 )
-from llmload.learn.exchange import Learner, PartnerReport
-from llmload.learn.optimizer import AdamWSettings
-from llmload.learn.outer import OuterSettings
-from llmload.learn.schedule import LearningRateSchedule
-from llmload.learn.trainer import Trainer
 from llmload.model_folder import Model, load_model
 from llmload.model_store import ModelStore
-from llmload.swarm.blocks import BlockStack
-from llmload.swarm.client import Generation, SwarmClient, SwarmTimeouts
-from llmload.swarm.draft import DraftModel, open_draft
-from llmload.swarm.route import NoRoute, StageOffer
-from llmload.swarm.stage import StageLimits, StageServer
 from llmload.tokenizer import TextStream, Tokenizer
 from llmload.weights import bundled_model_path
+
+if TYPE_CHECKING:
+    from llmload.learn.exchange import Learner, PartnerReport
+    from llmload.learn.optimizer import AdamWSettings
+    from llmload.learn.outer import OuterSettings
+    from llmload.learn.schedule import LearningRateSchedule
+    from llmload.learn.trainer import Trainer
+    from llmload.swarm.blocks import BlockStack
+    from llmload.swarm.client import Generation, SwarmClient, SwarmTimeouts
+    from llmload.swarm.draft import DraftModel, open_draft
+    from llmload.swarm.route import NoRoute, StageOffer
+    from llmload.swarm.stage import StageLimits, StageServer
 
 __all__ = [
     "AdamWSettings",
@@ -99,3 +103,30 @@ __all__ = [
     "open_stage",
     "save_adapter",
 ]
+
+# What works with peers, or trains, comes with its first use: whoever computes on one device alone
+# needs neither natswarm's time nor its 27 MB.
+_LATER = {
+    "AdamWSettings": "llmload.learn.optimizer",
+    "BlockStack": "llmload.swarm.blocks",
+    "DraftModel": "llmload.swarm.draft",
+    "Generation": "llmload.swarm.client",
+    "Learner": "llmload.learn.exchange",
+    "LearningRateSchedule": "llmload.learn.schedule",
+    "NoRoute": "llmload.swarm.route",
+    "OuterSettings": "llmload.learn.outer",
+    "PartnerReport": "llmload.learn.exchange",
+    "StageLimits": "llmload.swarm.stage",
+    "StageOffer": "llmload.swarm.route",
+    "StageServer": "llmload.swarm.stage",
+    "SwarmClient": "llmload.swarm.client",
+    "SwarmTimeouts": "llmload.swarm.client",
+    "Trainer": "llmload.learn.trainer",
+    "open_draft": "llmload.swarm.draft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

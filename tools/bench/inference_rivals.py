@@ -72,13 +72,19 @@ class Transformers:
 
 
 class Llama:
-    """llama.cpp by the low-level calls of llama-cpp-python."""
+    """llama.cpp by the low-level calls of llama-cpp-python.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        kind: Of the weights.
+        has_full_keys: Whether keys and values, too, have 32 bits, as ours do; by default 16.
+    """
+
+    def __init__(self, kind: str, *, has_full_keys: bool = False) -> None:
         import llama_cpp
 
         self._library = llama_cpp
         self._kind = kind
+        self._has_full_keys = has_full_keys
         # Kept alive: the library calls it for as long as it lives.
         self._silence = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
@@ -94,6 +100,8 @@ class Llama:
         settings.n_ctx = GPT2Config.from_folder(folder).n_ctx
         settings.n_batch = settings.n_ubatch = _PREFILL_ROWS_MAX
         settings.n_threads = settings.n_threads_batch = threads
+        if self._has_full_keys:
+            settings.type_k = settings.type_v = library.GGML_TYPE_F32
         self._context = library.llama_init_from_model(self._model, settings)
         vocabulary = library.llama_model_get_vocab(self._model)
         self._vocab_size = library.llama_vocab_n_tokens(vocabulary)
@@ -125,6 +133,7 @@ class Llama:
 RIVALS: Mapping[str, Callable[[], Rival]] = {
     "transformers": Transformers,
     **{f"llama-{kind}": partial(Llama, kind) for kind in _LLAMA_TYPES},
+    "llama-f32-keys32": partial(Llama, "f32", has_full_keys=True),
 }
 
 
