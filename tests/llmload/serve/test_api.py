@@ -191,7 +191,7 @@ async def test_other_models_and_paths_are_not_found(serving, local_source):
         ({"Origin": "http://attacker.example"}, b"{}", 403),
         ({"Origin": "null"}, b"{}", 403),
         ({}, b" " * (BODY_BYTES_MAX + 1), 413),
-        ({}, iter([b" " * 100_000] * 30), 413),  # in chunks, of no declared length
+        ({}, [b" " * 100_000] * 30, 413),  # in chunks, of no declared length
     ],
     ids=lambda value: str(value)[:40],
 )
