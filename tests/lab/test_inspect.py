@@ -39,7 +39,7 @@ def joins(shared_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[str
 
 
 def inspect(client: Host, state: Path, *options: str) -> dict[str, Any]:
-    command = [*NATSWARM, "inspect", "--json", "--state", str(state / "client"), *options]
+    command = [*NATSWARM, "inspect", "--json", "--state", str(state), *options]
     return json.loads(client.namespace.run(command, timeout_s=60))
 
 
@@ -70,7 +70,7 @@ def test_what_the_kernel_does_besides(shared_lab: Lab, tmp_path: Path, joins: li
     ]
 
     def look(client: Host) -> dict[str, Any]:
-        return inspect(client, tmp_path / client.namespace.name, *skipped, *joins)
+        return inspect(client, tmp_path / client.namespace.name[-5:], *skipped, *joins)
 
     # Both at once: most of an inspection is waiting.
     with ThreadPoolExecutor(len(clients)) as pool:
