@@ -26,6 +26,7 @@ from llmload.cli_mesh import (
     BindOption,
     DraftOption,
     JoinOption,
+    asking_config,
     join_mesh,
     open_draft_in_thread,
 )
@@ -50,7 +51,7 @@ from llmload.model_folder import Model, load_model
 from llmload.swarm.client import SwarmClient, prompt_token_ids
 from llmload.swarm.codec import Codec
 from llmload.swarm.route_view import route_as_json, route_text
-from natswarm import LINKS_MIN, Identity, Invite, NatswarmError, NodeConfig, SystemPaths, open_node
+from natswarm import Invite, NatswarmError, open_node
 
 __all__ = ["app", "main"]
 
@@ -259,14 +260,7 @@ async def _generate_on_peers(
     stop: Sequence[str] = (),
     draft: Path | None = None,
 ) -> dict[str, Any]:
-    # Whoever only asks needs no lasting name, and may ask on a device that serves, too.
-    config = NodeConfig(
-        identity=Identity.generate(),
-        swarm=invites[0].swarm,
-        bind_ip=bind,
-        links_max=LINKS_MIN,  # or it would find only the neighbours of those who invited us
-        paths=SystemPaths(ip=bind),
-    )
+    config = asking_config(invites, bind)
     with screen:
         screen.tell("joining the mesh")
         async with open_node(config) as node:

@@ -20,13 +20,17 @@ from llmload.model_folder import Model
 from llmload.swarm.draft import DraftModel, open_draft
 from natswarm import (
     LINKS_MAX,
+    LINKS_MIN,
     ConnectFailed,
+    Identity,
     Invite,
     Node,
+    NodeConfig,
     NodeEvent,
     PeerConnected,
     PeerLost,
     PunctureEnded,
+    SystemPaths,
 )
 
 __all__ = [
@@ -44,6 +48,7 @@ __all__ = [
     "LinksOption",
     "PortOption",
     "StateOption",
+    "asking_config",
     "join_mesh",
     "open_draft_in_thread",
     "show_event",
@@ -139,6 +144,20 @@ async def open_draft_in_thread(draft: Path | None, model: Model) -> DraftModel |
     if draft is None:
         return None
     return await trio.to_thread.run_sync(open_draft, model_folder(draft), model)
+
+
+def asking_config(invites: Sequence[Invite], bind: str) -> NodeConfig:
+    """Return how to open a node that only asks.
+
+    It needs no lasting name, and so may run on a device that serves, too.
+    """
+    return NodeConfig(
+        identity=Identity.generate(),
+        swarm=invites[0].swarm,
+        bind_ip=bind,
+        links_max=LINKS_MIN,  # or it would find only the neighbours of those who invited us
+        paths=SystemPaths(ip=bind),
+    )
 
 
 async def join_mesh(node: Node, invites: Sequence[Invite]) -> None:

@@ -19,6 +19,7 @@ from llmload.cli_mesh import (
     BindOption,
     DraftOption,
     JoinOption,
+    asking_config,
     join_mesh,
     open_draft_in_thread,
     stay_joined,
@@ -44,7 +45,7 @@ from llmload.serve.server import listen, serve_app
 from llmload.serve.source import Source, SwarmSource
 from llmload.swarm.beside import beside
 from llmload.swarm.codec import Codec
-from natswarm import LINKS_MIN, Identity, Invite, NodeConfig, SystemPaths, open_node
+from natswarm import Invite, open_node
 
 __all__ = ["serve"]
 
@@ -152,14 +153,7 @@ async def _open_here(
 async def _open_swarm(
     model: Model, invites: Sequence[Invite], bind: str, codec: Codec, draft: Path | None
 ) -> AsyncIterator[Source]:
-    # As `generate`: whoever only asks needs no lasting name.
-    config = NodeConfig(
-        identity=Identity.generate(),
-        swarm=invites[0].swarm,
-        bind_ip=bind,
-        links_max=LINKS_MIN,
-        paths=SystemPaths(ip=bind),
-    )
+    config = asking_config(invites, bind)
     opened = await open_draft_in_thread(draft, model)
     async with open_node(config) as node:
         await join_mesh(node, invites)

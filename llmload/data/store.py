@@ -347,7 +347,7 @@ def _enter_wal(connection: sqlite3.Connection) -> None:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
                 raise
-            time.sleep(BUSY_TIMEOUT_S / BUSY_TRIES)
+            time.sleep(BUSY_TIMEOUT_S / BUSY_TRIES)  # of a command, or in a thread of its own
         else:
             return
     raise sqlite3.OperationalError("another process keeps it locked")

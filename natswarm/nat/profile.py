@@ -128,6 +128,15 @@ class NatProfile:
         )
 
     @property
+    def is_counter(self) -> bool:
+        """Whether new mappings get a counter's next port: what is known of it ages in seconds."""
+        return (
+            not self.is_predictable
+            and self.allocation is not None
+            and self.allocation.law is AllocationLaw.SEQUENTIAL
+        )
+
+    @property
     def accepts_strangers(self) -> bool:
         """Whether a packet from anybody to `main_endpoint` gets in.
 

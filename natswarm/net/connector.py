@@ -47,7 +47,6 @@ from natswarm.errors import (
     RequestRefused,
 )
 from natswarm.identity import Identity, PeerId
-from natswarm.nat.behaviour import AllocationLaw
 from natswarm.nat.profile import NatProfile
 from natswarm.nat.votes import prefix_of
 from natswarm.net.attempt import PunctureReport
@@ -568,15 +567,12 @@ class Connector:
         return peer
 
     async def _profile(self) -> NatProfile:
-        """Return our profile, looked at anew if a puncture has failed since, or if it counts."""
+        """Return our profile, looked at anew if a puncture has failed since; a counter's is new."""
         max_age_s = max(trio.current_time() - self._failed_at, LOOK_AGAIN_S)
         profile = await self._home.known_profile(max_age_s=max_age_s)
-        counts = profile.allocation is not None and (
-            profile.allocation.law is AllocationLaw.SEQUENTIAL
-        )
-        if profile.is_predictable or not counts:
-            return profile
-        return await self._home.known_profile(max_age_s=COUNTER_AGE_S)
+        if profile.is_counter:
+            profile = await self._home.known_profile(max_age_s=COUNTER_AGE_S)
+        return profile
 
     def _plan(
         self,

@@ -413,8 +413,7 @@ class Renewer:
         """
         profile = await self._home.known_profile()
         if not peer.is_reachable and not profile.is_predictable:
-            law = None if profile.allocation is None else profile.allocation.law
-            if law is AllocationLaw.SEQUENTIAL:
+            if profile.is_counter:
                 profile = await self._home.known_profile(max_age_s=STALE_S)
             else:
                 self._nursery.start_soon(self._look_if_stale)

@@ -229,7 +229,7 @@ async def test_peers_serve_what_generate_asks_for(
         monkeypatch.setattr(module, "print_json", said_in.send_nowait)
     internet = Internet(World(seed=3))
     asker = VirtualNetwork(internet.add_host("asker", "linux-home"))
-    monkeypatch.setattr(cli, "NodeConfig", partial(NodeConfig, network=asker, seed=9))
+    monkeypatch.setattr(cli_mesh, "NodeConfig", partial(NodeConfig, network=asker, seed=9))
 
     hosts = {}
 
