@@ -45,12 +45,16 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class LossGraphs:
-    """A model as losses over its parameters, open for batches of any shape.
+    """A model as losses over its parameters, open for batches of any shape; or a stage of it.
+
+    `run` is the whole model. Where others hold some of the blocks, `embed`, `forward` and `losses`
+    are its parts, and `backward` and `embed_backward` lead back.
 
     Args:
         config: The shape of the model.
-        parameters: All of them by name, as `graph.quantize` stores them at this precision, with
-            those of the adapter; read in place at each run.
+        parameters: By name, those of the blocks and of the ends that are used, as `graph.quantize`
+            stores them at this precision, with those of the adapter; read in place at each run.
+        blocks: Contiguous range of blocks that are computed here; None for all.
         adapter: What is trained beside a model that stays as it is; None to train the model.
         precision: Of the matrices of such a model.
         recompute: Blocks whose activations are held at once; None for all.
@@ -62,8 +66,9 @@ class LossGraphs:
         config: GPT2Config,
         parameters: Arrays,
         *,
-        adapter: AdapterSettings | None,
-        precision: Precision,
+        blocks: range | None = None,
+        adapter: AdapterSettings | None = None,
+        precision: Precision = "float32",
         recompute: int | None,
         thread_count: int,
     ) -> None:
@@ -71,11 +76,12 @@ class LossGraphs:
         self._adapter = adapter
         self._precision = precision
         self._parameters = parameters
-        size = recompute or config.n_layer
-        # The last piece, which carries the output layer, is never the shorter one.
-        first = config.n_layer % size
-        starts = [*([0] if first else []), *range(first, config.n_layer, size)]
-        stops = [*starts[1:], config.n_layer]
+        blocks = config.blocks if blocks is None else blocks
+        size = recompute or len(blocks)
+        # The last piece, which may carry the output layer, is never the shorter one.
+        first = blocks.start + len(blocks) % size
+        starts = [*range(blocks.start, first, size), *range(first, blocks.stop, size)]
+        stops = [*starts[1:], blocks.stop]
         self._pieces = [range(*bounds) for bounds in zip(starts, stops, strict=True)]
         self._thread_count = thread_count
         self._open: dict[_Shape, dict[_Kind, _OpenGraph]] = {}
@@ -99,37 +105,18 @@ class LossGraphs:
         Returns:
             Cross-entropy of each target in nats, float32 (batch, time).
         """
-        graphs = self._graphs(_Shape(*tokens.shape))
-        *inner, last = self._pieces
-        losses = np.empty(tokens.shape, dtype=np.float32)
-        hidden = [self._embed(tokens)]  # the input of each piece
-        for piece in inner:
-            hidden.append(np.empty_like(hidden[0]))
-            self._run(graphs, piece, {"hidden": hidden[-2]}, {"hidden_out": hidden[-1]}, None)
-            if gradients is None:
-                del hidden[0]
-        inputs: dict[str, NDArray[Any]] = {
-            "hidden": hidden.pop(),
-            "targets": np.ascontiguousarray(targets, dtype=np.int64),
-        }
-        if gradients is None:
-            self._run(graphs, last, inputs, {"losses": losses}, None)
-            return losses
-
-        assert upstream is not None, "gradients of nothing"
-        inputs[gradient_name("losses")] = upstream
-        passed = np.empty_like(inputs["hidden"])
-        outputs = {"losses": losses, gradient_name("hidden"): passed}
-        self._run(graphs, last, inputs, outputs, gradients)
-        for piece in reversed(inner):
-            inputs = {"hidden": hidden.pop(), gradient_name("hidden_out"): passed}
-            passed = np.empty_like(passed)
-            self._run(graphs, piece, inputs, {gradient_name("hidden"): passed}, gradients)
-        if self._adapter is None:
-            self._embed_backward(tokens, passed, gradients)
+        losses, passed = self.losses(
+            self.embed(tokens), targets, upstream=upstream, gradients=gradients
+        )
+        if gradients is not None and self._adapter is None:
+            assert passed is not None, "given with gradients"
+            gradients["wpe.weight"][...] = 0
+            if not self._config.tie_word_embeddings:  # else the output layer has filled it
+                gradients["wte.weight"][...] = 0
+            self.embed_backward(tokens, passed, gradients)
         return losses
 
-    def _embed(self, tokens: NDArray[Any]) -> Vector:
+    def embed(self, tokens: NDArray[Any]) -> Vector:
         """Return what the first block sees, float32 (batch, time, n_embd)."""
         rows = rows_name("wte.weight")
         hidden: Vector
@@ -143,19 +130,112 @@ class LossGraphs:
         hidden += self._parameters["wpe.weight"][: tokens.shape[1]]
         return hidden
 
-    def _embed_backward(
+    def embed_backward(
         self, tokens: NDArray[Any], upstream: Vector, gradients: Mapping[str, Vector]
     ) -> None:
-        places = gradients["wpe.weight"]
-        time = tokens.shape[1]
-        places[:time] = upstream.sum(axis=0)
-        places[time:] = 0
+        """Add to the gradients of the embeddings.
+
+        Args:
+            tokens: Integers (batch, time).
+            upstream: float32 (batch, time, n_embd), the gradient of `embed`.
+            gradients: Those of wte and wpe.
+        """
+        gradients["wpe.weight"][: tokens.shape[1]] += upstream.sum(axis=0)
         rows = gradients["wte.weight"]
-        if not self._config.tie_word_embeddings:  # else the output layer has filled it
-            rows[...] = 0
         flat = upstream.reshape(-1, upstream.shape[-1])
         for token, row in zip(tokens.reshape(-1).tolist(), flat, strict=True):
             rows[token] += row
+
+    def forward(self, hidden: Vector) -> Vector:
+        """Take hidden states through the blocks, which are not the last: (batch, time, n_embd)."""
+        graphs = self._graphs(_Shape(*hidden.shape[:2]))
+        (result,) = self._forward(graphs, self._pieces, hidden, keep=False)
+        return result
+
+    def backward(self, hidden: Vector, upstream: Vector, gradients: Mapping[str, Vector]) -> Vector:
+        """Compute gradients of blocks that are not the last; what `forward` did is done again.
+
+        Args:
+            hidden: float32 (batch, time, n_embd), what `forward` was given.
+            upstream: The gradient of what it returned, of the same shape.
+            gradients: An array for each parameter that is trained, overwritten.
+
+        Returns:
+            The gradient of `hidden`, of its shape.
+        """
+        graphs = self._graphs(_Shape(*hidden.shape[:2]))
+        kept = self._forward(graphs, self._pieces[:-1], hidden, keep=True)
+        return self._backward(graphs, self._pieces, kept, upstream, gradients)
+
+    def losses(
+        self,
+        hidden: Vector,
+        targets: NDArray[Any],
+        *,
+        upstream: Vector | None = None,
+        gradients: Mapping[str, Vector] | None = None,
+    ) -> tuple[Vector, Vector | None]:
+        """Take hidden states through the blocks, which are the last, to the losses.
+
+        Args:
+            hidden: float32 (batch, time, n_embd).
+            targets: As for `run`.
+            upstream: The same.
+            gradients: The same; those of embeddings that are no output layer stay as they are.
+
+        Returns:
+            As `run`; and the gradient of `hidden`, of its shape, if gradients were asked for.
+        """
+        graphs = self._graphs(_Shape(*targets.shape))
+        *inner, last = self._pieces
+        losses = np.empty(targets.shape, dtype=np.float32)
+        kept = self._forward(graphs, inner, hidden, keep=gradients is not None)
+        inputs: dict[str, NDArray[Any]] = {
+            "hidden": kept.pop(),
+            "targets": np.ascontiguousarray(targets, dtype=np.int64),
+        }
+        if gradients is None:
+            self._run(graphs, last, inputs, {"losses": losses}, None)
+            return losses, None
+
+        assert upstream is not None, "gradients of nothing"
+        inputs[gradient_name("losses")] = upstream
+        passed = np.empty_like(inputs["hidden"])
+        outputs = {"losses": losses, gradient_name("hidden"): passed}
+        self._run(graphs, last, inputs, outputs, gradients)
+        return losses, self._backward(graphs, inner, kept, passed, gradients)
+
+    def _forward(
+        self,
+        graphs: dict[_Kind, _OpenGraph],
+        pieces: Sequence[range],
+        hidden: Vector,
+        *,
+        keep: bool,
+    ) -> list[Vector]:
+        """Return the input of each piece, if they are to be kept, and the result of the last."""
+        kept = [hidden]
+        for piece in pieces:
+            kept.append(np.empty_like(kept[-1]))
+            self._run(graphs, piece, {"hidden": kept[-2]}, {"hidden_out": kept[-1]}, None)
+            if not keep:
+                del kept[0]
+        return kept
+
+    def _backward(
+        self,
+        graphs: dict[_Kind, _OpenGraph],
+        pieces: Sequence[range],
+        kept: list[Vector],
+        passed: Vector,
+        gradients: Mapping[str, Vector],
+    ) -> Vector:
+        """Return the gradient of the first of `kept`, the inputs of the pieces, and use them up."""
+        for piece in reversed(pieces):
+            inputs = {"hidden": kept.pop(), gradient_name("hidden_out"): passed}
+            passed = np.empty_like(passed)
+            self._run(graphs, piece, inputs, {gradient_name("hidden"): passed}, gradients)
+        return passed
 
     def _graphs(self, shape: _Shape) -> dict[_Kind, _OpenGraph]:
         # The order of a dict is that of insertion: the first is the one unused for the longest.

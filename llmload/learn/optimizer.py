@@ -90,7 +90,12 @@ class AdamW:
         self._beta1_power, self._beta2_power = powers
 
     def update(
-        self, parameters: Vector, gradient: Vector, *, learning_rate: float | None = None
+        self,
+        parameters: Vector,
+        gradient: Vector,
+        *,
+        learning_rate: float | None = None,
+        norm: float | None = None,
     ) -> float:
         """Do one step, in place.
 
@@ -98,6 +103,8 @@ class AdamW:
             parameters: float32 (size,); changed.
             gradient: float32 (size,); unchanged.
             learning_rate: For this step; None for that of the settings.
+            norm: The length of the gradient that this one is a part of, by which it is clipped;
+                None where it is the whole.
 
         Returns:
             The length of the gradient before it was clipped.
@@ -107,7 +114,7 @@ class AdamW:
         """
         settings = self._settings
         rate = settings.learning_rate if learning_rate is None else learning_rate
-        norm = self._norm(gradient)
+        norm = math.sqrt(self.squared_norm(gradient)) if norm is None else norm
         if not math.isfinite(norm):
             raise LearningFailed(
                 "The gradient holds NaN or infinity; the step was skipped. "
@@ -143,8 +150,8 @@ class AdamW:
             theta -= work
         return norm
 
-    def _norm(self, gradient: Vector) -> float:
-        """Return the length of a vector, the same on every machine.
+    def squared_norm(self, gradient: Vector) -> float:
+        """Return the squared length of a vector, the same on every machine.
 
         Not a BLAS product: its order of additions depends on the processor. NumPy's pairwise sum
         does not; and the square of a float32 is exact as float64.
@@ -152,7 +159,7 @@ class AdamW:
         total = 0.0
         for bounds, _ in self._chunks:
             total += float(np.square(gradient[bounds], dtype=np.float64).sum())
-        return math.sqrt(total)
+        return total
 
 
 def _chunks(space: ParameterSpace) -> Iterator[tuple[slice, bool]]:
