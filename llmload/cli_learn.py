@@ -58,6 +58,7 @@ from llmload.cli_shared import (
 )
 from llmload.graph.quantize import Precision
 from llmload.learn.checkpoint import load_checkpoint, save_checkpoint
+from llmload.learn.curve import can_draw, draw_curve
 from llmload.learn.exchange import Learner
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.resume import resume, take_checkpoint
@@ -303,7 +304,7 @@ async def _learn(
                 await learner.run(left)
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(course.save)
+                await trio.to_thread.run_sync(course.finish)
 
 
 class _Pace(NamedTuple):
@@ -333,6 +334,7 @@ class _Course:
         self.window = window
         self._validation = validation
         self._out, self._report_every, self._as_json = out, report_every, as_json
+        self._curve = out / "curve.csv"
 
     @property
     def learned_hash(self) -> str:
@@ -347,6 +349,8 @@ class _Course:
     def begin(self, learner: Learner) -> None:
         """Go on from the latest checkpoint, if there is one."""
         self._learner = learner
+        if not can_draw():
+            self.tell({"event": "no picture", "advice": "pip install 'natswarm[plots]'"})
         self.texts.refresh()
         checkpoint = load_checkpoint(self._out)
         if checkpoint is not None:
@@ -378,6 +382,12 @@ class _Course:
             if source.exists() and not copy.exists():
                 shutil.copyfile(source, copy)
 
+    def finish(self) -> None:
+        """Save, and draw the curve where that is possible."""
+        self.save()
+        if can_draw() and self._curve.exists():
+            draw_curve(self._curve, self._curve.with_suffix(".png"))
+
     def tell(self, facts: dict[str, Any]) -> None:
         """Print a line."""
         if self._as_json:
@@ -404,9 +414,8 @@ class _Course:
             **self._texts_report(),
         }
         self.save()
-        curve = self._out / "curve.csv"
-        is_new = not curve.exists()
-        with curve.open("a", newline="") as file:
+        is_new = not self._curve.exists()
+        with self._curve.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if is_new:
                 writer.writeheader()

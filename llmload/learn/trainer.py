@@ -52,7 +52,8 @@ class Trainer:
         optimizer: Hyperparameters of AdamW.
         recompute: Hold the activations of no more than so many blocks at once and compute others
             again when they are needed: less memory for more time. None to hold all.
-        thread_count: Threads of the runtime. On cores shared with others 1 is often faster than 2.
+        thread_count: Threads of the runtime and of the update. On cores shared with others 1 is
+            often faster than 2.
 
     Attributes:
         space: Order and shapes of what is trained.
@@ -94,7 +95,7 @@ class Trainer:
             stored = stored_tensors(config, config.blocks, precision, weights.__getitem__)
             # As the runtime takes them in place: without gaps.
             frozen = {name: np.ascontiguousarray(values) for name, values in stored}
-        self.optimizer = AdamW(self.space, optimizer or AdamWSettings())
+        self.optimizer = AdamW(self.space, optimizer or AdamWSettings(), thread_count=thread_count)
         self._graphs = LossGraphs(
             config,
             {**frozen, **self.space.views(self._parameters)},
@@ -196,7 +197,7 @@ class Trainer:
         """Do one step of AdamW along the gradient of some batches together; return their loss.
 
         Raises:
-            LearningFailed: The gradient holds NaN or infinity. Nothing was changed.
+            LearningFailed: The gradient holds NaN, or is too long for float32. Nothing was changed.
             ValueError: As `gradients`.
         """
         loss, self._gradient = self.gradients(*parts, out=self._gradient)
@@ -214,7 +215,7 @@ class Trainer:
             The length of the gradient before it was clipped.
 
         Raises:
-            LearningFailed: The gradient holds NaN or infinity. Nothing was changed.
+            LearningFailed: The gradient holds NaN, or is too long for float32. Nothing was changed.
             ValueError: The gradient is of another size.
         """
         if gradient.shape != (self.space.size,):

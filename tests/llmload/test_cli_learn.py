@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from llmload import cli
+from llmload import cli, cli_learn
 from llmload.data.record import FeedbackRecord, TextRecord, sign_record
 from llmload.data.store import RecordStore
 from llmload.learn import texts
+from llmload.learn.curve import can_draw
 from llmload.model_folder import load_model
 from natswarm import Identity
 
@@ -59,6 +60,7 @@ def test_learning_goes_on_where_it_stopped_and_helps(run, tmp_path, model_folder
     assert [line["step"] for line in lines if "step" in line] == [15, 20]
     with (tmp_path / "out" / "curve.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["5", "10", "15", "20"]
+    assert (tmp_path / "out" / "curve.png").exists() == can_draw()
     # What came out is a model folder like any other.
     out = load_model(tmp_path / "out")
     assert out.content_hash != load_model(model_folder).content_hash
@@ -86,6 +88,15 @@ def test_how_a_step_is_made_can_be_chosen(run, tmp_path):
     status, _, said = learn(run, tmp_path, 5, "--warmup", "4", "--decay", "4")
     assert status == 2
     assert "must be more than" in said
+
+
+def test_without_matplotlib_it_learns_all_the_same(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_learn, "can_draw", lambda: False)
+    status, lines, _ = learn(run, tmp_path, 5)
+    assert status == 0
+    (hint,) = [line for line in lines if line.get("event") == "no picture"]
+    assert "natswarm[plots]" in hint["advice"]
+    assert not (tmp_path / "out" / "curve.png").exists()
 
 
 def test_an_adapter_is_learned_and_used(run, tmp_path, model_folder, monkeypatch, capsys):

@@ -86,7 +86,7 @@ class ModelPart:
         views = self._space.views(self._parameters)
         for name, view in views.items():
             view[...] = read(name)
-        self._optimizer = AdamW(self._space, optimizer)
+        self._optimizer = AdamW(self._space, optimizer, thread_count=thread_count)
         self._gradient = np.zeros(self._space.size, dtype=np.float32)
         self._sums = self._space.views(self._gradient)
         self._latest = np.zeros(self._space.size, dtype=np.float32)

@@ -1,0 +1,83 @@
+"""Draw how learning went: loss over steps, and below it the bytes that were exchanged.
+
+What is drawn is the table that `llmload learn` appends to, whatever wrote it and however often it
+was stopped meanwhile. matplotlib does it, where it is installed (extra `plots`); nothing else needs
+it, so it is loaded with the first picture.
+
+This file does not know when a picture is wanted, nor what learning is.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["can_draw", "draw_curve"]
+
+SENT = ("sent_bytes", "text_bytes_sent")
+RECEIVED = ("received_bytes", "text_bytes_received")
+NEEDED = ("step", "loss", "validation_loss", *SENT, *RECEIVED)
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_curve(table: Path, picture: Path) -> None:
+    """Draw a table as a picture.
+
+    Args:
+        table: CSV with a heading, of at least the columns `NEEDED`. Lines that are not complete
+            are left out: a device that lost power may have cut one off.
+        picture: PNG, overwritten.
+
+    Raises:
+        OSError: The table can't be read, or the picture not be written.
+    """
+    from matplotlib.figure import Figure
+
+    columns = _read(table)
+    steps = columns["step"]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, transfers = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    losses.plot(steps, columns["loss"], label="own batches")
+    losses.plot(steps, columns["validation_loss"], label="text not learned from")
+    losses.set(ylabel="loss, nats a token")
+    for label, names in (("sent", SENT), ("received", RECEIVED)):
+        total = sum(_over_all_runs(columns[name]) for name in names)
+        transfers.plot(steps, total / 1e6, label=label)
+    transfers.set(xlabel="steps", ylabel="MB", ylim=(0, None))
+    for axes in (losses, transfers):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(picture)
+
+
+def _read(table: Path) -> dict[str, NDArray[np.float64]]:
+    """Return the needed columns, float64 (rows,) each."""
+    with table.open(newline="") as file:
+        rows = [[_number(row.get(name)) for name in NEEDED] for row in csv.DictReader(file)]
+    # A loss that is not known yet, NaN, is a gap in the line; what was cut off is no row.
+    kept = [values for values in rows if None not in values]
+    grid = np.array(kept, dtype=np.float64).reshape(-1, len(NEEDED))
+    return dict(zip(NEEDED, grid.T, strict=True))
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _over_all_runs(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum since the first run of counts that begin at 0 again with each."""
+    growth = np.diff(counts, prepend=0.0)
+    total: NDArray[np.float64] = np.cumsum(np.where(growth < 0, counts, growth))
+    return total
