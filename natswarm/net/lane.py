@@ -92,6 +92,9 @@ NUDGED_MAX_S = 60.0
 MIN_SEND_BUFFER_BYTES = 64 * 1024
 MAX_SEND_BUFFER_BYTES = 512 * 1024
 MIN_BULK_BUFFER_BYTES = 16 * 1024
+# Bulk's while there are messages. On loopback 512 KiB made messages take 6 times as long as without
+# bulk, 128 KiB 2.4 times, at 0.9 of the bulk.
+MAX_HELD_BUFFER_BYTES = 128 * 1024
 # Where nobody sends messages there is nobody to be held back for.
 MIN_HELD_S = 1.0
 HELD_ROUND_TRIPS = 10
@@ -456,7 +459,7 @@ class Lane:
         room = limit
         if self._is_held or self.has_messages:
             bound = int(self.bound.limit_bytes)
-            limit = min(limit, bound)
+            limit = min(limit, bound, MAX_HELD_BUFFER_BYTES)
             room = min(limit, bound - engine.bytes_in_flight)
         room -= engine.queued_bytes
         # In large portions, since each costs both sides a turn; half the bound keeps the path full.

@@ -2,12 +2,13 @@
 
     python -m tools.bench.transport [--seed N] [--quick] [--json] [--slow-reader SECONDS]
 
-Four parts. Two processes on 127.0.0.1, since the ends of a real connection share no core: every
+Five parts. Two processes on 127.0.0.1, since the ends of a real connection share no core: every
 round moves data through one connection of each kind, one right after the other, so that all see the
 same noise of the machine; the ratio is the figure to trust, then CPU seconds. Plain drivers of qh3
 and aioquic get less data, since they take their time; aioquic is left out, with a word, where it is
 not installed. Then, in virtual time, emulated paths of 100 Mbit/s: those figures are the same on
-any machine. Then many connections in one process: handshakes and memory.
+any machine. Then many connections in one process: handshakes and memory; and what qh3's engine and
+system calls alone cost, without which the first figures can't be judged.
 
 With `--slow-reader` nothing but a sender that has all that it is let send, to a reader of 1 MB/s,
 for so long: what both processes have in memory must not grow.
@@ -36,6 +37,7 @@ import trio.testing
 from natswarm.address import Endpoint
 from natswarm.net.udp import UdpNetwork
 from tools.bench.emulated_path import Emulated, Path, measure_path
+from tools.bench.transport_floor import measure_floor
 from tools.bench.transport_kinds import (
     COUNT,
     ECHO,
@@ -96,7 +98,7 @@ class Size:
 
 
 FULL = Size(
-    5, 200_000_000, 500, 10.0, tuple((rtt_s, loss) for rtt_s in RTTS_S for loss in LOSSES), 1000, 10
+    5, 200_000_000, 500, 30.0, tuple((rtt_s, loss) for rtt_s in RTTS_S for loss in LOSSES), 1000, 10
 )
 QUICK = Size(2, 30_000_000, 100, 5.0, ((0.02, 0.0), (0.02, 0.01)), 50, 3)
 WARM_UP = Size(1, 5_000_000, 50, 0.0, (), 0, 1)
@@ -423,11 +425,13 @@ def main() -> None:
     size = QUICK if arguments.quick else FULL
     load = measure_load(size.connections, arguments.seed)
     rounds = trio.run(main_parent, arguments.seed, partial(run_parent, arguments.seed, size))
+    floor = measure_floor(size.bulk_bytes, arguments.seed)
     paths = measure_paths(size, arguments.seed)
     figures = {
         name: round(value, 3)
-        for name, value in (summarize(rounds) | summarize_paths(paths)).items()
+        for name, value in (summarize(rounds) | summarize_paths(paths) | asdict(floor)).items()
     }
+    figures["floor_to_tls_throughput"] = round(floor.mb_per_s / figures["tls_mb_per_s"], 3)
     targets = judge(figures)
     if not arguments.json:
         show(figures, targets, paths, load)

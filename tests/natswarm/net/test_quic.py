@@ -398,6 +398,42 @@ async def test_peer_that_breaks_the_rules_loses_the_connection(
         await client.wait_closed()
 
 
+# --- messages beside bulk ---
+
+
+@pytest.mark.parametrize("has_messages", [True, False])
+async def test_little_bulk_waits_in_quic_while_there_are_messages(
+    lab, autojump_clock, monkeypatch, has_messages
+):
+    queued = []
+    drain = lane_module.Lane.drain
+
+    def watched_drain(lane, *args, **kwargs):
+        queued.append(lane.engine.queued_bytes if lane.engine else 0)
+        return drain(lane, *args, **kwargs)
+
+    async def send_bulk(stream):
+        while True:
+            await stream.send_all(bytes(1_000_000))
+
+    async with lab.connected_pair(seed=3, weather=lab.Weather(delay_s=0.02)) as (client, server, _):
+        bulk, bulk_end = await lab.open_pair(client, server)
+        talk, _ = await lab.open_pair(client, server)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lab.receive_all, bulk_end)
+            nursery.start_soon(send_bulk, bulk)
+            await trio.sleep(0.4)  # the window opens
+            if has_messages:
+                await talk.send_all(bytes(1000))
+            await trio.sleep(0.1)
+            monkeypatch.setattr(lane_module.Lane, "drain", watched_drain)
+            await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+    # Frames have headers.
+    is_bounded = max(queued) <= 1.01 * lane_module.MAX_HELD_BUFFER_BYTES
+    assert is_bounded == has_messages, max(queued)
+
+
 # --- lanes ---
 
 
