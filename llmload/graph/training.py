@@ -4,6 +4,9 @@ Parameters are inputs of these graphs, because training changes them between two
 time are fixed: a trainer uses one shape for hours, and knows the sizes that the backward pass needs
 (to undo a broadcast) when the graph is built.
 
+The rows of the output layer are inputs by pieces of the vocabulary (`head.py`), so each is a view
+of the matrix. All other parameters are one input each.
+
 The loss of each token comes out by itself, and the gradient of each goes in: so one graph serves
 the mean over a batch, a share of a larger batch, and any loss over the likelihood of a sequence.
 
@@ -32,7 +35,8 @@ from onnx import ModelProto, TensorProto
 from llmload.adapter import AdapterSettings, adapter_shapes, lora_names
 from llmload.config import GPT2Config
 from llmload.graph.autodiff import add_gradients
-from llmload.graph.build import GraphBuilder, Linear, block, final_norm, linear, lm_head
+from llmload.graph.build import GraphBuilder, Linear, block, final_norm, linear
+from llmload.graph.head import LossHead, vocabulary_pieces
 from llmload.graph.quantize import (
     BLOCK_SIZE,
     Precision,
@@ -42,12 +46,30 @@ from llmload.graph.quantize import (
     stored_types,
 )
 
-__all__ = ["build_forward_graph", "build_gradient_graph", "gradient_name"]
+__all__ = [
+    "build_forward_graph",
+    "build_gradient_graph",
+    "gradient_name",
+    "rows_of_parameter",
+]
 
 
 def gradient_name(tensor: str) -> str:
     """Return the name under which a graph takes or gives the gradient of one of its tensors."""
     return f"{tensor}.grad"
+
+
+def rows_of_parameter(name: str) -> tuple[str, slice]:
+    """Return which parameter an input of a graph is, or is rows of, and which rows."""
+    parameter, bracket, bounds = name.partition("[")
+    if not bracket:
+        return parameter, slice(None)
+    start, _, stop = bounds.removesuffix("]").partition(":")
+    return parameter, slice(int(start), int(stop))
+
+
+def _rows_name(parameter: str, rows: range) -> str:
+    return f"{parameter}[{rows.start}:{rows.stop}]"
 
 
 def build_forward_graph(
@@ -65,7 +87,8 @@ def build_forward_graph(
         hidden: float32 (batch, time, n_embd): the embedded tokens, or what the stage before gave.
         targets: int64 (batch, time), the token after each; in the last stage.
         The parameters of the blocks and, in the last stage, of the output layer, as
-            `graph.quantize` stores them at this precision; and those of the adapter.
+            `graph.quantize` stores them at this precision; and those of the adapter. As named by
+            `rows_of_parameter`.
     Outputs:
         losses: float32 (batch, time), cross-entropy of each target in nats; in the last stage; or
         hidden_out: float32 (batch, time, n_embd), in earlier ones.
@@ -112,11 +135,16 @@ def build_gradient_graph(
     """
     stage = _Stage(config, batch, time, blocks, adapter, precision)
     builder = stage.builder
-    if stage.is_last:
-        builder.output(stage.result, stage.result_name, stage.result_shape)
     upstream = builder.input(gradient_name(stage.result_name), stage.result_shape)
     shapes = {**stage.trained_shapes, "hidden": stage.hidden_shape}
-    gradients = add_gradients(builder, {stage.result: upstream}, list(shapes))
+    gradients = {}
+    if stage.head is not None:
+        builder.output(stage.result, stage.result_name, stage.result_shape)
+        matrices = [name for name in stage.head_names if name in shapes]
+        upstream, found = stage.head.gradients(upstream, of_matrix=bool(matrices))
+        gradients = dict(zip(matrices, found, strict=True))
+    others = [name for name in shapes if name not in gradients]
+    gradients |= add_gradients(builder, {stage.blocks_result: upstream}, others)
     for name, shape in shapes.items():
         builder.output(gradients[name], gradient_name(name), shape)
     return builder.model()
@@ -142,11 +170,17 @@ class _Stage:
         stored = stored_types(config, blocks, precision)
         shapes = {name: shape for name, (shape, _) in stored.items()}
         adapted = {} if adapter is None else adapter_shapes(config, adapter, blocks)
-        self.is_last = blocks.stop == config.n_layer
+        is_last = blocks.stop == config.n_layer
         self.hidden_shape = (batch, time, config.n_embd)
-        name = f"gpt2-training-{blocks.start}-{blocks.stop}"
+        # The output layer by pieces; quantised it is one input, cut when it becomes float32.
+        self.head_names: list[str] = []
+        if is_last and precision == "float32":
+            for tokens in vocabulary_pieces(config.vocab_size):
+                name = _rows_name(config.lm_head_name, tokens)
+                self.head_names.append(name)
+                shapes[name] = (len(tokens), config.n_embd)
         self.builder = GraphBuilder(
-            name,
+            f"gpt2-training-{blocks.start}-{blocks.stop}",
             shapes | adapted,
             parameter_types={
                 name: TensorProto.UINT8 for name, (_, dtype) in stored.items() if dtype is np.uint8
@@ -162,20 +196,21 @@ class _Stage:
         for index in blocks:
             x = block(builder, config, index, x, time, layer)  # (batch, time, n_embd)
 
+        self.head: LossHead | None = None
         self.result, self.result_name = x, "hidden_out"
         self.result_shape: tuple[int, ...] = self.hidden_shape
-        if self.is_last:
+        if is_last:
             targets = builder.input("targets", (batch, time), TensorProto.INT64)
             x = final_norm(builder, config, x)
-            logits = (
-                lm_head(builder, config, x) if quantized is None else quantized.head(builder, x)
-            )
-            logits = builder.node("Reshape", [logits, builder.ints(-1, config.vocab_size)])
-            labels = builder.node("Reshape", [targets, builder.ints(-1)])  # (batch * time,)
-            # The logits are (batch * time, vocab_size).
-            losses = builder.node("SoftmaxCrossEntropyLoss", [logits, labels], reduction="none")
-            self.result = builder.node("Reshape", [losses, builder.ints(batch, time)])
-            self.result_name, self.result_shape = "losses", (batch, time)
+            if quantized is None:
+                matrices = [builder.parameter(name) for name in self.head_names]
+            else:
+                matrices = quantized.head(builder)
+            pieces = list(zip(vocabulary_pieces(config.vocab_size), matrices, strict=True))
+            self.head = LossHead(builder, x, targets, self.hidden_shape, pieces)
+            self.result, self.result_name = self.head.losses, "losses"
+            self.result_shape = (batch, time)
+        self.blocks_result = x  # in the last stage what its head is given
         # Not the embeddings, which are not used here.
         self.trained_shapes = adapted or {name: shapes[name] for name in builder.parameter_names}
 
@@ -216,21 +251,30 @@ class _Quantized:
         y = builder.node("Gemm", [rows, weight, builder.parameter(f"{name}.bias")], transB=1)
         return builder.node("Reshape", [y, builder.ints(self._batch, self._time, out_count)])
 
-    def head(self, builder: GraphBuilder, x: str) -> str:
-        """Emit the logits: (batch, time, n_embd) -> (batch * time, vocab_size)."""
+    def head(self, builder: GraphBuilder) -> list[str]:
+        """Emit the output layer: float32 (tokens, n_embd) for each of `vocabulary_pieces`."""
         config = self._config
-        weight = self._matrix(builder, config.lm_head_name, config.vocab_size, config.n_embd)
-        rows = builder.node("Reshape", [x, builder.ints(-1, config.n_embd)])
-        return builder.node("Gemm", [rows, weight], transB=1)
+        return [
+            self._matrix(builder, config.lm_head_name, config.vocab_size, config.n_embd, tokens)
+            for tokens in vocabulary_pieces(config.vocab_size)
+        ]
 
-    def _matrix(self, builder: GraphBuilder, name: str, out_count: int, in_count: int) -> str:
-        """Emit a matrix as float32 (out, in)."""
+    def _matrix(
+        self,
+        builder: GraphBuilder,
+        name: str,
+        out_count: int,
+        in_count: int,
+        rows: range | None = None,
+    ) -> str:
+        """Emit some rows of a matrix, or all: float32 (rows, in)."""
+        rows = range(out_count) if rows is None else rows
         values = builder.parameter(quantized_name(name))  # (out, blocks, bytes of a block)
         matrix = builder.node(
             "GatherBlockQuantized",
             [
                 builder.node("Reshape", [values, builder.ints(out_count, -1)]),
-                builder.constant(np.arange(out_count)),
+                builder.constant(np.array(rows)),
                 builder.parameter(scales_name(name)),
             ],
             domain="com.microsoft",
@@ -238,9 +282,9 @@ class _Quantized:
             block_size=BLOCK_SIZE,
             gather_axis=0,
             quantize_axis=1,
-        )  # (out, blocks * BLOCK_SIZE)
+        )  # (rows, blocks * BLOCK_SIZE)
         padded_count = -(-in_count // BLOCK_SIZE) * BLOCK_SIZE
-        builder.declare(matrix, (out_count, padded_count))
+        builder.declare(matrix, (len(rows), padded_count))
         if padded_count == in_count:
             return matrix
         bounds = (builder.ints(0), builder.ints(in_count), builder.ints(1))

@@ -33,7 +33,12 @@ from llmload.graph.quantize import (
     rows_name,
     scales_name,
 )
-from llmload.graph.training import build_forward_graph, build_gradient_graph, gradient_name
+from llmload.graph.training import (
+    build_forward_graph,
+    build_gradient_graph,
+    gradient_name,
+    rows_of_parameter,
+)
 from llmload.learn.shards import Vector
 
 __all__ = ["LossGraphs"]
@@ -267,20 +272,21 @@ class LossGraphs:
                 adapter=self._adapter,
                 precision=self._precision,
             )
-            names = [value.name for value in model.graph.input if value.name in self._parameters]
+            names = [
+                value.name
+                for value in model.graph.input
+                if rows_of_parameter(value.name)[0] in self._parameters
+            ]
             content = model.SerializeToString()
             graphs[kind] = _OpenGraph(content, names, piece.start, self._thread_count)
         graph = graphs[kind]
-        named = {name: _moved(name, piece.start - graph.start) for name in graph.parameter_names}
-        bound = {name: self._parameters[moved] for name, moved in named.items()}
-        results = dict(outputs)
-        if gradients is not None:
-            results |= {
-                gradient_name(name): gradients[moved]
-                for name, moved in named.items()
-                if moved in gradients
-            }
-        graph.run({**inputs, **bound}, results)
+        bound, results = dict(inputs), dict(outputs)
+        for name in graph.parameter_names:
+            moved, rows = rows_of_parameter(_moved(name, piece.start - graph.start))
+            bound[name] = self._parameters[moved][rows]
+            if gradients is not None and moved in gradients:
+                results[gradient_name(name)] = gradients[moved][rows]
+        graph.run(bound, results)
 
 
 class _Shape(NamedTuple):

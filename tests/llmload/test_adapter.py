@@ -23,6 +23,7 @@ from llmload.adapter import (
 )
 from llmload.config import GPT2Config
 from llmload.errors import ModelFolderError
+from llmload.graph import head
 from llmload.graph.quantize import EMBEDDING_BITS, bits_of, dequantize, quantize
 from llmload.learn.trainer import Trainer
 from llmload.weights import random_weights
@@ -101,8 +102,9 @@ def test_beside_the_base_is_as_merged_into_it():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_gradients_over_a_quantised_base_are_those_over_what_it_stands_for(
-    precision, tied, recompute
+    precision, tied, recompute, monkeypatch
 ):
+    monkeypatch.setattr(head, "PIECE_SIZE", 5)
     # Wider than a group of weights with one scale, and no multiple of it.
     config = GPT2Config(
         vocab_size=13, n_ctx=7, n_embd=132, n_layer=2, n_head=2, tie_word_embeddings=tied

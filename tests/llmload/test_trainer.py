@@ -10,7 +10,7 @@ import pytest
 from llmload import reference
 from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
-from llmload.graph import build
+from llmload.graph import build, head
 from llmload.graph.training import build_forward_graph, build_gradient_graph
 from llmload.learn.gradients import OPEN_SHAPE_COUNT_MAX
 from llmload.learn.optimizer import CHUNK_VALUE_COUNT, AdamW, AdamWSettings
@@ -40,13 +40,18 @@ def lively_weights(config, seed=5):
     }
 
 
-def reference_loss(config, weights):
-    """Return the mean cross-entropy by the NumPy reference, in the type of the weights."""
+def reference_losses(config, weights):
+    """Return the cross-entropies by the NumPy reference, in the type of the weights."""
     logits, _ = reference.forward(config, weights, TOKENS)  # (b, t, v)
     largest = logits.max(axis=-1, keepdims=True)
     log_sums = largest[..., 0] + np.log(np.exp(logits - largest).sum(axis=-1))  # (b, t)
     chosen = np.take_along_axis(logits, TARGETS[..., None], axis=-1)[..., 0]  # (b, t)
-    return (log_sums - chosen).mean()
+    return log_sums - chosen
+
+
+def reference_loss(config, weights):
+    """Return their mean."""
+    return reference_losses(config, weights).mean()
 
 
 def difference(config, weights, name, direction):
@@ -59,10 +64,15 @@ def difference(config, weights, name, direction):
 # --- Gradients ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("span", [build.QUERY_SPAN, 2])
+@pytest.mark.parametrize(
+    ("span", "piece_size"), [(build.QUERY_SPAN, head.PIECE_SIZE), (2, 5)], ids=["whole", "cut"]
+)
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
-def test_every_parameter_against_differences_of_the_reference(config, span, monkeypatch):
+def test_every_parameter_against_differences_of_the_reference(
+    config, span, piece_size, monkeypatch
+):
     monkeypatch.setattr(build, "QUERY_SPAN", span)
+    monkeypatch.setattr(head, "PIECE_SIZE", piece_size)
     weights = lively_weights(config)
     trainer = Trainer(config, weights)
     loss, gradient = trainer.gradients((TOKENS, TARGETS))
@@ -150,6 +160,29 @@ def test_loss_alone_is_the_loss_of_the_gradients():
     assert trainer.loss(TOKENS, TARGETS) == pytest.approx(
         trainer.gradients((TOKENS, TARGETS))[0], rel=1e-6
     )
+
+
+@pytest.mark.parametrize("piece_size", [head.PIECE_SIZE, 5])
+def test_each_token_counts_as_its_upstream_says(piece_size, monkeypatch):
+    """Upstream of either sign and of zero, logits far apart: every part of the softmax matters."""
+    monkeypatch.setattr(head, "PIECE_SIZE", piece_size)
+    weights = lively_weights(UNTIED)
+    weights["lm_head.weight"] *= 30
+    trainer = Trainer(UNTIED, weights)
+    upstream = np.array([[0, 1, -2, 0.5, 0], [3, 0, 0, -1, 0.25]], dtype=np.float32)
+    found = trainer.space.views(trainer.gradient_of(TOKENS, TARGETS, upstream))["lm_head.weight"]
+    exact = reference.as_type(weights, np.float64)
+    losses = reference_losses(UNTIED, exact)
+    assert trainer.losses(TOKENS, TARGETS) == pytest.approx(losses, rel=1e-5, abs=1e-5)
+
+    def weighed(matrix):
+        return (reference_losses(UNTIED, exact | {"lm_head.weight": matrix}) * upstream).sum()
+
+    direction = np.random.default_rng(2).standard_normal(found.shape)
+    matrix = exact["lm_head.weight"]
+    numeric = weighed(matrix + STEP * direction) - weighed(matrix - STEP * direction)
+    error = abs((found * direction).sum() - numeric / (2 * STEP))
+    assert error < RELATIVE_ERROR * np.linalg.norm(found)
 
 
 def test_graph_sizes_are_checked():
