@@ -48,6 +48,7 @@ __all__ = [
     "random_weights",
     "replace_file",
     "save_weights",
+    "save_weights_in_parts",
     "weights_files",
 ]
 
@@ -151,6 +152,47 @@ def save_weights(
         ValueError: A value is not finite, or too large for `dtype`.
         OSError: The file can't be written.
     """
+    file = folder / WEIGHTS_FILE_NAME
+    _save(file, weights, dtype)
+    return file
+
+
+def save_weights_in_parts(folder: Path, parts: Iterable[Weights], name: str) -> Path:
+    """Write a model as several files and their index, one part in memory at a time.
+
+    The index appears whole or not at all; until then a reader finds the model that was there, if it
+    is under another `name`.
+
+    Args:
+        folder: Model folder; made if it is missing.
+        parts: Parameters by name without prefix, each file's.
+        name: A word that the names of the files carry.
+
+    Returns:
+        The path of the index.
+
+    Raises:
+        ValueError: A value is not finite.
+        OSError: A file can't be written.
+    """
+    weight_map: dict[str, str] = {}
+    byte_count = 0
+    for number, weights in enumerate(parts, 1):
+        file = folder / f"model-{name}-{number:05d}.safetensors"
+        tensors = _save(file, weights, np.float32)
+        weight_map |= dict.fromkeys(tensors, file.name)
+        byte_count += sum(values.nbytes for values in tensors.values())
+    index = {"metadata": {"total_size": byte_count}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2) + "\n"
+    replace_file(folder / SHARDS_FILE_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    for old in folder.glob("model-*.safetensors"):
+        if old.name not in weight_map.values():
+            old.unlink(missing_ok=True)
+    return folder / SHARDS_FILE_NAME
+
+
+def _save(file: Path, weights: Mapping[str, NDArray[Any]], dtype: DTypeLike) -> dict[str, Any]:
+    """Write one file of weights; returns the tensors in it."""
     tensors = {}
     for name, values in weights.items():
         with np.errstate(over="ignore"):
@@ -160,11 +202,10 @@ def save_weights(
             raise ValueError(f"{name} holds values that are not finite as {np.dtype(dtype)}")
         # The output matrix stands outside of the transformer in the classes of `transformers`.
         tensors[name if name == "lm_head.weight" else _PREFIX + name] = stored
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / WEIGHTS_FILE_NAME
+    file.parent.mkdir(parents=True, exist_ok=True)
     # `transformers` refuses a file that does not say which framework wrote its layout.
     replace_file(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    return file
+    return tensors
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:

@@ -30,7 +30,14 @@ from safetensors.numpy import save_file
 from llmload.learn.shards import Vector
 from llmload.weights import replace_file
 
-__all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "checkpoint_file",
+    "load_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+    "stored_digest",
+]
 
 # The one before the last is for a disk that lies about what it has written.
 KEPT_COUNT = 2
@@ -63,13 +70,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     vectors = {name: np.ascontiguousarray(values) for name, values in checkpoint.vectors.items()}
     facts = json.dumps(dict(checkpoint.facts), sort_keys=True)
     metadata = {"facts": facts, "sha256": _digest(vectors, facts)}
-    file = folder / f"checkpoint-{checkpoint.step}.safetensors"
+    file = checkpoint_file(folder, checkpoint.step)
     try:
         replace_file(file, lambda path: save_file(vectors, path, metadata=metadata))
     except SafetensorError as error:  # how the library reports a full disk
         raise OSError(f"{file}: can't be written: {error}") from error
     _sync(folder)
-    for old in _files(folder)[KEPT_COUNT:]:
+    for _, old in _files(folder)[KEPT_COUNT:]:
         old.unlink(missing_ok=True)
     return file
 
@@ -80,29 +87,52 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         OSError: A file is there and can't be read.
     """
-    for file in _files(folder):
-        try:
-            with safe_open(file, framework="numpy") as stored:
-                metadata = stored.metadata() or {}
-                names = list(stored.keys())
-                vectors = {name: stored.get_tensor(name) for name in names}
-        except SafetensorError:
-            continue
-        if metadata.get("sha256") == _digest(vectors, metadata.get("facts", "")):
-            match = _NAME.fullmatch(file.name)
-            assert match is not None, "only such files are listed"
-            return Checkpoint(int(match[1]), vectors, json.loads(metadata["facts"]))
+    for step, file in _files(folder):
+        if (checkpoint := read_checkpoint(file, step)) is not None:
+            return checkpoint
     return None
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return checkpoints, the latest first, damaged or not."""
+def checkpoint_file(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is kept."""
+    return folder / f"checkpoint-{step}.safetensors"
+
+
+def read_checkpoint(file: Path, step: int) -> Checkpoint | None:
+    """Return the checkpoint in a file; None if it is not whole.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            metadata = stored.metadata() or {}
+            names = list(stored.keys())
+            vectors = {name: stored.get_tensor(name) for name in names}
+    except SafetensorError:
+        return None
+    if metadata.get("sha256") != _digest(vectors, metadata.get("facts", "")):
+        return None
+    return Checkpoint(step, vectors, json.loads(metadata["facts"]))
+
+
+def stored_digest(file: Path) -> str | None:
+    """Return the SHA-256 that a checkpoint says it has; None if it can't be read at all."""
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            return (stored.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
+        return None
+
+
+def _files(folder: Path) -> list[tuple[int, Path]]:
+    """Return checkpoints and their steps, the latest first, damaged or not."""
     if not folder.is_dir():
         return []
     found = [
         (int(match[1]), file) for file in folder.iterdir() if (match := _NAME.fullmatch(file.name))
     ]
-    return [file for _, file in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
 
 
 def _digest(vectors: Mapping[str, Vector], facts: str) -> str:

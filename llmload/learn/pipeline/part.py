@@ -27,10 +27,20 @@ from llmload.learn.gradients import LossGraphs
 from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.shards import ParameterSpace, Vector
 
-__all__ = ["BYTES_PER_PARAMETER", "ENDS", "ModelPart", "Unit", "unit_shapes", "units_of"]
+__all__ = [
+    "BYTES_PER_PARAMETER",
+    "ENDS",
+    "STATE_VECTORS",
+    "ModelPart",
+    "Unit",
+    "unit_shapes",
+    "units_of",
+]
 
 # Parameters, the gradient, that of one micro-batch, and the two means of AdamW.
 BYTES_PER_PARAMETER = 20
+# What the state of a unit is made of.
+STATE_VECTORS = ("parameters", "mean", "mean_square")
 # The unit of the embeddings, the final norm and the output layer; others are indexes of blocks.
 ENDS = -1
 Unit: TypeAlias = int
@@ -192,4 +202,4 @@ class ModelPart:
         bounds = [self._space.bounds[name] for name in unit_shapes(self._config, unit)]
         where = slice(min(b.start for b in bounds), max(b.stop for b in bounds))
         vectors = {"parameters": self._parameters, **self._optimizer.vectors()}
-        return {name: vector[where] for name, vector in vectors.items()}
+        return {name: vectors[name][where] for name in STATE_VECTORS}
