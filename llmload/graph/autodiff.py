@@ -6,7 +6,8 @@ optimises and plans memory for as a whole.
 
 The method is the textbook's. Walk the nodes in reverse topological order; when a node is reached,
 all uses of its outputs have been visited, so the gradients of its outputs are complete: sum them
-(fan-out) and let the operator's rule pass them on to its inputs.
+(fan-out) and let the operator's rule pass them on to its inputs. What a rule needs of the forward
+pass is kept until then; or computed again, where that is cheap (`RECOMPUTED`).
 
 Source: Griewank and Walther, "Evaluating Derivatives", chapter 3; micrograd and tinygrad for the
 shape of the code.
@@ -22,7 +23,7 @@ from onnx import NodeProto
 
 from llmload.graph.backward import AutodiffError, Backward, MissingGradientRule, UnknownShape
 from llmload.graph.build import GraphBuilder
-from llmload.graph.gradient_rules import GRADIENT_RULES
+from llmload.graph.gradient_rules import GRADIENT_RULES, RECOMPUTED
 
 __all__ = ["AutodiffError", "MissingGradientRule", "UnknownShape", "add_gradients"]
 
@@ -67,6 +68,12 @@ def add_gradients(
             totals[name] = parts[0] if len(parts) == 1 else backward.node("Sum", *parts)
         return totals.get(name)
 
+    cheap = {
+        node.output[0]: node
+        for node in forward
+        if node.op_type in RECOMPUTED and node.output[0] in influenced
+    }
+
     for node in reversed(forward):
         if not any(name in influenced for name in node.output):
             continue
@@ -76,6 +83,12 @@ def add_gradients(
             continue
         if node.domain or node.op_type not in GRADIENT_RULES:
             raise MissingGradientRule(node)
+        at_hand = next(gradient for gradient in gradients if gradient is not None)
+        for name in dict.fromkeys(node.input):
+            if name not in cheap:
+                continue
+            source = cheap.pop(name)
+            backward.replace(name, RECOMPUTED[source.op_type](backward, source, at_hand))
         # A copy: a rule may switch on optional outputs of the node.
         inputs = list(node.input)
         input_gradients = GRADIENT_RULES[node.op_type](backward, node, gradients)

@@ -16,7 +16,7 @@ This file does not know any operator's derivative, nor in which order nodes are 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,8 @@ class Backward:
         for tensor in builder.initializers:
             self._element_types[tensor.name] = tensor.data_type
             self._shapes[tensor.name] = tuple(tensor.dims)
+        self._again: dict[str, str] = {}
+        self._emitted: dict[str, tuple[str, ...]] = {}
 
     # --- What is known of forward tensors ---
 
@@ -143,7 +145,32 @@ class Backward:
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Append a node and return the name of its one result."""
+        inputs = tuple(self._again.get(name, name) for name in inputs)
         return self._builder.node(op, inputs, **attributes)
+
+    def replace(self, name: str, again: str) -> None:
+        """Have nodes that are appended from now on use `again`, of equal value, for a tensor.
+
+        So the tensor itself need not be kept for them.
+        """
+        self._again[name] = again
+
+    def once(self, tensor: str, emit: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
+        """Return what `emit` gave the first time for this tensor: several rules may need it."""
+        if tensor not in self._emitted:
+            self._emitted[tensor] = emit()
+        return self._emitted[tensor]
+
+    def late_scalar(self, value: float, like: str, gradient: str) -> str:
+        """Emit what `scalar` does, computed from a gradient.
+
+        What is computed with it in turn is not computed, and held, before the gradient is there;
+        nor is it taken for the same that the forward pass has computed. Where the gradient holds
+        NaN or infinity it is NaN.
+        """
+        first = self.node("Gather", self.node("Reshape", gradient, self.ints(-1)), self.ints(0))
+        nothing = self.node("Mul", first, self.scalar(0.0, like))
+        return self.node("Add", nothing, self.scalar(value, like))  # (1,)
 
     def split(self, gradient: str, sizes: str, *, count: int, axis: int) -> tuple[str, ...]:
         """Cut a gradient into `count` parts whose sizes along `axis` are the vector `sizes`."""

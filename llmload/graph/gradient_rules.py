@@ -5,6 +5,9 @@ the gradients of its inputs, and returns their names (None where an input has no
 index). "Gradient of t" always means dL/dt for one scalar L: it has the shape of t. A rule may emit
 more than is asked for; what nobody uses is pruned afterwards.
 
+A second table, `RECOMPUTED`, is of operators whose results are cheap: what needs them on the way
+back computes them again from what has to be kept anyway.
+
 Every rule is checked against finite differences in tests/llmload/test_autodiff.py.
 
 Source: operators as in https://onnx.ai/onnx/operators/ at opset 20; a table of local rules as in
@@ -23,7 +26,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from llmload.graph.backward import Backward, Dimension, MissingGradientRule
 
-__all__ = ["GRADIENT_RULES", "GradientRule"]
+__all__ = ["GRADIENT_RULES", "RECOMPUTED", "GradientRule", "Recompute"]
 
 Gradients = Sequence[str | None]
 # Takes gradients of the node's outputs (None: the loss does not depend on it), gives those of its
@@ -33,6 +36,9 @@ GradientRule = Callable[[Backward, NodeProto, Gradients], Gradients]
 SimpleRule = Callable[[Backward, NodeProto, str], Gradients]
 
 GRADIENT_RULES: dict[str, GradientRule] = {}
+
+# Takes a gradient that is there when the node's first output is needed again; gives that output.
+Recompute = Callable[[Backward, NodeProto, str], str]
 
 
 def _rule(*ops: str) -> Callable[[SimpleRule], SimpleRule]:
@@ -136,23 +142,35 @@ def _tanh(b: Backward, node: NodeProto, g: str) -> Gradients:
     return [b.node("Sub", g, b.node("Mul", b.node("Mul", g, y), y))]
 
 
+# Of GELU in its form of tanh: y = x s with s = sigmoid(u) and u = x (linear + cubic x^2).
+GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715 * GELU_LINEAR
+
+
 @_rule("Gelu")
 def _gelu(b: Backward, node: NodeProto, g: str) -> Gradients:
-    """In its form of tanh, y = x s with s = sigmoid(u) and u = x (linear + cubic x^2).
-
-    dy/dx = s + x s (1 - s) du/dx = s + (y - y s) (linear + 3 cubic x^2). The graph keeps x and y
-    for other uses; s costs one pass to have again, and would be as large as both.
-    """
-    if _attribute(node, "approximate", b"none") != b"tanh":
-        raise MissingGradientRule(node, "the error function")
-    x, y = node.input[0], node.output[0]
-    linear = b.scalar(2 * math.sqrt(2 / math.pi), like=x)
-    cubic = b.scalar(0.044715 * 2 * math.sqrt(2 / math.pi), like=x)
-    square = b.node("Mul", b.node("Mul", x, x), cubic)  # cubic x^2
-    s = b.node("Sigmoid", b.node("Mul", b.node("Add", square, linear), x))
-    slope = b.node("Add", b.node("Mul", square, b.scalar(3.0, like=x)), linear)  # du/dx
+    """Rule: dy/dx = s + x s (1 - s) du/dx = s + (y - y s) (linear + 3 cubic x^2)."""
+    square, s, y = _gelu_again(b, node, g)
+    slope = b.node("Mul", square, b.scalar(3.0, like=node.input[0]))
+    slope = b.node("Add", slope, b.scalar(GELU_LINEAR, like=node.input[0]))  # du/dx
     rest = b.node("Mul", b.node("Sub", y, b.node("Mul", y, s)), slope)
     return [b.node("Mul", b.node("Add", rest, s), g)]
+
+
+def _gelu_again(b: Backward, node: NodeProto, gradient: str) -> tuple[str, ...]:
+    """Emit cubic x^2, s and y from x."""
+    if _attribute(node, "approximate", b"none") != b"tanh":
+        raise MissingGradientRule(node, "the error function")
+    x = node.input[0]
+
+    def emit() -> tuple[str, ...]:
+        cubic = b.late_scalar(GELU_CUBIC, x, gradient)
+        square = b.node("Mul", b.node("Mul", x, cubic), x)
+        u = b.node("Mul", b.node("Add", square, b.scalar(GELU_LINEAR, like=x)), x)
+        s = b.node("Sigmoid", u)
+        return square, s, b.node("Mul", x, s)
+
+    return b.once(node.output[0], emit)
 
 
 @_rule("Where")
@@ -361,25 +379,35 @@ def _layer_normalization(b: Backward, node: NodeProto, g: str) -> Gradients:
     x, weight, *bias = node.input
     shape = b.shape(x)
     axes = list(range(b.axis(x, _attribute(node, "axis", -1)), len(shape)))
-    mean = b.optional_output(node, 1)
-    reciprocal = b.optional_output(node, 2)
-    # The runtime computes both in float32, whatever x is; so does the definition (stash_type 1).
-    if b.element_type(x) != TensorProto.FLOAT:
-        mean = b.node("Cast", mean, to=b.element_type(x))
-        reciprocal = b.node("Cast", reciprocal, to=b.element_type(x))
-
     share = b.scalar(1 / b.element_count(x, axes), like=x)
 
     def average(gradient: str) -> str:
         return b.node("Mul", b.node("ReduceSum", gradient, b.ints(*axes), keepdims=1), share)
 
-    normed = b.node("Mul", b.node("Sub", x, mean), reciprocal)  # n, shape of x
+    normed, reciprocal = _normed_again(b, node, g)
     gn = b.node("Mul", g, weight)  # gradient of n
     centred = b.node("Sub", gn, average(gn))
     along_n = b.node("Mul", normed, average(b.node("Mul", gn, normed)))
     dx = b.node("Mul", b.node("Sub", centred, along_n), reciprocal)
     d_weight = b.sum_to(b.node("Mul", g, normed), shape, weight)
     return [dx, d_weight, *[b.sum_to(g, shape, name) for name in bias]]
+
+
+def _normed_again(b: Backward, node: NodeProto, gradient: str) -> tuple[str, ...]:
+    """Emit n, of the shape of x, and r, from x and the two small outputs of the operator."""
+    x = node.input[0]
+    mean = b.optional_output(node, 1)
+    reciprocal = b.optional_output(node, 2)
+
+    def emit() -> tuple[str, ...]:
+        # The runtime computes both in float32, whatever x is, as the definition says (stash_type).
+        kept = [mean, reciprocal]
+        if b.element_type(x) != TensorProto.FLOAT:
+            kept = [b.node("Cast", tensor, to=b.element_type(x)) for tensor in kept]
+        centre = b.node("Add", kept[0], b.late_scalar(0.0, x, gradient))
+        return b.node("Mul", b.node("Sub", x, centre), kept[1]), kept[1]
+
+    return b.once(node.output[0], emit)
 
 
 @_rule("SoftmaxCrossEntropyLoss")
@@ -398,3 +426,24 @@ def _softmax_cross_entropy_loss(b: Backward, node: NodeProto, g: str) -> Gradien
     index = b.node("Unsqueeze", labels, b.ints(1))  # (rows, 1, ...)
     at_label = b.node("Expand", b.node("Neg", g), b.node("Shape", index))  # (rows, 1, ...)
     return [_scatter_add(b, spread, index, at_label, axis=1), None]
+
+
+# --- What is computed again --------------------------------------------------------------------
+
+
+def _recompute_gelu(b: Backward, node: NodeProto, gradient: str) -> str:
+    _, _, y = _gelu_again(b, node, gradient)
+    return y
+
+
+def _recompute_layer_normalization(b: Backward, node: NodeProto, gradient: str) -> str:
+    normed, _ = _normed_again(b, node, gradient)
+    _, weight, *bias = node.input
+    y = b.node("Mul", normed, weight)
+    return b.node("Add", y, *bias) if bias else y
+
+
+RECOMPUTED: dict[str, Recompute] = {
+    "Gelu": _recompute_gelu,
+    "LayerNormalization": _recompute_layer_normalization,
+}

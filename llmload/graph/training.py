@@ -147,7 +147,22 @@ def build_gradient_graph(
     gradients |= add_gradients(builder, {stage.blocks_result: upstream}, others)
     for name, shape in shapes.items():
         builder.output(gradients[name], gradient_name(name), shape)
+    _put_results_last(builder)
     return builder.model()
+
+
+def _put_results_last(builder: GraphBuilder) -> None:
+    """Move nodes whose results nobody else needs to the end, those of the last layers very last.
+
+    ONNX Runtime computes results one by one, the last node first, each with what it needs of the
+    rest. In the order in which they are emitted, the gradient of the input would be first; that is
+    the whole backward pass, of which everything would be held until the gradients of parameters
+    were computed. So each of them is computed as soon as it can be, and lets go of its operands.
+    """
+    used = {name for node in builder.nodes for name in node.input}
+    results = [node for node in builder.nodes if used.isdisjoint(node.output)]
+    others = [node for node in builder.nodes if not used.isdisjoint(node.output)]
+    builder.nodes = [*others, *reversed(results)]
 
 
 class _Stage:

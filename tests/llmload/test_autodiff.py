@@ -17,7 +17,7 @@ from llmload.graph.autodiff import (
 )
 from llmload.graph.backward import Backward
 from llmload.graph.build import GraphBuilder
-from llmload.graph.gradient_rules import GRADIENT_RULES
+from llmload.graph.gradient_rules import GRADIENT_RULES, RECOMPUTED
 
 RELATIVE_ERROR = 1e-4
 # Central differences in float64 are best near the cube root of the machine epsilon, 6e-6.
@@ -339,6 +339,31 @@ def test_fan_out_is_summed():
         return builder.node("Add", [builder.node("Mul", [square, x]), builder.node("Tanh", [x])])
 
     check(emit, (2, 3))
+
+
+CHEAP = {
+    "Gelu": (op("Gelu", approximate="tanh"), [(2, 4)]),
+    "LayerNormalization": (op("LayerNormalization", epsilon=1e-3), [(2, 4), (4,), (4,)]),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_what_is_cheap_is_computed_again_in_place_of_being_kept(name):
+    emit, shapes = CHEAP[name]
+
+    def twice_used(builder, weight, *inputs):
+        y = emit(builder, *inputs)
+        return builder.node("MatMul", [builder.node("Mul", [y, y]), weight])
+
+    check(twice_used, (4, 3), *shapes)
+    builder = DoubleBuilder()
+    names = [builder.doubles(*shape, name=f"x{i}") for i, shape in enumerate([(4, 3), *shapes])]
+    twice_used(builder, *names)
+    (result,) = (node.output[0] for node in builder.nodes if node.op_type == name)
+    forward_count = len(builder.nodes)
+    last = builder.nodes[-1].output[0]
+    add_gradients(builder, {last: builder.doubles(2, 3, name="upstream")}, names)
+    assert all(result not in node.input for node in builder.nodes[forward_count:])
 
 
 def test_only_what_is_asked_for_is_computed():

@@ -185,6 +185,17 @@ def test_each_token_counts_as_its_upstream_says(piece_size, monkeypatch):
     assert error < RELATIVE_ERROR * np.linalg.norm(found)
 
 
+def test_gradients_of_the_last_layers_are_computed_first():
+    """The runtime takes results from the last node on; whatever waits holds what it needs."""
+    nodes = build_gradient_graph(UNTIED, batch=2, time=5).graph.node
+    results = [name for node in nodes for name in node.output]
+    assert results.index("h.0.attn.c_attn.weight.grad") < results.index("h.1.ln_1.weight.grad")
+    assert results.index("h.1.ln_1.weight.grad") < results.index("h.1.mlp.c_proj.weight.grad")
+    used = {name for node in nodes for name in node.input}
+    first = min(i for i, node in enumerate(nodes) if used.isdisjoint(node.output))
+    assert all(used.isdisjoint(node.output) for node in nodes[first:])
+
+
 def test_graph_sizes_are_checked():
     with pytest.raises(ValueError, match="time 8"):
         build_gradient_graph(TIED, batch=1, time=8)
