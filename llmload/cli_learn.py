@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import math
-import shutil
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -46,6 +45,7 @@ from llmload.cli_mesh import (
     show_event,
     stay_joined,
 )
+from llmload.cli_pipeline import CodecOption, Lesson, StagesOption, lead
 from llmload.cli_shared import (
     AdapterOption,
     JsonOption,
@@ -66,7 +66,7 @@ from llmload.learn.schedule import LearningRateSchedule
 from llmload.learn.sources import Windows
 from llmload.learn.texts import TextLearning
 from llmload.learn.trainer import Trainer
-from llmload.model_folder import Model, load_model, save_config
+from llmload.model_folder import Model, copy_tokenizer, load_model, save_config
 from llmload.swarm.beside import beside
 from llmload.weights import save_weights
 from natswarm import DhtOptions, Invite, NodeConfig, device_config, open_device
@@ -79,7 +79,6 @@ VALIDATION_WINDOWS_MAX = 16
 # By fewer of them sources of texts are judged, each of them now and then.
 SOURCE_WINDOWS = 8
 ADAPTER_FILE_NAME = "adapter.safetensors"
-TOKENIZER_FILE_NAMES = ("tokenizer.json", "vocab.json", "merges.txt")
 COLUMNS = ("step", "loss", "validation_loss", "partners", "crowd", "taken", "stale", "doubted",
            "sent_bytes", "received_bytes", "texts", "useless_sources", "text_bytes_sent",
            "text_bytes_received", "preference_loss")  # fmt: skip
@@ -135,9 +134,17 @@ def learn(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows in one step.")] = 4,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens in one window.")] = 128,
     parts: Annotated[
-        int,
-        typer.Option("--parts", min=1, help="Batches in one step, computed one after the other."),
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--parts",
+            min=1,
+            help="Batches in one step, computed one after the other. Without it one; with "
+            "--stages twice as many as there are devices.",
+            show_default=False,
+        ),
+    ] = None,
+    stages: StagesOption = None,
+    codec: CodecOption = "float16",
     recompute: Annotated[
         int | None,
         typer.Option(
@@ -182,6 +189,12 @@ def learn(
     """
     if adapter is None and precision != "float32":
         raise typer.BadParameter("only with --adapter", param_hint="--precision")
+    if stages is not None and (adapter is not None or recompute is not None):
+        raise typer.BadParameter(
+            "stages hold the activations of one block at a time, and train no adapters: leave out "
+            "--recompute and --adapter",
+            param_hint="--stages",
+        )
     invites = [Invite.parse(text) for text in join or ()]
     loaded = load_model(model_folder(model))
     window = min(window, loaded.config.n_ctx)
@@ -197,16 +210,6 @@ def learn(
         schedule = LearningRateSchedule(peak=rate, warmup_steps=warmup, decay_steps=decay)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--decay") from error
-    rng = np.random.default_rng(seed)
-    trainer = Trainer(
-        loaded.config,
-        loaded.weights,
-        adapter=None if adapter is None else _new_adapter(loaded, adapter),
-        precision=precision,
-        optimizer=AdamWSettings(learning_rate=rate),
-        recompute=recompute,
-        thread_count=threads,
-    )
     config = device_config(
         state,
         invites=invites,
@@ -220,6 +223,33 @@ def learn(
         traces_path=True,
         asks_gateway=gateway,
         on_event=partial(show_event, as_json),
+    )
+    if stages is not None:
+        lesson = Lesson(
+            tokens=tokens[:cut],
+            batch=batch,
+            window=window,
+            parts=parts,
+            seed=seed,
+            schedule=schedule,
+            steps=steps,
+            stages=stages,
+            codec=codec,
+            report_every=report_every,
+            out=out,
+            threads=threads,
+        )
+        run_async(lead, lesson, loaded, state, config, invites, as_json)
+        return
+    rng = np.random.default_rng(seed)
+    trainer = Trainer(
+        loaded.config,
+        loaded.weights,
+        adapter=None if adapter is None else _new_adapter(loaded, adapter),
+        precision=precision,
+        optimizer=AdamWSettings(learning_rate=rate),
+        recompute=recompute,
+        thread_count=threads,
     )
     validation = tokens[cut:]
     records = TextLearning(
@@ -235,7 +265,7 @@ def learn(
         seed=seed,
     )
     course = _Course(loaded, trainer, rng, records, validation, window, out, report_every, as_json)
-    pace = _Pace(schedule, parts, steps)
+    pace = _Pace(schedule, parts or 1, steps)
     run_async(_learn, course, state, config, invites, pace, texts)
 
 
@@ -377,10 +407,7 @@ class _Course:
             return
         save_config(self._out, self.model.config)
         save_weights(self._out, self.trainer.weights())
-        for name in TOKENIZER_FILE_NAMES:
-            source, copy = self.model.folder / name, self._out / name
-            if source.exists() and not copy.exists():
-                shutil.copyfile(source, copy)
+        copy_tokenizer(self.model, self._out)
 
     def finish(self) -> None:
         """Save, and draw the curve where that is possible."""

@@ -18,6 +18,7 @@ from llmload.swarm.beside import beside
 from llmload.weights import bundled_model_path
 
 __all__ = [
+    "INTERRUPTED",
     "AdapterOption",
     "JsonOption",
     "ModelOption",

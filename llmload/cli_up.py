@@ -32,6 +32,7 @@ from llmload.cli_mesh import (
     show_event,
     stay_joined,
 )
+from llmload.cli_pipeline import lend, training_room
 from llmload.cli_shared import (
     JsonOption,
     ModelOption,
@@ -104,6 +105,14 @@ def up(
     dht_node: DhtNodeOption = None,
     dht_file: DhtFileOption = None,
     threads: ThreadsOption = 1,
+    train: Annotated[
+        bool,
+        typer.Option(
+            "--train",
+            help="Hold blocks for others' training instead, which `llmload learn --stages` leads: "
+            "as many as the memory has room for, whichever are given.",
+        ),
+    ] = False,
     sessions: Annotated[
         int, typer.Option("--sessions", min=1, help="How many may be served at once.")
     ] = DEFAULT_LIMITS.session_count_max,
@@ -119,7 +128,7 @@ def up(
     """
     folder = model_folder(model)
     config = GPT2Config.from_folder(folder)
-    candidates, cache_bytes_max = _room(config, memory, blocks)
+    memory_bytes = _free_memory_bytes() // 2 if memory is None else _parse_size(memory)
     invites = [Invite.parse(text) for text in join or ()]
     node_config = device_config(
         state,
@@ -136,6 +145,13 @@ def up(
         asks_gateway=gateway,
         on_event=partial(show_event, as_json),
     )
+    if train:
+        if blocks is not None:
+            raise typer.BadParameter("who leads the training says which", param_hint="--blocks")
+        room = training_room(config, memory_bytes)
+        run_async(lend, state, node_config, load_model(folder), room, threads, invites, as_json)
+        return
+    candidates, cache_bytes_max = _room(config, memory_bytes, blocks)
     limits = StageLimits(session_count_max=sessions, cache_bytes_max=cache_bytes_max)
     # The form of attention that computes several sequences together.
     settings = EngineSettings(attention=default_attention(config), threads=threads)
@@ -150,9 +166,8 @@ def up(
     )
 
 
-def _room(config: GPT2Config, memory: str | None, blocks: str | None) -> tuple[list[range], int]:
+def _room(config: GPT2Config, memory_bytes: int, blocks: str | None) -> tuple[list[range], int]:
     """Return the ranges of blocks to choose from, and the bytes for keys and values."""
-    memory_bytes = _free_memory_bytes() // 2 if memory is None else _parse_size(memory)
     sizes = block_bytes(config)
     if blocks is None:
         candidates = windows(sizes, int(memory_bytes * WEIGHTS_SHARE))

@@ -9,6 +9,7 @@ This file does not know how any of the three is read; it only ties them together
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,9 @@ from llmload.model_cache import ModelCache
 from llmload.tokenizer import Tokenizer
 from llmload.weights import Weights, content_hash_of_folder, load_weights, replace_file
 
-__all__ = ["Model", "load_model", "remember_hash", "save_config"]
+__all__ = ["Model", "copy_tokenizer", "load_model", "remember_hash", "save_config"]
 
+TOKENIZER_FILE_NAMES = ("tokenizer.json", "vocab.json", "merges.txt")
 _HASH_FACT = "content_hash"
 
 
@@ -81,6 +83,18 @@ def load_model(folder: Path, blocks: range | None = None) -> Model:
 def remember_hash(folder: Path, identity: str) -> None:
     """Spare `load_model` the pass over a folder whose values were just read and checked."""
     ModelCache(folder).remember(_HASH_FACT, identity)
+
+
+def copy_tokenizer(model: Model, folder: Path) -> None:
+    """Copy the files of a model's tokenizer to another folder, unless they are there.
+
+    Raises:
+        OSError: One can't be written.
+    """
+    for name in TOKENIZER_FILE_NAMES:
+        source, copy = model.folder / name, folder / name
+        if source.exists() and not copy.exists():
+            shutil.copyfile(source, copy)
 
 
 def save_config(folder: Path, config: GPT2Config) -> Path:

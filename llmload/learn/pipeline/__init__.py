@@ -1,1 +1,1 @@
-"""A model in training whose blocks lie on several devices: stages, and the device that drives."""
+"""A model in training whose blocks lie on several devices: stages, and the device that leads."""

@@ -15,6 +15,7 @@ All calls block, and are made one at a time. This file does not know peers, nor 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -33,6 +34,7 @@ __all__ = [
     "STATE_VECTORS",
     "ModelPart",
     "Unit",
+    "parameter_count",
     "unit_shapes",
     "units_of",
 ]
@@ -57,6 +59,11 @@ def unit_shapes(config: GPT2Config, unit: Unit) -> dict[str, tuple[int, ...]]:
     if unit == ENDS:
         return {name: shape for name, shape in every.items() if not name.startswith("h.")}
     return {name: shape for name, shape in every.items() if name.startswith(f"h.{unit}.")}
+
+
+def parameter_count(config: GPT2Config, unit: Unit) -> int:
+    """Return how many numbers the parameters of a unit are."""
+    return sum(map(math.prod, unit_shapes(config, unit).values()))
 
 
 class ModelPart:

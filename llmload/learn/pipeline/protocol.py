@@ -1,6 +1,6 @@
-"""What stages of a training pipeline and the device that drives it say to each other.
+"""What stages of a training pipeline and the device that leads it say to each other.
 
-    driver              stage 0             stage 1              driver
+    leader              stage 0             stage 1              leader
       | -- Assign ------> |                   |                    |     call `train-stage/1`
       | -- Assign --------------------------> |                    |
       | -- OpenPipeline-> | -- OpenPipeline-> | -- OpenPipeline -> |     call `train-pipeline/1`
@@ -12,8 +12,8 @@
       | -- Keep --------> |                   |                    |     call `train-stage/1`
       | -- FetchState --> |                   |                    |     call `train-state/1`
 
-The driver holds the first thing and the last: the embeddings, and the last blocks with the loss. So
-the way is a ring of calls, and texts, targets and losses stay on the driver.
+The leader holds the first thing and the last: the embeddings, and the last blocks with the loss. So
+the way is a ring of calls, and texts, targets and losses stay on the leader.
 
 The length of the whole gradient is summed up on the way back: with its last Backward of a step each
 stage adds its own. What comes after the last Apply in a call cannot overtake it, so a step costs no
@@ -123,7 +123,7 @@ class WireOptimizer(Message, frozen=True):
         )
 
 
-# --- Control: the driver and one stage ---------------------------------------------------------
+# --- Control: the leader and one stage ---------------------------------------------------------
 
 
 class AskStage(Message, frozen=True):
@@ -152,12 +152,12 @@ class Assign(Message, frozen=True):
     """Hold these blocks, as they were at a step.
 
     Attributes:
-        run: Drawn by the driver; names the training towards its stages, who know each other by it.
+        run: Drawn by the leader; names the training towards its stages, who know each other by it.
         model_hash: `Model.content_hash` of the model that training began with.
         first: First block.
         last: Last block, inclusive.
         step: Steps made; at 0 the blocks are those of the model.
-        digests: Later, of the state of each block: on its own disk, or fetched from the driver.
+        digests: Later, of the state of each block: on its own disk, or fetched from the leader.
         optimizer: Hyperparameters.
     """
 
@@ -215,8 +215,8 @@ class OpenPipeline(Message, frozen=True):
 
     Attributes:
         run: Of `Assign`.
-        attempt: Counted by the driver; a later one takes the place of an earlier one.
-        route: The stages from the receiver on; the last one is the driver.
+        attempt: Counted by the leader; a later one takes the place of an earlier one.
+        route: The stages from the receiver on; the last one is the leader.
         stage: Which of them the receiver is, 0 is the first.
         micro_batch_count: In one step.
         codec: How hidden states and gradients travel.
@@ -233,7 +233,7 @@ class OpenPipeline(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """From here on to the driver everything is open."""
+    """From here on to the leader everything is open."""
 
 
 class Forward(Message, frozen=True):
@@ -263,7 +263,7 @@ class Backward(Message, frozen=True):
         codec: Of the payload.
         exponent: The payload was multiplied by 2 to this power.
         squared_norm: With the last micro-batch, the squared length of the gradient from the sender
-            on, but for the driver's; before it 0. NaN or infinity where the gradient holds such.
+            on, but for the leader's; before it 0. NaN or infinity where the gradient holds such.
     """
 
     step: StepNumber

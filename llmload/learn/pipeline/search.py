@@ -32,12 +32,12 @@ ASKED_MAX = 32
 
 
 def place_stages(
-    before: Sequence[PeerId], rooms: Mapping[PeerId, int], blocks: range, stage_count: int
+    before: Sequence[PeerId | None], rooms: Mapping[PeerId, int], blocks: range, stage_count: int
 ) -> tuple[StageOffer, ...] | None:
     """Return who holds which blocks; None if there is no room for all.
 
     Args:
-        before: Who held them until now, in order.
+        before: Who held them until now, in order; None for who is to be replaced.
         rooms: Blocks that each device has room for, the ones to prefer first.
         blocks: What is to be held.
         stage_count: Devices at most.
@@ -45,7 +45,7 @@ def place_stages(
     new = [peer_id for peer_id in rooms if peer_id not in before]
     row = []
     for peer_id in before:
-        if peer_id in rooms:
+        if peer_id is not None and peer_id in rooms:
             row.append(peer_id)
         elif new:
             row.append(new.pop(0))
@@ -119,7 +119,7 @@ class StageSearch:
         told = ""
         while not is_over():
             rooms = await self._rooms()
-            row = [offer.peer_id for offer in before if not self._is_shunned(offer.peer_id)]
+            row = [None if self._is_shunned(offer.peer_id) else offer.peer_id for offer in before]
             route = place_stages(row, rooms, self._blocks, stage_count)
             if route is not None:
                 return route

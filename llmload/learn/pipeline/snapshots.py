@@ -3,7 +3,7 @@
     folder/block-3/checkpoint-200.safetensors     parameters and AdamW's means of one block
     folder/ends/checkpoint-200.safetensors        the same of embeddings, final norm, output layer
 
-A stage keeps what it is told to and gives it to the driver; the driver keeps all of it and gives it
+A stage keeps what it is told to and gives it to the leader; the leader keeps all of it and gives it
 to whoever is to hold a block next. A file that is there already is not sent, if it has the digest
 that is asked for; digests are checked when a file is read.
 
@@ -26,7 +26,15 @@ from llmload.learn.checkpoint import (
     save_checkpoint,
     stored_digest,
 )
-from llmload.learn.pipeline.part import ENDS, STATE_VECTORS, ModelPart, Unit, unit_shapes, units_of
+from llmload.learn.pipeline.part import (
+    ENDS,
+    STATE_VECTORS,
+    ModelPart,
+    Unit,
+    parameter_count,
+    unit_shapes,
+    units_of,
+)
 from llmload.learn.pipeline.protocol import (
     PIECE_BYTES_MAX,
     STATE,
@@ -167,8 +175,8 @@ class Snapshots:
             temporary.unlink(missing_ok=True)
 
     async def _receive(self, peer: Peer, request: FetchState, file: Path) -> None:
-        shapes = unit_shapes(self._config, request.block).values()
-        bytes_max = len(STATE_VECTORS) * 4 * sum(map(math.prod, shapes)) + HEADER_BYTES_MAX
+        value_count = len(STATE_VECTORS) * parameter_count(self._config, request.block)
+        bytes_max = 4 * value_count + HEADER_BYTES_MAX
         byte_count = 0
         with file.open("wb") as stream:
             async with peer.start_call(STATE, request, timeout_s=FETCH_TIMEOUT_S) as call:
@@ -188,8 +196,7 @@ class Snapshots:
             state = read_checkpoint(file, step)
         except (ValueError, KeyError) as error:  # facts that are no JSON
             raise DecodeError(f"no state of a block came: {error}") from error
-        size = sum(map(math.prod, unit_shapes(self._config, unit).values()))
-        if state is None or not _is_state(state, size):
+        if state is None or not _is_state(state, parameter_count(self._config, unit)):
             raise DecodeError("what came is not the state of this block, or is damaged")
 
     def _folder(self, unit: Unit) -> Path:

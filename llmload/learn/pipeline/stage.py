@@ -69,7 +69,7 @@ class _Run:
 
     Attributes:
         run: Its name.
-        leader: Who drives it.
+        leader: Who leads it.
         snapshots: What was kept of it.
         part: The blocks; None before they are there.
         settings: With which they are trained.

@@ -17,7 +17,7 @@ from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.pipeline import stage as stage_module
-from llmload.learn.pipeline.driver import PipelineSettings, PipelineTrainer
+from llmload.learn.pipeline.leader import PipelineSettings, PipelineTrainer
 from llmload.learn.pipeline.part import ModelPart
 from llmload.learn.pipeline.protocol import (
     PIPELINE,

@@ -11,6 +11,8 @@ from llmload.learn.pipeline.schedule import (
     operations,
     stuck_stage,
 )
+from llmload.learn.pipeline.search import place_stages
+from natswarm import PeerId
 
 SIZES = [(stages, count) for stages in range(1, 6) for count in range(1, 9)]
 
@@ -87,3 +89,20 @@ def test_blocks_are_cut_evenly_as_far_as_there_is_room():
     assert cut_blocks(range(2, 4), [1, 1, 1]) == [range(2, 3), range(3, 4), range(4, 4)]
     assert cut_blocks(range(5), [2, 2]) is None
     assert cut_blocks(range(5), []) is None
+
+
+def test_devices_keep_their_places_and_who_is_new_takes_those_of_the_gone():
+    a, b, c, d = (PeerId(bytes([index]) * 32) for index in range(1, 5))
+
+    def place(before, rooms, count=2):
+        found = place_stages(before, rooms, range(4), count)
+        return found and [(offer.peer_id, offer.first, offer.last) for offer in found]
+
+    assert place([], {b: 4, a: 4}) == [(b, 0, 1), (a, 2, 3)]
+    assert place([], {b: 4, a: 4, c: 4}, 3) == [(b, 0, 1), (a, 2, 2), (c, 3, 3)]
+    assert place([a, b], {c: 4, b: 4}) == [(c, 0, 1), (b, 2, 3)]
+    assert place([None, b], {b: 4, c: 4, a: 4}) == [(c, 0, 1), (b, 2, 3)]
+    assert place([a, b], {b: 4}) == [(b, 0, 3)]
+    # The nearest have no room for all; others have.
+    assert place([], {a: 1, b: 1, c: 2, d: 3}) == [(d, 0, 1), (c, 2, 3)]
+    assert place([], {a: 1, b: 1, c: 1}) is None
