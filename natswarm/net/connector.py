@@ -95,8 +95,6 @@ THEIR_SIDE_TIMEOUT_S = 15.0
 # A puncture that failed may have gone by what our NAT did before: the next goes by a newer look,
 # unless the last is so new.
 LOOK_AGAIN_S = 10.0
-# A counter moves on with every port that others take: plans hold for some seconds after a look.
-COUNTER_AGE_S = 2.0
 
 # Of a slot of the clock, what an attempt may take.
 CLOCKED_SHARE = 0.8
@@ -135,8 +133,8 @@ class Home(Protocol):
         """Whether there is no room for one more peer."""
         ...
 
-    async def known_profile(self, *, max_age_s: float = math.inf) -> NatProfile:
-        """What our NAT does; looks first if that is not known, or was seen too long ago."""
+    async def current_profile(self, *, max_age_s: float = math.inf) -> NatProfile:
+        """What our NAT does, to puncture by; looks first where what is known is too old."""
         ...
 
     def adopt(self, paths: PathSet, report: PunctureReport) -> Peer:
@@ -317,7 +315,7 @@ class Connector:
             raise ConnectFailed(str(error)) from error
         # Nobody tells the peer when to start: it is waited for rather than guessed at.
         plan = plan_puncture(
-            await self._home.known_profile(),
+            await self._home.current_profile(),
             profile,
             my_id=self._peer_id,
             their_id=peer_id,
@@ -567,12 +565,9 @@ class Connector:
         return peer
 
     async def _profile(self) -> NatProfile:
-        """Return our profile, looked at anew if a puncture has failed since; a counter's is new."""
+        """Return our profile, looked at anew if a puncture has failed since."""
         max_age_s = max(trio.current_time() - self._failed_at, LOOK_AGAIN_S)
-        profile = await self._home.known_profile(max_age_s=max_age_s)
-        if profile.is_counter:
-            profile = await self._home.known_profile(max_age_s=COUNTER_AGE_S)
-        return profile
+        return await self._home.current_profile(max_age_s=max_age_s)
 
     def _plan(
         self,

@@ -60,6 +60,9 @@ __all__ = ["FIND_PEERS", "Home", "Introducer", "Neighbour"]
 # than whom it asks, or else the reason of a refusal would come too late.
 REPLY_TIMEOUT_S = 10.0
 RELAYED_TIMEOUT_S = 15.0
+# Paths of neighbours come back within seconds, and many questions here are about paths; later, and
+# somebody else may know the peer, too.
+PATIENCE_S = 3.0
 
 # FindPeers answers with a sample: enough for the swarms of today, one bounded message for larger.
 PEERS_FOUND_MAX = 64
@@ -279,8 +282,7 @@ class Introducer:
         timeout_s: float = REPLY_TIMEOUT_S,
     ) -> ReplyT:
         try:
-            # Paths of neighbours come back within seconds, and many questions here are about paths.
-            return await neighbour.call(method, request, timeout_s=timeout_s, patience_s=timeout_s)
+            return await neighbour.call(method, request, timeout_s=timeout_s, patience_s=PATIENCE_S)
         except (CallFailed, ConnectionLost) as error:
             raise ConnectFailed(f"no answer from {neighbour.peer_id.short}: {error}") from error
 

@@ -164,7 +164,7 @@ class Path:
     """When the first PROBE was sent since the last answer; None: all is answered."""
     died_at: float = math.inf
     moved_at: float = -math.inf
-    """When we last moved to another network."""
+    """When one side last moved to another network, as far as we know."""
     observed: Endpoint | None = None
     """Where the peer saw our last question come from; None: not asked since we moved."""
     asked_count: int = 0
@@ -336,12 +336,12 @@ class PathKeeper:
                 self._add_candidate(port_index, endpoint, now)
 
     def recheck(self, now: float, *, has_moved: bool, has_slept: bool = False) -> None:
-        """Ask every path at once: something has changed on our side.
+        """Ask every path at once: something has changed.
 
         Args:
             now: The time.
-            has_moved: Whether we are in another network. What dies now tells nothing of a NAT, and
-                few paths live on.
+            has_moved: Whether one side is in another network. What dies now tells nothing of a NAT,
+                and few paths live on.
             has_slept: Whether time has passed unnoticed: what dies now tells nothing, either.
         """
         if has_moved or has_slept:

@@ -197,7 +197,10 @@ class PathSet:
         """Wait until the active path has answered after that time, or is dead."""
         while not self._is_closed:
             active = self._keeper.active
-            if active is None or active.is_dead or active.heard_at > since:
+            if active is None or active.is_dead:
+                return
+            # The peer may have asked us meanwhile, which tells nothing of where we are.
+            if active.heard_at > since and active.doubted_since is None:
                 return
             await self._heard.wait()
 
@@ -231,7 +234,7 @@ class PathSet:
         self._wake()
 
     def recheck(self, *, has_moved: bool, has_slept: bool = False) -> None:
-        """Ask every path at once: we have moved or slept, or something is strange."""
+        """Ask every path at once: either side has moved or slept, or something is strange."""
         self._keeper.recheck(trio.current_time(), has_moved=has_moved, has_slept=has_slept)
         self._wake()
 

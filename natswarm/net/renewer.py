@@ -10,7 +10,8 @@
 A puncture for a connection bears its name: the first half of the attempt's is the first half of the
 connection's. So the peer knows that the path joins a connection both have, where a node that has
 lost it (a restart) makes a new one. Of two wishes for the same pair that of the lower PeerId is
-carried out, as in `connector.py`.
+carried out, as in `connector.py`; but once its puncture is under way, whoever asks anew has moved
+since or knows its NAT better, and comes first.
 
 Where nobody is predictable, a fresh port's endpoint is unknown, too, and the plan guesses as ever.
 Behind an EIM NAT the fresh port asks neighbours who take strangers what they see.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
@@ -42,9 +43,9 @@ from natswarm.identity import Identity, PeerId
 from natswarm.nat.behaviour import AllocationLaw, Mapping
 from natswarm.nat.profile import NatProfile
 from natswarm.net.dialler import Dial, Dialler, Origin
+from natswarm.net.foundations import foundations_of, is_search_void
 from natswarm.net.introducer import Introducer
 from natswarm.net.nursery import open_private_nursery
-from natswarm.net.path_keeper import Lifetimes
 from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
 from natswarm.net.port import DatagramPort, Network
@@ -57,7 +58,7 @@ from natswarm.wire import (
     decode_echo_reply_untrusted,
 )
 
-__all__ = ["Home", "Renewer", "lifetimes_of", "with_lifetimes_of"]
+__all__ = ["Home", "Renewer"]
 
 logger = logging.getLogger("natswarm.node")
 
@@ -68,9 +69,9 @@ RETRY_FIRST_S, RETRY_MAX_S = 1.0, 15.0
 # A puncture that finds a path does so within some seconds; one that takes longer had better begin
 # anew, with what our NAT does by now.
 TRY_S = 15.0
-# With all paths the block of ports or the place of the counter may be gone that our profile tells
-# of; of a NAT that is predictable nothing of that kind can be. Of a block we try the old one at
-# once, since our other paths may have kept it, while we look again.
+# With all paths the block of ports may be gone that our profile tells of; of a NAT that is
+# predictable nothing of that kind can be. We try the old one at once, since our other paths may
+# have kept it, while we look again.
 STALE_S = 15.0
 # Of the probes expected, what may be under way when the path opens, where a connection has none:
 # half as many again, for a puncture that takes tenths of seconds where it would take seconds.
@@ -89,8 +90,15 @@ class Home(Protocol):
         """Whom we are connected to, oldest first."""
         ...
 
-    async def known_profile(self, *, max_age_s: float = math.inf) -> NatProfile:
-        """What our NAT does; looks first if that is not known, or was found out too long ago."""
+    async def current_profile(
+        self, *, max_age_s: float = math.inf, in_full: bool = False
+    ) -> NatProfile:
+        """What our NAT does, to puncture by; looks first where what is known is too old.
+
+        Args:
+            max_age_s: How old it may be.
+            in_full: Whether a glimpse, which tells no law of ports, is not enough.
+        """
         ...
 
     def record(self) -> NodeRecord:
@@ -98,27 +106,17 @@ class Home(Protocol):
         ...
 
 
-def lifetimes_of(profile: NatProfile) -> Lifetimes:
-    """Return how long a NAT keeps a mapping that is in use, as far as its profile tells."""
-    if profile.is_translated is False and profile.idle_lifetime_s is None:
-        return Lifetimes(idle_s=math.inf if profile.accepts_strangers else None)
-    idle_s = profile.idle_lifetime_s
-    return Lifetimes(
-        idle_s=profile.idle_unreplied_s if idle_s is None else idle_s,
-        absolute_s=profile.absolute_lifetime_s,
-    )
+@dataclass(slots=True)
+class _Wish:
+    """A puncture for a connection that we wish for.
 
+    Attributes:
+        has_profile: Whether it goes by what our NAT does; before, we look at that.
+        agreed: The record of the peer, once it has agreed.
+    """
 
-def with_lifetimes_of(profile: NatProfile, earlier: NatProfile) -> NatProfile:
-    """Return a profile with the lifetimes that an earlier look at the same NAT has found."""
-    if profile.mapping != earlier.mapping or profile.public_ips != earlier.public_ips:
-        return profile
-    found = {
-        name: getattr(earlier, name)
-        for name in ("idle_unreplied_s", "idle_lifetime_s", "absolute_lifetime_s")
-        if getattr(profile, name) is None
-    }
-    return replace(profile, **found)
+    has_profile: bool = False
+    agreed: NodeRecord | None = None
 
 
 class Renewer:
@@ -162,9 +160,8 @@ class Renewer:
         self._limits = limits
         self._rng = rng
         self._outage_s = outage_s
-        self._wishes: set[PeerId] = set()
+        self._wishes: dict[PeerId, _Wish] = {}
         self._steps: dict[Peer, trio.CancelScope] = {}
-        self._believers: set[PeerId] = set()  # of our wishes, those that go by our profile already
 
     async def keep(self, peer: Peer) -> None:
         """Renew the paths to a peer until the connection ends."""
@@ -203,9 +200,9 @@ class Renewer:
 
     def note_profile(self, before: NatProfile, profile: NatProfile) -> None:
         """Take note of what our NAT does: searches that went by something else begin anew."""
-        if _foundations(before) == _foundations(profile):
+        if foundations_of(before) == foundations_of(profile):
             return
-        is_void = _is_void(before, profile)
+        is_void = is_search_void(before, profile)
         for peer, step in self._steps.items():
             if peer.is_reachable:
                 continue
@@ -214,7 +211,8 @@ class Renewer:
                     if dial.is_renewal:
                         dial.cancel("we know more of our NAT")
             # A step that is just looking at our NAT itself goes by what it finds.
-            if peer.peer_id not in self._wishes or (is_void and peer.peer_id in self._believers):
+            wish = self._wishes.get(peer.peer_id)
+            if wish is None or (is_void and wish.has_profile):
                 step.cancel()
 
     def check(self, peer: Peer) -> None:
@@ -250,29 +248,26 @@ class Renewer:
         if under_way := self._dialler.under_way(peer_id=peer_id, by_others=True):
             await under_way[0].wait_over()
             return
-        self._wishes.add(peer_id)
+        wish = self._wishes[peer_id] = _Wish()
         try:
-            dial = await self._agree(peer)
-            with trio.fail_after(TRY_S):
-                await self._run(dial, peer.paths)
+            await self._run(await self._agree(peer, wish), peer.paths)
         except AlreadyConnecting:
             await self._wait_their_side(peer_id)
-        except trio.TooSlowError:
-            raise ConnectFailed(f"no path was found in {TRY_S:g} s") from None
         finally:
-            self._wishes.discard(peer_id)
-            self._believers.discard(peer_id)
+            del self._wishes[peer_id]
 
-    async def _agree(self, peer: Peer) -> Dial:
+    async def _agree(self, peer: Peer, wish: _Wish) -> Dial:
         """Have the peer start its side of a puncture, and return ours.
 
         Raises:
             NatswarmError: Nobody could tell it, or it did not agree.
         """
         home, profile = await self._open_side(peer)
-        self._believers.add(peer.peer_id)
+        wish.has_profile = True
         is_taken = False
         try:
+            if self._dialler.under_way(peer_id=peer.peer_id, by_others=True):
+                raise AlreadyConnecting(f"{peer.peer_id.short} has asked us meanwhile")
             sealed = replace(self._home.record(), profile=profile).seal(self._identity)
             if peer.is_reachable:
                 attempt = self._attempt_for(peer)
@@ -284,6 +279,7 @@ class Renewer:
             plan = self._plan(profile, theirs, peer.peer_id, is_urgent=not peer.is_reachable)
             dial = self._dialler.prepare(peer.peer_id, plan, attempt, renews=peer.paths, home=home)
             is_taken = True
+            wish.agreed = record
             return dial
         finally:
             if home is not None and not is_taken:
@@ -297,6 +293,7 @@ class Renewer:
         failure: NatswarmError = PeerNotFound(f"no neighbour is left who knows {target.short}")
         neighbours = [peer for peer in self._home.peers() if peer.is_reachable]
         self._rng.shuffle(neighbours)
+        neighbours.sort(key=lambda peer: not peer.paths.is_certain)  # last, who has not answered
         for neighbour in neighbours:
             attempt = self._attempt_for(target_peer)
             try:
@@ -347,15 +344,16 @@ class Renewer:
             ConnectFailed: There is no plan for this pair of NATs, or no port.
         """
         peer_id = peer.peer_id
-        self._give_way(peer_id)
+        self._check_wish(record)
+        if introducer != peer_id:  # it can't reach us, and most paths that we have are dead
+            peer.paths.recheck(has_moved=True)
         home, profile = await self._open_side(peer)
         try:
-            self._give_way(peer_id)
+            self._check_wish(record)
             theirs = profile_as_seen(record.profile, seen_at)
-            # Who can still reach us asks us itself.
             plan = self._plan(profile, theirs, peer_id, is_urgent=introducer != peer_id)
             for dial in self._dialler.under_way(peer_id=peer_id):
-                if dial.introducer == introducer:
+                if dial.introducer == introducer or dial.origin is Origin.OURS:
                     dial.cancel("the peer began anew")
             dial = self._dialler.prepare(
                 peer_id,
@@ -373,8 +371,16 @@ class Renewer:
         self._nursery.start_soon(self._run_for_peer, dial, peer.paths)
         return replace(self._home.record(), profile=profile).seal(self._identity)
 
-    def _give_way(self, peer_id: PeerId) -> None:
-        if peer_id in self._wishes and self._peer_id < peer_id:
+    def _check_wish(self, theirs: NodeRecord) -> None:
+        """Decline a peer's wish where our own comes first."""
+        wish = self._wishes.get(theirs.peer_id)
+        if wish is None or not wish.has_profile:
+            return
+        if wish.agreed is None:
+            has_right_of_way = self._peer_id < theirs.peer_id
+        else:  # Nobody can make us drop it with a record that the peer signed earlier.
+            has_right_of_way = theirs.issued_at_s <= wish.agreed.issued_at_s
+        if has_right_of_way:
             raise AlreadyConnecting(f"{self._peer_id.short} is asking you for a path already")
 
     async def _run_for_peer(self, dial: Dial, paths: PathSet) -> None:
@@ -386,9 +392,13 @@ class Renewer:
     # Both -----------------------------------------------------------------------------------------
 
     async def _run(self, dial: Dial, paths: PathSet) -> None:
-        async with open_private_nursery() as nursery:
-            nursery.start_soon(_cancel_when_settled, dial, paths)
-            await dial.run()
+        try:
+            with trio.fail_after(TRY_S):
+                async with open_private_nursery() as nursery:
+                    nursery.start_soon(_cancel_when_settled, dial, paths)
+                    await dial.run()
+        except trio.TooSlowError:
+            raise ConnectFailed(f"no path was found in {TRY_S:g} s") from None
 
     def _attempt_for(self, peer: Peer) -> bytes:
         name = peer.paths.name
@@ -411,12 +421,13 @@ class Renewer:
         Raises:
             ConfigurationError: The system gives no port.
         """
-        profile = await self._home.known_profile()
+        profile = await self._home.current_profile()
         if not peer.is_reachable and not profile.is_predictable:
-            if profile.is_counter:
-                profile = await self._home.known_profile(max_age_s=STALE_S)
-            else:
-                self._nursery.start_soon(self._look_if_stale)
+            if peer.record is None or not peer.record.profile.is_predictable:
+                # Where both sides guess, the law saves more than the look takes; and what is
+                # probed meanwhile would use up ports, and disturb the look.
+                profile = await self._home.current_profile(in_full=True)
+            self._nursery.start_soon(self._look_if_stale)
         if not math.isfinite(peer.paths.lifetimes.renewal_s):
             return None, profile
         port = self._network.bind(Endpoint(self._bind_ip, 0))
@@ -433,7 +444,7 @@ class Renewer:
     async def _look_if_stale(self) -> None:
         """See whether our NAT draws ports as it did; if not, searches begin anew."""
         try:
-            await self._home.known_profile(max_age_s=STALE_S)
+            await self._home.current_profile(max_age_s=STALE_S)
         except NatswarmError as error:
             logger.info("did not find out what our NAT does now: %s", error)
 
@@ -466,23 +477,6 @@ class Renewer:
                     if reply.transaction == transaction and reply.sender in observers:
                         return reply.observed
         return None
-
-
-def _foundations(profile: NatProfile) -> object:
-    """Return what searches go by."""
-    if profile.is_predictable:
-        return profile.main_endpoint
-    allocation = profile.allocation
-    return None if allocation is None else (allocation.law, allocation.blocks)
-
-
-def _is_void(before: NatProfile, profile: NatProfile) -> bool:
-    """Whether a search by an earlier profile had better begin anew; else what it opened counts."""
-    if before.is_predictable or profile.is_predictable:
-        ends = [each.main_endpoint if each.is_predictable else None for each in (before, profile)]
-        return ends[0] != ends[1]
-    blocks = [set(() if p.allocation is None else p.allocation.blocks) for p in (before, profile)]
-    return bool(blocks[1]) and blocks[0].isdisjoint(blocks[1])
 
 
 async def _cancel_when_settled(dial: Dial, paths: PathSet) -> None:

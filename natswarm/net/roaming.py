@@ -4,14 +4,15 @@
     our addresses changed                          what we knew of our NAT is void; ask all paths at
                                                    once: the answers of two neighbours tell enough
                                                    to puncture by; then look at the NAT in full
-    a peer does not answer in time                 look at our addresses, and ask some other peers
+    a peer does not answer in time                 look at our addresses, and ask some other peers;
+                                                   again, ever less often, while no path leads to it
     neighbours see us at another address           as if our addresses had changed
     a peer sees us elsewhere than a moment ago     the NAT has started anew: look at it again
     the machine slept                              ask all paths at once
 
-Addresses are looked at four times a second while a connection is busy, else every 2 s. Peers are
-told nothing here: those that we can still reach hear from our probes where we are. Whoever moves on
-before it is known where we are is looked for anew.
+Addresses are looked at four times a second while a connection is busy or has no path, else every
+2 s. Peers are told nothing here: those that we can still reach hear from our probes where we are.
+Whoever moves on before it is known where we are is looked for anew.
 
 Source: RFC 8445 section 2.1 for what an address is good for; the rest follows from `path_keeper`.
 """
@@ -44,6 +45,9 @@ SLEEP_MIN_S = 1.0
 VOTERS_ENOUGH = 2
 # Whom to ask when one is silent: among four are two that are there.
 ASKED_IN_DOUBT = 4
+# While no path leads to it they are asked again: of what changes now nobody else may tell us. Every
+# second at first, then after an eighth of the time that it has taken so far.
+DOUBT_AGAIN_S, DOUBT_AGAIN_SHARE = 1.0, 1 / 8
 # Until every path has answered or is known to be dead.
 SETTLE_MAX_S = 3.0
 # A NAT that ends mappings early is seen elsewhere all the time, and stays what it is.
@@ -99,7 +103,7 @@ class Roamer:
         self._hint = trio.Event()
         self._is_in_doubt = False
         self._is_rebound = False
-        self._looked_at = float("-inf")
+        self._doubted_at = self._looked_at = float("-inf")
         self._settling = trio.CancelScope()
         self._settled = trio.Event()
         self._settled.set()
@@ -128,7 +132,7 @@ class Roamer:
                 self._hint = trio.Event()
                 before, addresses = addresses, self._network.local_addresses()
                 slept_before_s, slept_s = slept_s, self._slept_s()
-                is_in_doubt, self._is_in_doubt = self._is_in_doubt, False
+                is_in_doubt, self._is_in_doubt = self._is_in_doubt or self._is_stranded, False
                 is_rebound, self._is_rebound = self._is_rebound, False
                 if set(addresses) != set(before):
                     logger.info("our addresses are %s now", ", ".join(addresses) or "none")
@@ -142,13 +146,28 @@ class Roamer:
                     nursery.start_soon(self._look_closer)
                 elif is_in_doubt:
                     # Behind another NAT we may have the address that we had behind the last one.
-                    for peer in self._home.peers()[:ASKED_IN_DOUBT]:
+                    self._doubted_at = trio.current_time()
+                    there = [peer for peer in self._home.peers() if peer.is_reachable]
+                    for peer in there[:ASKED_IN_DOUBT]:
                         peer.paths.recheck(has_moved=False)
 
     @property
     def _is_busy(self) -> bool:
         since = trio.current_time() - BUSY_FOR_S
-        return any(peer.paths.busy_at >= since for peer in self._home.peers())
+        return any(
+            peer.paths.busy_at >= since or not peer.is_reachable for peer in self._home.peers()
+        )
+
+    @property
+    def _is_stranded(self) -> bool:
+        """Whether a connection has no path, and it is time to ask others."""
+        now = trio.current_time()
+        for peer in self._home.peers():
+            if (since := peer.paths.stranded_since) is not None:
+                asked_at = max(self._doubted_at, since)
+                if now >= asked_at + max(DOUBT_AGAIN_S, DOUBT_AGAIN_SHARE * (asked_at - since)):
+                    return True
+        return False
 
     def _ask_all(self, *, has_moved: bool, has_slept: bool = False) -> None:
         for peer in self._home.peers():

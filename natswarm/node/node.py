@@ -47,6 +47,7 @@ from natswarm.net.call import (
 from natswarm.net.connector import Connector
 from natswarm.net.dialler import Dialler
 from natswarm.net.echo import EchoService
+from natswarm.net.foundations import lifetimes_of
 from natswarm.net.introducer import Introducer, Neighbour
 from natswarm.net.lan import LanService
 from natswarm.net.mailbox import MailboxService
@@ -60,7 +61,7 @@ from natswarm.net.peer import Peer
 from natswarm.net.port import DatagramPort
 from natswarm.net.pump import PortPump
 from natswarm.net.rejoin import Rejoiner
-from natswarm.net.renewer import Renewer, lifetimes_of
+from natswarm.net.renewer import Renewer
 from natswarm.net.roaming import Roamer
 from natswarm.net.stream import Stream
 from natswarm.net.tracing import Tracer
@@ -689,6 +690,12 @@ class Node:
     async def known_profile(self, *, max_age_s: float = math.inf) -> NatProfile:
         """Return our profile; look first if nobody has told us what they see, or long ago."""
         return await self._nat.known_profile(max_age_s)
+
+    async def current_profile(
+        self, *, max_age_s: float = math.inf, in_full: bool = False
+    ) -> NatProfile:
+        """Return our profile as punctures need it: a counter's is never older than 2 s."""
+        return await self._nat.current_profile(max_age_s, in_full=in_full)
 
     def adopt(self, paths: PathSet, report: PunctureReport) -> Peer:
         """Make a peer of a new connection.

@@ -30,15 +30,18 @@ from natswarm.nat.path import PathReport
 from natswarm.nat.profile import LOCAL_ENDPOINTS_MAX, NatProfile
 from natswarm.net.echo import EchoService
 from natswarm.net.forwarder import Forwarder
+from natswarm.net.foundations import with_lifetimes_of
 from natswarm.net.introducer import Introducer
 from natswarm.net.mainline import MainlineService
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.path import trace_path
 from natswarm.net.peer import Peer
-from natswarm.net.renewer import with_lifetimes_of
 from natswarm.node.config import NodeConfig
 
 __all__ = ["OwnNat"]
+
+# A counter moves on with every port that others take: plans hold for some seconds after a look.
+COUNTER_AGE_S = 2.0
 
 
 class Home(Protocol):
@@ -119,6 +122,7 @@ class OwnNat:
         self._inspection = trio.CancelScope()
         self._knowing = trio.Lock()
         self._looked_at = -math.inf
+        self._has_glimpsed = False  # and not looked since
         self.forwarder: Forwarder | None = None
         if config.gateway is not None:
             port = home.local_endpoint.port
@@ -146,16 +150,25 @@ class OwnNat:
         """Return our profile; where nothing is known, our own addresses alone."""
         return self.profile or NatProfile.unknown(self.host_candidates())
 
-    async def known_profile(self, max_age_s: float) -> NatProfile:
+    async def known_profile(self, max_age_s: float, *, in_full: bool = False) -> NatProfile:
         """Return our profile; look first if nobody has told us what they see, or long ago."""
         await self._wait_settled()
-        if (profile := self._fresh(max_age_s)) is None:
+        if (profile := self._fresh(max_age_s, in_full)) is None:
             async with self._knowing:
-                profile = self._fresh(max_age_s) or await self._home.look_again()
+                async with self._inspecting:  # a look that is under way tells as much
+                    profile = self._fresh(max_age_s, in_full)
+                profile = profile or await self._home.look_again()
         return profile
 
-    def _fresh(self, max_age_s: float) -> NatProfile | None:
+    async def current_profile(self, max_age_s: float, *, in_full: bool = False) -> NatProfile:
+        """Return our profile to puncture by: that of a counter is new, whatever the age allowed."""
+        profile = await self.known_profile(max_age_s, in_full=in_full)
+        return await self.known_profile(COUNTER_AGE_S) if profile.is_counter else profile
+
+    def _fresh(self, max_age_s: float, in_full: bool) -> NatProfile | None:
         profile = self.profile
+        if in_full and self._has_glimpsed:
+            return None
         has_anybody = bool(self._home.peers()) or self._mainline is not None
         if profile is None or (profile.is_translated is None and has_anybody):
             return None
@@ -197,7 +210,7 @@ class OwnNat:
             profile = replace(
                 profile, nat_count=report.nat_count_at_least, opener_ttl=report.opener_ttl
             )
-        self._looked_at = trio.current_time()
+        self._looked_at, self._has_glimpsed = trio.current_time(), False
         if self.profile is not None:  # a look at the rest does not make us forget lifetimes
             profile = with_lifetimes_of(profile, self.profile)
         self.learn(profile)
@@ -227,7 +240,7 @@ class OwnNat:
         law = None if profile.allocation is None else profile.allocation.law
         if law is not AllocationLaw.PRESERVING:
             profile = replace(profile, allocation=None)  # a handful of ports shows no other law
-        self._looked_at = trio.current_time()
+        self._looked_at, self._has_glimpsed = trio.current_time(), True
         self.learn(profile)
 
     def _glimpsed(self) -> NatProfile:

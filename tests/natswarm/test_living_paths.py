@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 import trio
 
-from natswarm import PRESETS, PathChanged, PeerLost
+from natswarm import PRESETS, PathChanged, PeerLost, ProfileLearned
 from natswarm.cli.show import event_as_json, event_as_text
+from natswarm.sim.ports import Sequential
 from natswarm.sim.presets import Preset
 
 TRANSFER_S = 60
@@ -193,6 +194,63 @@ async def test_a_transfer_outlives_a_reboot_of_the_router(open_swarm, autojump_c
         transfer.check()
         check_survived(swarm)
         assert transfer.longest_gap_s < 10
+
+
+def counter() -> Preset:
+    """A carrier that counts; 35 others take a step each second."""
+    preset = PRESETS["orange-bg"]
+    allocation = Sequential(cross_traffic_per_s=35.0)
+    return replace(preset, behaviour=replace(preset.behaviour, allocation=allocation))
+
+
+async def test_a_transfer_outlives_roaming_between_counters(open_swarm, autojump_clock):
+    """What is known of them ages in seconds, so both sides look right before the puncture."""
+    async with open_swarm(seed=5) as swarm:
+        await add_pair(swarm, counter(), counter())
+        transfer = Transfer(swarm, seconds=30)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transfer.run)
+            await trio.sleep(10)
+            swarm.hosts["a"].move(swarm.internet.add_nat("other", counter()))
+            nursery.cancel_scope.deadline = trio.current_time() + 60
+        print(f"longest gap {transfer.longest_gap_s:.1f} s")
+        transfer.check()
+        check_survived(swarm)
+        assert transfer.longest_gap_s < 8
+
+
+async def test_what_is_known_of_a_counter_is_new(open_swarm, autojump_clock):
+    async with open_swarm(seed=5) as swarm:
+        await swarm.add_observers()
+        for name, kind, looks in (("a", counter(), 1), ("b", "kpn-nl", 0)):
+            node = await swarm.add_inspected(name, kind)
+            await trio.sleep(30)
+            swarm.events[name].clear()
+            for _ in range(2):
+                await node.current_profile()
+                learned = [e for e in swarm.events[name] if isinstance(e, ProfileLearned)]
+                assert len(learned) == looks
+
+
+async def test_a_reboot_in_the_middle_of_a_puncture_costs_seconds(open_swarm, autojump_clock):
+    """Neither side knows that what it goes by is void; and the one moves on before it does."""
+    async with open_swarm(seed=7) as swarm:
+        await add_pair(swarm, "kpn-nl", "kpn-nl")
+        transfer = Transfer(swarm, seconds=30)
+        nats = [swarm.hosts["a"].nat, swarm.internet.add_nat("other", "kpn-nl")]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transfer.run)
+            await trio.sleep(10)
+            swarm.hosts["a"].move(nats[1])
+            await trio.sleep(2)
+            swarm.hosts["b"].nat.reboot()
+            await trio.sleep(2.5)
+            swarm.hosts["a"].move(nats[0])
+            nursery.cancel_scope.deadline = trio.current_time() + 60
+        print(f"longest gap {transfer.longest_gap_s:.1f} s")
+        transfer.check()
+        check_survived(swarm)
+        assert transfer.longest_gap_s < 12
 
 
 async def test_roaming_without_neighbours_reaches_a_public_peer(open_swarm, autojump_clock):

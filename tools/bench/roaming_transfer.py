@@ -42,6 +42,7 @@ from natswarm import (
     run_world,
 )
 from natswarm.sim.link import LinkConditions
+from natswarm.sim.presets import Preset
 from natswarm.sim.topology import Host, NatRouter
 
 PROTOCOL = "bench/transfer"
@@ -105,7 +106,7 @@ class Scene:
         self._rng = random.Random(seed)
         self._nursery = nursery
 
-    async def add(self, name: str, kind: str) -> Node:
+    async def add(self, name: str, kind: str | Preset) -> Node:
         """Start a node on a host of its own."""
         host = self.hosts[name] = self.internet.add_host(name, kind)
         config = NodeConfig(
@@ -137,7 +138,7 @@ class Scene:
         for index in itertools.count(1):
             await trio.sleep(ROAM_INTERVAL_S)
             sender.move(nats[index % 2])
-            _set_access(sender)
+            set_access(sender)
             outcome.roams += 1
 
     async def reboot(self) -> None:
@@ -146,7 +147,8 @@ class Scene:
         self.receiver_nat.reboot()
 
 
-def _set_access(host: Host) -> None:
+def set_access(host: Host) -> None:
+    """Give a host 100 Mbit/s and 2 % loss."""
     host.uplink.upload.conditions = host.uplink.download.conditions = ACCESS
 
 
@@ -163,7 +165,7 @@ async def transfer(between: tuple[str, str], receiver_kind: str, mb: int, seed: 
             receiver = await scene.add("receiver", receiver_kind)
             scene.receiver_nat = list(scene.internet.nats.values())[-1]
             peer = await sender.connect(receiver.peer_id)
-            _set_access(scene.hosts["sender"])
+            set_access(scene.hosts["sender"])
             await _send_and_receive(scene, peer, receiver, outcome, seed)
             nursery.cancel_scope.cancel()
     outcome.cpu_s = time.process_time() - started

@@ -20,6 +20,7 @@ class Paths:
 
     def __init__(self, ip, is_silent):
         self.asked, self.busy_at, self.sightings = [], -math.inf, []
+        self.stranded_since = None
         self._remote, self._is_silent = Endpoint(ip, 4000), is_silent
 
     def recheck(self, *, has_moved, has_slept=False):
@@ -36,6 +37,10 @@ class Paths:
 class FakePeer:
     def __init__(self, ip, *, is_silent=False):
         self.paths = Paths(ip, is_silent)
+
+    @property
+    def is_reachable(self):
+        return self.paths.stranded_since is None
 
 
 class FakeHome:
@@ -123,6 +128,27 @@ async def test_a_peer_that_is_silent_has_some_others_asked(home, autojump_clock)
     asked = [peer.paths.asked for peer in home.all_peers]
     assert asked == [["asked"]] * ASKED_IN_DOUBT + [[]] * (29 - ASKED_IN_DOUBT)
     assert home.log == []
+
+
+async def test_while_a_peer_is_out_of_reach_others_are_asked_ever_less_often(home, autojump_clock):
+    lost = FakePeer("203.0.113.2")
+    home.all_peers.append(lost)
+    lost.paths.stranded_since = trio.current_time()
+    await trio.sleep(POLL_S + 100)
+    assert lost.paths.asked == [], "there is nobody to ask there"
+    assert 20 <= len(home.peer.paths.asked) <= 30
+    lost.paths.stranded_since = None
+    home.peer.paths.asked.clear()
+    await trio.sleep(100)
+    assert home.peer.paths.asked == []
+
+
+async def test_who_has_lost_a_peer_notices_a_move_soon(home, autojump_clock):
+    home.peer.paths.stranded_since = trio.current_time()
+    await trio.sleep(POLL_S)
+    home.addresses = ["10.0.0.7"]
+    await trio.sleep(POLL_BUSY_S + 0.01)
+    assert home.peer.paths.asked[-1] == "moved"
 
 
 async def test_busy_connections_are_looked_after_more_often(home, autojump_clock):
