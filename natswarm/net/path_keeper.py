@@ -164,7 +164,7 @@ class Path:
     """When the first PROBE was sent since the last answer; None: all is answered."""
     died_at: float = math.inf
     moved_at: float = -math.inf
-    """When one side last moved to another network, as far as we know."""
+    """When we last moved to another network, or since when the peer can't reach us."""
     observed: Endpoint | None = None
     """Where the peer saw our last question come from; None: not asked since we moved."""
     asked_count: int = 0
@@ -336,12 +336,12 @@ class PathKeeper:
                 self._add_candidate(port_index, endpoint, now)
 
     def recheck(self, now: float, *, has_moved: bool, has_slept: bool = False) -> None:
-        """Ask every path at once: something has changed.
+        """Ask every path at once: something has changed on our side.
 
         Args:
             now: The time.
-            has_moved: Whether one side is in another network. What dies now tells nothing of a NAT,
-                and few paths live on.
+            has_moved: Whether we are in another network. What dies now tells nothing of a NAT, and
+                few paths live on.
             has_slept: Whether time has passed unnoticed: what dies now tells nothing, either.
         """
         if has_moved or has_slept:
@@ -349,6 +349,14 @@ class PathKeeper:
         for path in self.paths:
             if has_moved:
                 path.moved_at, path.doubted_since, path.observed = now, now, None
+            self._ask(path, now)
+
+    def hurry(self, now: float) -> None:
+        """Ask every path at once, and not for long: the peer says that none leads to us."""
+        for path in self.paths:
+            if path.doubted_since is None:
+                path.doubted_since = now
+            path.moved_at = path.doubted_since
             self._ask(path, now)
 
     def forget_port(self, port_index: int) -> None:

@@ -234,8 +234,13 @@ class PathSet:
         self._wake()
 
     def recheck(self, *, has_moved: bool, has_slept: bool = False) -> None:
-        """Ask every path at once: either side has moved or slept, or something is strange."""
+        """Ask every path at once: we have moved or slept, or something is strange."""
         self._keeper.recheck(trio.current_time(), has_moved=has_moved, has_slept=has_slept)
+        self._wake()
+
+    def hurry(self) -> None:
+        """Ask every path at once, and not for long: the peer says that none leads to us."""
+        self._keeper.hurry(trio.current_time())
         self._wake()
 
     def receive_untrusted(self, data: bytes, source: Endpoint, pump: PortPump) -> None:

@@ -345,8 +345,8 @@ class Renewer:
         """
         peer_id = peer.peer_id
         self._check_wish(record)
-        if introducer != peer_id:  # it can't reach us, and most paths that we have are dead
-            peer.paths.recheck(has_moved=True)
+        if introducer != peer_id:  # it can't reach us itself
+            peer.paths.hurry()
         home, profile = await self._open_side(peer)
         try:
             self._check_wish(record)

@@ -314,6 +314,7 @@ async def test_whoever_moves_every_five_seconds_gets_something_through_each_time
             nursery.cancel_scope.deadline = trio.current_time() + 30
         print(f"longest gap {transfer.longest_gap_s:.1f} s")
         transfer.check()
+        await trio.sleep(1)  # the last bytes may come before the answer that proves their path
         check_survived(swarm)
         assert all(after > before for before, after in itertools.pairwise(stays)), stays
 

@@ -356,6 +356,19 @@ def test_after_a_move_silence_is_death_in_little_more_than_half_a_second():
     assert len(asked) >= 3
 
 
+def test_whom_the_peer_cannot_reach_gives_up_soon_and_learns_all_the_same():
+    wire = make_wire()
+    wire.run(50)
+    wire.cut_between(WE, THEY)
+    wire.run(KEEPALIVE_ASSUMED_S - 10 + 0.1)  # asked, and not long ago
+    wire.keepers["us"].hurry(wire.now)
+    wire.run(1)
+    assert wire.keepers["us"].stranded_since is not None
+    renew(wire, 1)
+    wire.run(1)
+    assert wire.keepers["us"].lifetimes.keepalive_s < KEEPALIVE_ASSUMED_S
+
+
 def test_a_move_that_leaves_the_path_alone_is_none():
     wire = make_wire()
     wire.run(10, traffic=["us", "peer"])
