@@ -7,7 +7,8 @@ Two models with random weights: one in the shape of the small model that is ship
 Each side is a process of its own, and they take turns: in a round, each computes the gradients of
 one batch, and later does whole steps (gradients, clipping, AdamW). Our side runs a second time with
 `recompute`, activations of three blocks at once; and twice with an adapter of rank 8 that is
-trained in the place of the model, which is held in float32 and in 4 bits.
+trained in the place of the model, which is held in float32 and in 4 bits. `products` are the matrix
+products of the gradients alone, at the speed of the same runtime: what no trainer on it can beat.
 
 What else the machine does lengthens a time and never shortens it, so a figure is the best of the
 rounds. With `--threads 1` times are processor time, which leaves out what the system gives to
@@ -42,6 +43,7 @@ from safetensors.numpy import load_file, save_file
 from llmload import AdapterSettings, GPT2Config, Trainer, bundled_model_path, fresh_adapter
 from llmload.learn.shards import Vector
 from llmload.weights import random_weights
+from tools.bench.training_products import Products
 from tools.bench.training_torch import TorchTrainer, is_installed
 
 SHAPES = {
@@ -50,6 +52,7 @@ SHAPES = {
 }
 OURS = ("ours", "ours-recompute")
 ADAPTERS = ("adapter", "adapter-int4")
+PRODUCTS = "products"
 RIVALS = ("torch-eager", "torch-compile")
 RECOMPUTE = 3
 RANK = 8
@@ -115,8 +118,11 @@ class OwnSide:
         return self._trainer.space.views(self._gradient)
 
 
-def open_side(name: str, config: GPT2Config, seed: int, threads: int) -> OwnSide | TorchTrainer:
+def open_side(name: str, case: Case, seed: int, threads: int) -> OwnSide | TorchTrainer | Products:
     """Open one side by its name."""
+    config = SHAPES[case.model]
+    if name == PRODUCTS:
+        return Products(config, case.batch, case.time, threads)
     if name not in RIVALS:
         return OwnSide(config, seed, threads, name)
     weights = random_weights(config, seed)
@@ -127,7 +133,7 @@ def run_child(name: str, case: Case, seed: int, threads: int) -> None:
     """Open a side, compute once, say how long that took, then answer until the input ends."""
     clock = time.process_time if threads == 1 else time.perf_counter
     config = SHAPES[case.model]
-    side = open_side(name, config, seed, threads)
+    side = open_side(name, case, seed, threads)
     rng = np.random.default_rng(seed)
     text = rng.integers(config.vocab_size, size=(case.batch, case.time + 1))
     tokens, targets = text[:, :-1].copy(), text[:, 1:].copy()
@@ -239,7 +245,7 @@ def measure(case: Case, names: Sequence[str], options: Options) -> Figures:
                 figures[child.name][f"{wish}_s"] = round(min(seconds[child.name]), 4)
                 figures[child.name][f"{wish}_mb"] = child.ask("memory")["memory_mb"]
         if RIVALS[0] in names:
-            for name in {*names} - {*ADAPTERS}:
+            for name in {*names} - {*ADAPTERS, PRODUCTS}:
                 files = (folder / f"{name}.safetensors", folder / f"{RIVALS[0]}.safetensors")
                 figures[name]["gradient_error"] = gradient_error(*files)
     return figures
@@ -284,7 +290,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="2 or more")
     parser.add_argument("--only", default="", help="cases that begin so, as '124M 1x128'")
     parser.add_argument(
-        "--sides", nargs="+", choices=(*OURS, *ADAPTERS, *RIVALS), help="these sides alone"
+        "--sides",
+        nargs="+",
+        choices=(*OURS, *ADAPTERS, PRODUCTS, *RIVALS),
+        help="these sides alone",
     )
     parser.add_argument("--quick", action="store_true", help="the small model, not compiled")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -300,7 +309,7 @@ def main() -> None:
         parser.error("--rounds: a step holds the most when AdamW's vectors are there: the second")
     options = Options(arguments.seed, arguments.threads, 3 if arguments.quick else arguments.rounds)
     rivals = RIVALS if not arguments.quick else RIVALS[:1]
-    names = arguments.sides or [*OURS, *ADAPTERS, *(rivals if is_installed() else ())]
+    names = arguments.sides or [*OURS, *ADAPTERS, PRODUCTS, *(rivals if is_installed() else ())]
     cases = [
         case
         for case in (QUICK_CASES if arguments.quick else FULL_CASES)
