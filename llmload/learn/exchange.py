@@ -5,8 +5,8 @@
     at any time                 updates of others come in, and are part of the model from the next
                                 update on
     every `AVERAGE_EVERY_S`     two that the clock has paired average one shard of their models
-    in the beginning            who joins fetches the model of those who learn already, shard by
-                                shard from several of them
+    in the beginning            who joins takes over the model of those who learn already
+                                (`joining.py`)
 
 Nobody waits for anybody. A partner that is slow gets the latest update when it has read the one
 before; one that is silent, lies or is lost costs a call that fails. So does one of another model:
@@ -34,14 +34,12 @@ import trio
 from msgspec import structs
 
 from llmload.errors import LearningFailed
+from llmload.learn.joining import StateFetch, StateServer
 from llmload.learn.mixing import partner, push_targets
 from llmload.learn.outer import AVERAGE_CODEC, OuterLoop, OuterSettings, Update
 from llmload.learn.protocol import (
     AVERAGE,
-    SHARDS_PER_FETCH,
-    STATE,
     UPDATE,
-    FetchShards,
     UpdateTaken,
     learner_service,
 )
@@ -51,7 +49,6 @@ from llmload.learn.shards import (
     ShardHeader,
     ShardLayout,
     Vector,
-    decode_shard_untrusted,
     encode_shard,
 )
 from llmload.learn.trainer import Batch, Trainer
@@ -62,7 +59,6 @@ __all__ = ["Batches", "Learner", "PartnerReport"]
 
 # A phone on a bad link carries an update of GPT-2 124M, some 3 MB, in a minute.
 UPDATE_TIMEOUT_S = 120.0
-STATE_TIMEOUT_S = 30.0
 # Each further partner costs the whole update once more.
 FAN_OUT = 8
 PARTNERS_MAX = 64
@@ -183,6 +179,7 @@ class Learner:
         self._between_steps = between_steps
         self._rng = rng or random.Random()
         self._utc = utc
+        self._state = StateServer(self.outer.layout, lambda: (self.outer.anchor, self.step_count))
         self._partners: dict[PeerId, _Partner] = {}
         self._nursery: trio.Nursery | None = None  # while training
         # Threads work on the same arrays: one lock for the parameters, one for what comes in. What
@@ -205,7 +202,7 @@ class Learner:
         """Answer others from now on, in tasks of the node."""
         self._node.serve_calls(UPDATE, self._serve_update)
         self._node.serve_calls(AVERAGE, self._serve_average)
-        self._node.serve_calls(STATE, self._serve_state)
+        self._state.start(self._node)
 
     # --- Training ----------------------------------------------------------------------------
 
@@ -244,6 +241,7 @@ class Learner:
                         await self._publish()
                     if self._between_steps is not None:
                         await self._between_steps()
+            self._state.let_go()
             made_count += 1
 
     def _step(self, parts: Sequence[Batch]) -> None:
@@ -431,60 +429,33 @@ class Learner:
     async def join(self) -> int:
         """Take over the model of those who learn already, if it is better on our own text.
 
-        Each shard comes from one of them, in turn; whoever fails is left out. Call before `run`.
+        Call before `run`.
 
         Returns:
             Shards that were taken over: all or none.
         """
-        sources = await self._others()
-        layout = self.outer.layout
-        found = self._trainer.parameters.copy()
-        missing = deque(range(layout.shard_count))
-        while missing and sources:
-            source = sources.pop(0)
-            wanted = [missing.popleft() for _ in range(min(SHARDS_PER_FETCH, len(missing)))]
-            try:
-                async for shard, values in self._fetch(source, wanted):
-                    found[layout.bounds(shard)] = values
-                    wanted.remove(shard)
-            except NatswarmError as error:
-                logger.info("could not fetch from %s: %s", source.short, error)
-            else:
-                sources.append(source)
-            missing.extendleft(reversed(wanted))
-        if missing:
-            return 0
-        batch = next(self._batches, None)
-        if batch is None:
-            raise LearningFailed("our own text has ended")
+        fetch = StateFetch(self._node, self.outer.layout, await self._others())
+        batch: Batch | None = None
+        while (found := await fetch.next_model()) is not None:
+            batch = batch or next(self._batches, None)
+            if batch is None:
+                raise LearningFailed("our own text has ended")
+            if await self._take_over(found, batch):
+                await self._state.renew()  # for others who come now
+                return self.outer.layout.shard_count
+        return 0
+
+    async def _take_over(self, found: Vector, batch: Batch) -> bool:
+        """Go on from other parameters if they are no worse on a batch of ours."""
         async with self._model_lock:
             before = await trio.to_thread.run_sync(self._trainer.loss, *batch)
             kept = self._trainer.parameters.copy()
             self._trainer.parameters[:] = found
             if not await trio.to_thread.run_sync(self._trainer.loss, *batch) <= before:
                 self._trainer.parameters[:] = kept
-                return 0
+                return False
             self.outer.restart()
-        return layout.shard_count
-
-    async def _fetch(
-        self, source: PeerId, wanted: Sequence[int]
-    ) -> AsyncIterator[tuple[int, Vector]]:
-        peer = await self._node.connect(source)
-        request = FetchShards(self.outer.layout.hash, tuple(wanted))
-        async with peer.start_call(STATE, request, timeout_s=STATE_TIMEOUT_S) as call:
-            for shard in wanted:
-                header, payload = await call.receive()
-                if header.shard != shard:
-                    raise DecodeError(f"shard {header.shard} in place of {shard}")
-                yield shard, decode_shard_untrusted(self.outer.layout, header, payload)
-
-    async def _serve_state(self, call: Call[ShardHeader, FetchShards]) -> None:
-        request, _ = await call.receive()
-        for shard in request.shards:
-            self._check_shard(request.layout, shard)
-            ours = self._own_shard(shard)
-            await call.send(ours.header, ours.payload)
+        return True
 
     # --- Shared ------------------------------------------------------------------------------
 

@@ -1,34 +1,42 @@
-"""What learners ask of each other: the messages of three calls, and the name of the service.
+"""What learners ask of each other: the messages of four calls, and the name of the service.
 
     update/1    shards of one update, each a `ShardHeader` and its payload  ->  UpdateTaken
     average/1   shards of a model  ->  the same shards of the other model, in the same order
-    state/1     FetchShards  ->  shards of a model
+    manifest/1  FetchManifest  ->  Manifest and the digests of all shards of a snapshot
+    state/2     FetchShards  ->  shards of that snapshot
 
 A shard with its header is of `shards.py`. This file does not know who calls, or when.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from msgspec import Meta
 
 from llmload.learn.codecs import Codec
-from llmload.learn.shards import SHARD_VALUE_COUNT_MAX, LayoutHash, ShardHeader
+from llmload.learn.shards import SHARD_VALUE_COUNT_MAX, LayoutHash, ShardHeader, Version
 from natswarm import Message, Method
 
 __all__ = [
     "AVERAGE",
+    "DIGEST_BYTES",
+    "MANIFEST",
     "SHARDS_PER_FETCH",
     "STATE",
     "UPDATE",
+    "FetchManifest",
     "FetchShards",
+    "Manifest",
     "UpdateTaken",
     "learner_service",
 ]
 
 # Shards in one call for the model: progress is kept when a call fails.
 SHARDS_PER_FETCH = 16
+# SHA-256.
+DIGEST_BYTES = 32
+Digest: TypeAlias = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 # 64 bits tell all models apart that ever meet by accident; each shard names its layout besides.
 MODEL_PREFIX_CHARACTERS = 16
 
@@ -45,17 +53,38 @@ class UpdateTaken(Message, frozen=True):
     weight: Annotated[float, Meta(ge=0, le=1)]
 
 
-class FetchShards(Message, frozen=True):
-    """Send me some shards of your model.
+class FetchManifest(Message, frozen=True):
+    """Tell me what your model is made of.
 
     Attributes:
         layout: `ShardLayout.hash`.
-        shards: Which.
     """
 
     layout: LayoutHash
-    shards: Annotated[
-        tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...], Meta(max_length=SHARDS_PER_FETCH)
+
+
+class Manifest(Message, frozen=True):
+    """A model as it was when it was asked for; the payload is the digest of each shard, in order.
+
+    Attributes:
+        version: Steps that it has learned.
+    """
+
+    version: Version
+
+
+class FetchShards(Message, frozen=True):
+    """Send me some shards that you have named in a manifest.
+
+    Attributes:
+        layout: `ShardLayout.hash`.
+        wanted: Index and digest of each.
+    """
+
+    layout: LayoutHash
+    wanted: Annotated[
+        tuple[tuple[Annotated[int, Meta(ge=0, lt=2**31)], Digest], ...],
+        Meta(max_length=SHARDS_PER_FETCH),
     ]
 
 
@@ -67,8 +96,11 @@ UPDATE = Method(
 AVERAGE = Method(
     "llmload/average/1", (ShardHeader,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
 )
+MANIFEST = Method(
+    "llmload/manifest/1", (FetchManifest,), (Manifest,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+)
 STATE = Method(
-    "llmload/state/1", (FetchShards,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+    "llmload/state/2", (FetchShards,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trio
+from msgspec import structs
 
 from llmload.adapter import AdapterSettings, fresh_adapter
 from llmload.config import GPT2Config
@@ -16,7 +17,7 @@ from llmload.learn import exchange
 from llmload.learn.exchange import Learner
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.outer import AVERAGE_CODEC, OuterSettings
-from llmload.learn.protocol import AVERAGE, STATE, UPDATE, FetchShards
+from llmload.learn.protocol import AVERAGE, UPDATE
 from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
 from llmload.learn.trainer import Trainer, batches
 from natswarm import RequestRefused
@@ -210,8 +211,9 @@ async def test_shards_of_another_model_are_refused(make_learner):
     for method in (UPDATE, AVERAGE):
         with pytest.raises(RequestRefused, match="another shape"):
             await ask(method, shard.header, shard.payload)
+    beyond = structs.replace(shard.header, layout=b.outer.layout.hash, shard=99)
     with pytest.raises(RequestRefused, match=r"has \d+ shards"):
-        await ask(STATE, FetchShards(b.outer.layout.hash, (99,)))
+        await ask(AVERAGE, beyond, shard.payload)
 
 
 async def test_nan_in_training_is_an_error_with_advice(make_learner):
@@ -241,23 +243,16 @@ async def test_a_newcomer_takes_the_model_over_if_it_is_better(make_learner):
     assert np.array_equal(newcomer.trainer.parameters, kept)
 
 
-async def test_shards_come_from_whoever_still_answers(mesh, make_learner, monkeypatch):
-    monkeypatch.setattr(exchange, "SHARDS_PER_FETCH", 1)
-    a = await make_learner("a", 1)
-    await run_all(a, step_count=40)
-    for name in ("refuses", "lies"):
-        node = mesh.node(name)
-        await node.announce([a.service])
-        if name == "lies":
-
-            async def lie(call):
-                await call.receive()
-                ours = a._own_shard(0)
-                await call.send(ours.header, ours.payload[:-2])
-
-            node.serve_calls(STATE, lie)
+async def test_a_model_that_is_worse_is_not_taken_and_the_next_one_is(mesh, make_learner):
+    learned = await make_learner("a", 1)
+    await run_all(learned, step_count=40)
+    liar = await make_learner("b", 1)
+    liar.trainer.parameters[:] *= -3
+    liar.outer.restart()
+    liar.step_count = 1_000_000  # so it is tried first
     newcomer = await make_learner("new", 1)
     assert await newcomer.join() == newcomer.outer.layout.shard_count
+    assert np.allclose(newcomer.trainer.parameters, learned.trainer.parameters, atol=2**-10)
 
 
 async def test_with_nobody_there_nothing_is_taken_over(make_learner):
