@@ -142,6 +142,10 @@ def _tanh(b: Backward, node: NodeProto, g: str) -> Gradients:
     return [b.node("Sub", g, b.node("Mul", b.node("Mul", g, y), y))]
 
 
+# So many columns of a product the runtime computes at a time, and each time it transposes the left
+# matrix anew where it should: for more of them a transposed copy is up to a tenth faster.
+GEMM_COLUMN_COUNT = 128
+
 # Of GELU in its form of tanh: y = x s with s = sigmoid(u) and u = x (linear + cubic x^2).
 GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715 * GELU_LINEAR
@@ -204,9 +208,15 @@ def _matmul(b: Backward, node: NodeProto, g: str) -> Gradients:
     dx = b.sum_to(dx, (*shape[:-2], *x_shape[-2:]), x)
     if len(y_shape) == 2:
         # One product over all rows of the batch, instead of one per batch entry and their sum.
-        rows = b.node("Reshape", x, b.ints(-1, b.element_count(x, [-1])))  # (rows, in)
-        g_rows = b.node("Reshape", g, b.ints(-1, b.element_count(y, [-1])))  # (rows, out)
-        return [dx, b.node("Gemm", rows, g_rows, transA=1)]
+        in_count, out_count = b.element_count(x, [-1]), b.element_count(y, [-1])
+        g_rows = b.node("Reshape", g, b.ints(-1, out_count))  # (rows, out)
+        if out_count <= GEMM_COLUMN_COUNT:
+            rows = b.node("Reshape", x, b.ints(-1, in_count))  # (rows, in)
+            return [dx, b.node("Gemm", rows, g_rows, transA=1)]
+        rank = len(x_shape)
+        columns = b.node("Transpose", x, perm=[rank - 1, *range(rank - 1)])
+        columns = b.node("Reshape", columns, b.ints(in_count, -1))  # (in, rows)
+        return [dx, b.node("MatMul", columns, g_rows)]
     dy = b.node("MatMul", _transpose_last(b, x, x_shape), g)
     return [dx, b.sum_to(dy, (*shape[:-2], *y_shape[-2:]), y)]
 

@@ -17,7 +17,7 @@ from llmload.graph.autodiff import (
 )
 from llmload.graph.backward import Backward
 from llmload.graph.build import GraphBuilder
-from llmload.graph.gradient_rules import GRADIENT_RULES, RECOMPUTED
+from llmload.graph.gradient_rules import GEMM_COLUMN_COUNT, GRADIENT_RULES, RECOMPUTED
 
 RELATIVE_ERROR = 1e-4
 # Central differences in float64 are best near the cube root of the machine epsilon, 6e-6.
@@ -191,6 +191,7 @@ def test_cast_there_and_back():
         ((2, 1, 2, 3), (3, 3, 2)),
         ((2, 3), (4, 3, 2)),
         ((1, 2, 3), (4, 3, 2)),
+        ((2, 3, 2), (2, GEMM_COLUMN_COUNT + 1)),
     ],
 )
 def test_matmul(shapes):
