@@ -38,7 +38,7 @@ from natswarm import Invite, NatswarmError, Node, NodeConfig, open_device
 
 __all__ = ["CodecOption", "Lesson", "StagesOption", "lead", "lend", "training_room"]
 
-# The rest is for activations, of one block at a time.
+# The rest is for activations and the gradient of one micro-batch, of one block at a time.
 WEIGHTS_SHARE = 0.75
 
 StagesOption = Annotated[

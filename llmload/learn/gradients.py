@@ -16,7 +16,7 @@ This file does not know optimisers, nor how the graphs are made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -151,26 +151,39 @@ class LossGraphs:
         for token, row in zip(tokens.reshape(-1).tolist(), flat, strict=True):
             rows[token] += row
 
-    def forward(self, hidden: Vector) -> Vector:
-        """Take hidden states through the blocks, which are not the last: (batch, time, n_embd)."""
-        graphs = self._graphs(_Shape(*hidden.shape[:2]))
-        (result,) = self._forward(graphs, self._pieces, hidden, keep=False)
-        return result
-
-    def backward(self, hidden: Vector, upstream: Vector, gradients: Mapping[str, Vector]) -> Vector:
-        """Compute gradients of blocks that are not the last; what `forward` did is done again.
+    def forward(self, hidden: Vector) -> list[Vector]:
+        """Take hidden states through the blocks, which are not the last.
 
         Args:
-            hidden: float32 (batch, time, n_embd), what `forward` was given.
-            upstream: The gradient of what it returned, of the same shape.
-            gradients: An array for each parameter that is trained, overwritten.
+            hidden: float32 (batch, time, n_embd).
 
         Returns:
-            The gradient of `hidden`, of its shape.
+            Of the same shape: `hidden`, what came out of each piece, and so last the result.
         """
         graphs = self._graphs(_Shape(*hidden.shape[:2]))
-        kept = self._forward(graphs, self._pieces[:-1], hidden, keep=True)
-        return self._backward(graphs, self._pieces, kept, upstream, gradients)
+        return self._forward(graphs, self._pieces, hidden, keep=True)
+
+    def backward(
+        self,
+        kept: list[Vector],
+        upstream: Vector,
+        gradients: Mapping[str, Vector],
+        after_piece: Callable[[range], None] = lambda _blocks: None,
+    ) -> Vector:
+        """Compute gradients of blocks that are not the last.
+
+        Args:
+            kept: What `forward` returned, without the result; used up.
+            upstream: The gradient of the result, of its shape.
+            gradients: An array for each parameter that is trained, overwritten.
+            after_piece: Told which blocks have theirs, before others are begun; so all pieces may
+                be given the same arrays.
+
+        Returns:
+            The gradient of what `forward` was given, of its shape.
+        """
+        graphs = self._graphs(_Shape(*upstream.shape[:2]))
+        return self._backward(graphs, self._pieces, kept, upstream, gradients, after_piece)
 
     def losses(
         self,
@@ -179,6 +192,7 @@ class LossGraphs:
         *,
         upstream: Vector | None = None,
         gradients: Mapping[str, Vector] | None = None,
+        after_piece: Callable[[range], None] = lambda _blocks: None,
     ) -> tuple[Vector, Vector | None]:
         """Take hidden states through the blocks, which are the last, to the losses.
 
@@ -187,6 +201,7 @@ class LossGraphs:
             targets: As for `run`.
             upstream: The same.
             gradients: The same; those of embeddings that are no output layer stay as they are.
+            after_piece: As for `backward`.
 
         Returns:
             As `run`; and the gradient of `hidden`, of its shape, if gradients were asked for.
@@ -208,7 +223,8 @@ class LossGraphs:
         passed = np.empty_like(inputs["hidden"])
         outputs = {"losses": losses, gradient_name("hidden"): passed}
         self._run(graphs, last, inputs, outputs, gradients)
-        return losses, self._backward(graphs, inner, kept, passed, gradients)
+        after_piece(last)
+        return losses, self._backward(graphs, inner, kept, passed, gradients, after_piece)
 
     def _forward(
         self,
@@ -234,12 +250,14 @@ class LossGraphs:
         kept: list[Vector],
         passed: Vector,
         gradients: Mapping[str, Vector],
+        after_piece: Callable[[range], None],
     ) -> Vector:
         """Return the gradient of the first of `kept`, the inputs of the pieces, and use them up."""
         for piece in reversed(pieces):
             inputs = {"hidden": kept.pop(), gradient_name("hidden_out"): passed}
             passed = np.empty_like(passed)
             self._run(graphs, piece, inputs, {gradient_name("hidden"): passed}, gradients)
+            after_piece(piece)
         return passed
 
     def _graphs(self, shape: _Shape) -> dict[_Kind, _OpenGraph]:

@@ -1,11 +1,11 @@
 """A part of a model in training: parameters, the sum of gradients and AdamW, of some blocks alone.
 
-    blocks before the last     forward(hidden) -> hidden;  backward(hidden, its gradient)
+    blocks before the last     forward: hidden -> hidden;  backward: gradient -> gradient
     the last blocks            the same, to the losses; with the embeddings in front of the first
 
-Of a micro-batch in flight a part holds its input; everything inside is computed once more on the
-way back. The embeddings and the output layer, often one matrix, are in one part: so nobody has to
-be told of its gradient, and text and losses stay where they are.
+Of a micro-batch in flight a part holds the input of each block; what is inside of a block is
+computed once more on the way back. The embeddings and the output layer, often one matrix, are in
+one part: so nobody has to be told of its gradient, and text and losses stay where they are.
 
 What is kept of a part, it is kept by units: one for each block and one for both ends, so that
 blocks may go to other devices. One file of `checkpoint.py` is one unit at one step.
@@ -16,7 +16,7 @@ All calls block, and are made one at a time. This file does not know peers, nor 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -39,8 +39,9 @@ __all__ = [
     "units_of",
 ]
 
-# Parameters, the gradient, that of one micro-batch, and the two means of AdamW.
-BYTES_PER_PARAMETER = 20
+# Parameters, the sum of gradients, and the two means of AdamW; those of the gradient of one
+# micro-batch are of one block at a time.
+BYTES_PER_PARAMETER = 16
 # What the state of a unit is made of.
 STATE_VECTORS = ("parameters", "mean", "mean_square")
 # The unit of the embeddings, the final norm and the output layer; others are indexes of blocks.
@@ -106,26 +107,30 @@ class ModelPart:
         self._optimizer = AdamW(self._space, optimizer, thread_count=thread_count)
         self._gradient = np.zeros(self._space.size, dtype=np.float32)
         self._sums = self._space.views(self._gradient)
-        self._latest = np.zeros(self._space.size, dtype=np.float32)
-        self._views = self._space.views(self._latest)
+        self._latest = _Latest(config, self.units)
         self._graphs = LossGraphs(
             config, views, blocks=blocks, recompute=1, thread_count=thread_count
         )
 
-    def forward(self, hidden: Vector) -> Vector:
-        """Take hidden states through the blocks: float32 (batch, time, n_embd) to the same."""
+    def forward(self, hidden: Vector) -> list[Vector]:
+        """Take hidden states through the blocks.
+
+        Args:
+            hidden: float32 (batch, time, n_embd).
+
+        Returns:
+            Of the same shape: the input of each block, and last the result.
+        """
         return self._graphs.forward(hidden)
 
-    def backward(self, hidden: Vector, upstream: Vector) -> Vector:
+    def backward(self, kept: list[Vector], upstream: Vector) -> Vector:
         """Add to the gradient what one micro-batch gives; return that of its input.
 
         Args:
-            hidden: float32 (batch, time, n_embd), what `forward` was given.
-            upstream: The gradient of what it returned, of the same shape.
+            kept: The inputs that `forward` returned; used up.
+            upstream: The gradient of the result, float32 (batch, time, n_embd).
         """
-        passed = self._graphs.backward(hidden, upstream, self._views)
-        self._gradient += self._latest
-        return passed
+        return self._graphs.backward(kept, upstream, self._latest.views, self._add_latest)
 
     def embed(self, tokens: NDArray[Any]) -> Vector:
         """Return what the first block sees, float32 (batch, time, n_embd)."""
@@ -145,9 +150,14 @@ class ModelPart:
             What the micro-batch adds to the mean loss, and the gradient of `hidden`.
         """
         share = np.full(targets.shape, 1 / token_count, dtype=np.float32)
-        losses, passed = self._graphs.losses(hidden, targets, upstream=share, gradients=self._views)
+        losses, passed = self._graphs.losses(
+            hidden,
+            targets,
+            upstream=share,
+            gradients=self._latest.views,
+            after_piece=self._add_latest,
+        )
         assert passed is not None, "given with gradients"
-        self._gradient += self._latest
         return float(losses.sum(dtype=np.float64)) / token_count, passed
 
     def embed_backward(self, tokens: NDArray[Any], upstream: Vector) -> None:
@@ -204,9 +214,33 @@ class ModelPart:
         self.step = steps.pop()
         self.forget_gradient()
 
+    def _add_latest(self, piece: range) -> None:
+        for unit in units_of(self._config, piece):
+            self._gradient[self._where(unit)] += self._latest.vectors[unit]
+
     def _vectors(self, unit: Unit) -> dict[str, Vector]:
+        vectors = {"parameters": self._parameters, **self._optimizer.vectors()}
+        return {name: vectors[name][self._where(unit)] for name in STATE_VECTORS}
+
+    def _where(self, unit: Unit) -> slice:
         # In the order of names the parameters of a unit lie side by side.
         bounds = [self._space.bounds[name] for name in unit_shapes(self._config, unit)]
-        where = slice(min(b.start for b in bounds), max(b.stop for b in bounds))
-        vectors = {"parameters": self._parameters, **self._optimizer.vectors()}
-        return {name: vectors[name][where] for name in STATE_VECTORS}
+        return slice(min(each.start for each in bounds), max(each.stop for each in bounds))
+
+
+class _Latest:
+    """The gradient of one micro-batch: room for one block, which all share, and for the ends.
+
+    Attributes:
+        vectors: By unit.
+        views: By name of the parameter.
+    """
+
+    def __init__(self, config: GPT2Config, units: Sequence[Unit]) -> None:
+        block = np.zeros(parameter_count(config, 0), dtype=np.float32)
+        self.vectors: dict[Unit, Vector] = dict.fromkeys(units, block)
+        if ENDS in units:
+            self.vectors[ENDS] = np.zeros(parameter_count(config, ENDS), dtype=np.float32)
+        self.views: dict[str, Vector] = {}
+        for unit, vector in self.vectors.items():
+            self.views |= ParameterSpace.of(unit_shapes(config, unit)).views(vector)

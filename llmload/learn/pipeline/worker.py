@@ -4,7 +4,7 @@
     above <-Backward-- [ blocks ] <-Backward-- below
     above ----Apply--> [ AdamW  ] ----Apply--> below
 
-Of each micro-batch in flight the hidden states are held that came in.
+Of each micro-batch in flight the inputs of our blocks are held.
 
 This file does not know how a pipeline is opened: see `stage.py`.
 """
@@ -61,7 +61,7 @@ class StageWorker:
         self._above, self._below = above, below
         self._compute = compute
         self._own, self._next = map(StageOffer.of_hop, request.route[:2])
-        self._held: dict[int, Vector] = {}  # by micro-batch
+        self._held: dict[int, list[Vector]] = {}  # by micro-batch
 
     @property
     def step_count(self) -> int:
@@ -96,22 +96,22 @@ class StageWorker:
             )
         except DecodeError as error:
             raise HopFailed(self._own, str(error), is_input=True) from error
-        self._held[index] = hidden
-        result = await self._compute(self._part.forward, hidden)
+        *kept, result = await self._compute(self._part.forward, hidden)
+        self._held[index] = kept
         codec, _, packed = pack_rows(result, self._request.codec)
         batch, time, _ = hidden.shape
         await self._below.send(Forward(self._part.step, index, batch, time, codec), packed)
 
     async def _backward(self, index: int, *, is_last: bool) -> None:
-        hidden = self._held.pop(index)
+        kept = self._held.pop(index)
         message, payload = await self._below.receive()
         try:
             received, upstream = unpack_backward_untrusted(
-                message, payload, hidden.shape, step=self._part.step, micro_batch=index
+                message, payload, kept[0].shape, step=self._part.step, micro_batch=index
             )
         except DecodeError as error:
             raise HopFailed(self._next, str(error)) from error
-        passed = await self._compute(self._part.backward, hidden, upstream)
+        passed = await self._compute(self._part.backward, kept, upstream)
         squared_norm = received.squared_norm
         if is_last:
             squared_norm += await self._compute(self._part.squared_norm)

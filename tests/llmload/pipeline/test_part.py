@@ -41,13 +41,14 @@ def step(parts, batches):
     token_count = sum(tokens.size for tokens, _ in batches)
     loss = 0.0
     for tokens, targets in batches:
-        hidden = [last.embed(tokens)]
+        hidden, kept = last.embed(tokens), []
         for stage in stages:
-            hidden.append(stage.forward(hidden[-1]))
-        share, passed = last.losses(hidden.pop(), targets, token_count)
+            *inputs, hidden = stage.forward(hidden)
+            kept.append(inputs)
+        share, passed = last.losses(hidden, targets, token_count)
         loss += share
         for stage in reversed(stages):
-            passed = stage.backward(hidden.pop(), passed)
+            passed = stage.backward(kept.pop(), passed)
         last.embed_backward(tokens, passed)
     norm = sum(part.squared_norm() for part in parts) ** 0.5
     for part in parts:
@@ -130,7 +131,8 @@ def test_parts_go_back_to_any_step_and_may_be_cut_anew(trained_looking_weights):
     step(parts, micro_batches(config, 2, 2))
     expected = all_weights(parts)
     others = make_parts(config, weights, [2, 3])
-    others[0].backward(np.ones((1, 2, 16), "f4"), np.ones((1, 2, 16), "f4"))  # half of a step
+    *kept_inputs, result = others[0].forward(np.ones((1, 2, 16), "f4"))
+    others[0].backward(kept_inputs, result)  # half of a step
     for part in others:
         part.restore({unit: kept[unit] for unit in part.units})
         assert part.step == 1
