@@ -379,6 +379,8 @@ class _Course:
     def begin(self, learner: Learner) -> None:
         """Go on from the latest checkpoint, if there is one."""
         self._learner = learner
+        note = learner.outer.note_step
+        self.texts.on_gradient = lambda gradient: note(gradient, 1.0, 0.0)
         if not can_draw():
             self.tell({"event": "no picture", "advice": "pip install 'natswarm[plots]'"})
         self.texts.refresh()

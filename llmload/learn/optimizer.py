@@ -74,7 +74,7 @@ class AdamW:
     def __init__(
         self, space: ParameterSpace, settings: AdamWSettings, *, thread_count: int = 1
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._mean = np.zeros(space.size, dtype=np.float32)
         self._mean_square = np.zeros(space.size, dtype=np.float32)
         # Running products instead of powers: `pow` may differ between machines in the last bit.
@@ -120,7 +120,7 @@ class AdamW:
         Raises:
             LearningFailed: The gradient holds NaN, or is too long for float32. Nothing was changed.
         """
-        settings = self._settings
+        settings = self.settings
         rate = settings.learning_rate if learning_rate is None else learning_rate
         norm = math.sqrt(self.squared_norm(gradient)) if norm is None else norm
         if not math.isfinite(norm):

@@ -1,31 +1,38 @@
-"""Learning together without waiting: every peer publishes what it learned, and takes what comes.
+"""Learning together without waiting: every peer publishes gradients, and takes what comes.
 
-    anchor     what all of this peer's model is made of that it shares: everybody's published
-               updates, and its own
-    movement   parameters - anchor, after `local_steps` steps on our own text: the pseudo-gradient
-    residual   movement that was not published yet
+    anchor     what all of this peer's model is made of that it shares
+    walk       parameters - anchor: where steps of our own AdamW on our own text have led from there
+    residual   gradients along the walk that were not published yet
 
-Every `local_steps` steps a peer adds its movement to the residual, publishes the largest values of
-it, keeps the rest (error feedback), and goes on from anchor + rate * published. What others publish
-is added to anchor and parameters, times the same rate, between any two steps (`merge`). There is no
-round and no barrier: what comes late is taken late, what never comes is not waited for. But delay
-costs: until an update is there, everybody learns the same thing again. So updates leave after
-several steps, and take much less time than those.
-An update is weighed by its staleness, which is how many of our own updates its sender had not taken
-(1 / sqrt(staleness / 8) beyond 8), and by `robust.Judge`; its sender never chooses its weight.
+Every `local_steps` steps, a stretch, a peer adds the mean gradient of its walk to the residual and
+publishes the largest values of that; the rest stays for later (error feedback). What came in from
+the others and what we published are averaged, and the anchor makes one step of an AdamW that all
+have alike: along the mean gradient of everybody, with betas to the power of `local_steps`, at the
+sum of the stretch's rates / sqrt(local_steps), since a gradient over n batches has sqrt(n) times
+less noise. The walk until the stretch's end has done its work then, which was to take gradients
+where the model is going, and is taken back; what was walked since stays.
 
-The rate is min(2, sqrt(crowd)) / crowd, where the crowd is the number of updates, ours among them,
-that come in for each one of ours: a mean, and more. Steps of AdamW are as long as their noise, so
-their mean over n peers is up to sqrt(n) times too short; more than 2 was unstable. Alone the crowd
-is 1: then the whole movement is kept, and the loop is plain training.
+A mean of steps of AdamW, which others exchange, is no step of AdamW along the mean gradient: each
+is as long as its own noise, and what is rare in one text is drowned by those who never see it.
 
-Updates add up in any order to the same model, but for what was lost, and for weights that differ
-between receivers. So peers drift apart slowly, and pairs average one shard of their anchors now and
-then (`average_shard`), cut to the usual distance (ClippedGossip).
+There is no barrier: local steps go on while updates travel. The step of the anchor is made once the
+latest update of everybody who was heard lately is younger than half a stretch, or that time has
+passed; what comes later is part of the next. If nobody is heard the walk is kept: alone the loop is
+plain training. Who is slow makes steps of its anchor in the middle of a stretch, as soon as most
+others have sent two updates: so its gradients are not those of a model of yesterday.
 
-Source: DiLoCo (arXiv 2311.08105) for pseudo-gradients; SparseLoCo (2508.15706) for the largest
-values with error feedback; FedBuff (2106.06639) for weights by staleness; He, Karimireddy and Jaggi
-2022 (2202.01545) for ClippedGossip.
+An update is weighed by its staleness, which is how many of our own updates were not yet part of its
+sender's anchor (1 / sqrt(staleness / 4) beyond 4), and by `robust.Judge`, which compares it with
+those of the others in the same step. The sender never chooses its weight. Our own update is judged
+like any other, so that all who heard the same make the same step.
+
+Peers drift apart by what was lost or came too late; so pairs average one shard of their anchors now
+and then (`average`), cut to the usual distance (ClippedGossip).
+
+Source: DiLoCo (arXiv 2311.08105) for stretches; Deep Gradient Compression (1712.01887) and
+SparseLoCo (2508.15706) for the largest values with error feedback; FedOpt (2003.00295) for an
+optimiser over what peers send; FedBuff (2106.06639) for weights by staleness; He, Karimireddy and
+Jaggi 2022 (2202.01545) for ClippedGossip.
 
 This file does not know clocks, streams, or how the local steps are made.
 """
@@ -34,13 +41,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmload.learn.codecs import Codec
+from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.robust import Judge, Reputation
 from llmload.learn.shards import (
     EncodedShard,
@@ -58,16 +68,13 @@ __all__ = ["AVERAGE_CODEC", "OuterLoop", "OuterSettings", "OuterStatistics", "Up
 AVERAGE_CODEC = Codec.FP16
 # Updates cross on the way; up to here that is no staleness. If each weighed those of the others
 # less than its own, models would drift apart by what they weigh differently.
-STALENESS_FREE = 8
+STALENESS_FREE = 4
 # How much of the mean crowd the newest count is.
 CROWD_MEMORY = 0.1
-# Bound of sqrt(crowd) in the rate.
-GAIN_MAX = 2.0
-# How much of our direction each movement leaves of what it was: the memory of some ten updates.
-DIRECTION_MEMORY = 0.9
-# Updates of one peer for each of ours: the fastest phone is not ten times ours, and a flood of
-# updates must not drown everybody else's.
-UPDATES_PER_OURS_MAX = 8
+# Who was heard within so many of our stretches is waited for, half a stretch at the most.
+LATELY_STRETCHES = 2
+# Updates of one peer that wait for a step: more are a flood, or its device is too fast for ours.
+WAITING_MAX = 4
 # Distances between anchors that are remembered to know what is usual, and from when on they are.
 DISTANCES_KEPT = 64
 DISTANCES_MIN = 8
@@ -86,8 +93,8 @@ class OuterSettings:
         staleness_max: Updates whose sender had not taken so many of ours are too old.
     """
 
-    local_steps: int = 4
-    density: float = 0.025
+    local_steps: int = 8
+    density: float = 0.06
     staleness_max: int = 64
 
     def __post_init__(self) -> None:
@@ -139,25 +146,44 @@ class _Partner:
 
     Attributes:
         versions: int64 (shard_count,), the latest that we took of each shard.
-        counts: int64 (shard_count,), how many came since we published last.
-        met_at: Our version when it sent its first: it could not have seen earlier ones.
+        waiting: int64 (shard_count,), updates of each shard for the next step.
+        met_at: Our version when we met: it could not have seen earlier ones.
+        heard_at: Our step when its latest came; for one that was just met, a stretch ago.
+        seen: The latest version of it that is part of our anchor.
     """
 
     versions: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    waiting: NDArray[np.int64]
     met_at: int
+    heard_at: int
+    seen: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Contribution:
+    """A shard of somebody's update, and its weight by age."""
+
+    peer: PeerId
+    shard: EncodedShard
+    weight: float
+
+    def decode(self, layout: ShardLayout) -> Vector:
+        return decode_shard_untrusted(layout, self.shard.header, self.shard.payload)
 
 
 class OuterLoop:
-    """The part of one peer: movement in, updates out; others' updates in, movement out.
+    """The part of one peer: gradients in, updates out; others' updates in, steps of the anchor out.
 
-    Holds four vectors of the size of the model: anchor, residual, direction, and what came in.
+    Holds five vectors of the size of the model: anchor, residual, where the last stretch ended, and
+    two of AdamW; a sixth during the anchor's step.
 
     Args:
         layout: How the model is cut.
         parameters: float32 (size,), the trainer's own array. `publish`, `merge` and `average` write
             to it, so they must not run during a step.
+        me: Whose part this is.
         settings: How often and how much.
+        optimizer: As for local steps: what the anchor's steps follow from.
         reputation: A factor in 0..1 for each peer, from elsewhere; None for 1.
         version: To count updates from. Who begins anew must not begin below what it published
             before: its partners would take that for repetitions.
@@ -167,8 +193,10 @@ class OuterLoop:
         self,
         layout: ShardLayout,
         parameters: Vector,
+        me: PeerId,
         settings: OuterSettings | None = None,
         *,
+        optimizer: AdamWSettings | None = None,
         reputation: Reputation | None = None,
         version: int = 0,
     ) -> None:
@@ -177,13 +205,30 @@ class OuterLoop:
         self.version = version
         self.statistics = OuterStatistics()
         self._parameters = parameters
+        self._me = me
+        self._local = optimizer or AdamWSettings()
+        self._optimizer = AdamW(
+            layout.space,
+            replace(
+                self._local,
+                beta1=self._local.beta1**self.settings.local_steps,
+                beta2=self._local.beta2**self.settings.local_steps,
+                gradient_norm_max=math.inf,
+            ),
+        )
         self._judge = Judge(reputation)
         self._anchor = parameters.copy()
         self._residual = np.zeros_like(parameters)
-        self._direction = np.zeros_like(parameters)
-        self._incoming = np.zeros_like(parameters)
-        self._has_incoming = False
-        self._incoming_count = 0.0
+        self._stretch_end = parameters.copy()
+        # Updates for the next step of the anchor, by shard: encoded, that is a tenth of their size.
+        self._incoming: list[list[_Contribution]] = [[] for _ in range(layout.shard_count)]
+        # Learning rates of this stretch, and of the one whose step of the anchor is not made yet.
+        self._rates = 0.0
+        self._learning_rate = 0.0
+        self._due_rates: float | None = None
+        self._step_count = 0
+        self._due_since = 0
+        self._heard_count = 0.0
         self._crowd = 1.0
         self._partners: dict[PeerId, _Partner] = {}
         self._distances: deque[float] = deque(maxlen=DISTANCES_KEPT)
@@ -193,20 +238,39 @@ class OuterLoop:
         return {
             "anchor": self._anchor,
             "residual": self._residual,
-            "direction": self._direction,
-            "incoming": self._incoming,
+            **{f"anchor_{name}": vector for name, vector in self._optimizer.vectors().items()},
         }
 
-    def go_on_from(self, *, version: int, crowd: float) -> None:
-        """Take the rest of a checkpoint, whose vectors are in place."""
-        self.version, self._crowd = max(self.version, version), crowd
-        self._has_incoming = bool(self._incoming.any())
+    def facts(self) -> dict[str, Any]:
+        """Return what else a checkpoint needs, for JSON."""
+        return {
+            "version": self.version,
+            "crowd": self._crowd,
+            "rates": self._rates,
+            "powers": list(self._optimizer.powers),
+        }
+
+    def go_on_from(self, facts: Mapping[str, Any]) -> None:
+        """Take the rest of a checkpoint, whose vectors are in place.
+
+        What came in and was not part of the model is lost, as if it had been on the way.
+        """
+        self.version = max(self.version, facts["version"])
+        self._crowd, self._rates = facts["crowd"], facts["rates"]
+        beta1_power, beta2_power = facts["powers"]
+        self._optimizer.powers = (beta1_power, beta2_power)
 
     def restart(self) -> None:
         """Go on from parameters that somebody else has written."""
         self._anchor[:] = self._parameters
-        for vector in (self._residual, self._direction, self._incoming):
-            vector[:] = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop gradients that were not published, and what came in."""
+        self._residual[:] = 0
+        self._rates = 0.0
+        self._due_rates = None
+        self._take(WAITING_MAX)
 
     @property
     def crowd(self) -> float:
@@ -219,26 +283,44 @@ class OuterLoop:
         return self._anchor
 
     def seen(self, peer: PeerId) -> int:
-        """Return the latest version of a peer that we took; 0 for none."""
+        """Return the latest version of a peer that is in our anchor; 0 for none."""
         partner = self._partners.get(peer)
-        return 0 if partner is None else int(partner.versions.max())
+        return 0 if partner is None else partner.seen
 
     def agreement(self, peer: PeerId) -> float:
-        """Return how far a peer's updates point where our own text points, -1..1."""
+        """Return how far a peer's updates point where those of the others point, -1..1."""
         return self._judge.agreement(peer)
 
     # --- Ours --------------------------------------------------------------------------------
 
-    def publish(self) -> Update:
-        """End a stretch of local steps: take what came in, and return what others get.
+    def note_step(self, gradient: Vector, length: float, learning_rate: float) -> None:
+        """Take the gradient of a step that the trainer has made.
+
+        Args:
+            gradient: float32 (size,); unchanged. Cut to the length to which AdamW cuts it.
+            length: Of it.
+            learning_rate: Of the step; 0 for a gradient besides.
+        """
+        clip = min(1.0, self._local.gradient_norm_max / max(length, 1e-30))
+        self._residual += np.float32(clip / self.settings.local_steps) * gradient
+        self._rates += learning_rate
+        self._learning_rate = learning_rate or self._learning_rate
+
+    def publish(self, partners: Sequence[PeerId]) -> Update:
+        """End a stretch of local steps: return what others get. `merge` makes the anchor's step.
+
+        Args:
+            partners: Who gets it; those who are new are waited for, too.
 
         Raises:
-            ValueError: The movement holds NaN or infinity: training has failed.
+            ValueError: The gradients hold NaN or infinity: training has failed.
         """
-        movement = self._end_stretch()
-        self._residual += movement
+        if self._due_rates is not None:
+            self._step()  # whoever is not heard by now is not waited for
+        for peer in partners:
+            self._partner(peer)
+        self.version += 1
         shards = []
-        published = movement  # its memory: the values are in the residual now
         for shard in range(self.layout.shard_count):
             bounds = self.layout.bounds(shard)
             encoded = encode_shard(
@@ -252,52 +334,106 @@ class OuterLoop:
             shards.append(encoded)
             # As the others see it, with the rounding of the codec. The rest stays for next time.
             values = decode_shard_untrusted(self.layout, encoded.header, encoded.payload)
-            published[bounds] = values
-            self._judge.note_own(shard, float(np.linalg.norm(values)))
-        self._residual -= published
-        self._go_on(published)
+            self._residual[bounds] -= values
+            self._incoming[shard].append(_Contribution(self._me, encoded, 1.0))
+        self._end_stretch()
         return Update(self.version, tuple(shards), sum(len(each.payload) for each in shards))
 
     def go_alone(self) -> None:
         """End a stretch of local steps when nobody is there to publish to: keep all of it."""
-        movement = self._end_stretch()
-        movement += self._residual
-        self._residual[:] = 0
-        self._anchor += movement
-        movement[:] = 0
-        self._go_on(movement)
-
-    def _end_stretch(self) -> Vector:
+        self._forget()
         self.version += 1
-        self._crowd += CROWD_MEMORY * (1 + self._incoming_count - self._crowd)
-        self._incoming_count = 0.0
-        movement: Vector = self._parameters - self._anchor
-        self._direction *= np.float32(DIRECTION_MEMORY)
-        self._direction += movement
-        return movement
+        self._anchor[:] = self._parameters
+        self._end_stretch()
+        self._due_rates = None
 
-    def _go_on(self, own: Vector) -> None:
-        own *= self._rate
-        self._anchor += own
-        for partner in self._partners.values():
-            partner.counts[:] = 0
-        self._parameters[:] = self._anchor
-        self.merge()
+    def _end_stretch(self) -> None:
+        self._crowd += CROWD_MEMORY * (1 + self._heard_count - self._crowd)
+        self._heard_count = 0.0
+        self._stretch_end[:] = self._parameters
+        self._due_rates, self._rates = self._rates, 0.0
+        self._due_since = self._step_count
 
     def merge(self) -> None:
-        """Take what came in; the sooner, the less of it is learned again. Between any two steps."""
-        if not self._has_incoming:
+        """Make a step of the anchor if it is time. Once between any two steps."""
+        self._step_count += 1
+        lately = self._step_count - LATELY_STRETCHES * self.settings.local_steps
+        active = [each for each in self._partners.values() if each.heard_at > lately]
+        if self._due_rates is None:
+            # We are slow: others have made another stretch. So that ours begins where they are.
+            if active and statistics.median(each.waiting.min() for each in active) > 1:
+                rates = self.settings.local_steps * self._learning_rate
+                self._advance(self._take(1), rates, self._anchor)
             return
-        self._has_incoming = False
-        self._incoming *= self._rate
-        # Both, so that it is no movement of ours.
-        self._anchor += self._incoming
-        self._parameters += self._incoming
-        self._incoming[:] = 0
+        fresh = self._step_count - self.settings.local_steps / 2
+        if self._due_since < fresh or all(each.heard_at >= fresh for each in active):
+            self._step()
 
-    @property
-    def _rate(self) -> np.float32:
-        return np.float32(min(GAIN_MAX, math.sqrt(self._crowd)) / self._crowd)
+    def _step(self) -> None:
+        """Step along the mean of what came in; the walk until the stretch's end is taken back."""
+        assert self._due_rates is not None
+        taken = self._take(WAITING_MAX)
+        if all(len(contributions) <= 1 for contributions in taken):
+            # Nobody: what our own steps did is better than one along their gradients.
+            self._anchor[:] = self._stretch_end
+        else:
+            self._advance(taken, self._due_rates, self._stretch_end)
+        self._due_rates = None
+
+    def _take(self, most: int) -> list[list[_Contribution]]:
+        """Take out of each shard the earliest updates of everybody, at most so many of each."""
+        taken: list[list[_Contribution]] = []
+        for shard, contributions in enumerate(self._incoming):
+            counts: Counter[PeerId] = Counter()
+            taken.append([])
+            kept: list[_Contribution] = []
+            for each in contributions:
+                counts[each.peer] += 1
+                (taken[shard] if counts[each.peer] <= most else kept).append(each)
+            self._incoming[shard] = kept
+            for each in taken[shard]:
+                if each.peer != self._me:
+                    partner = self._partner(each.peer)
+                    partner.waiting[shard] -= 1
+                    partner.seen = max(partner.seen, each.shard.header.version)
+        return taken
+
+    def _advance(
+        self, taken: Sequence[Sequence[_Contribution]], rates: float, walked_from: Vector
+    ) -> None:
+        """Make a step of the anchor, and go on from there by what was walked since then."""
+        mean = np.empty_like(self._anchor)
+        for shard, contributions in enumerate(taken):
+            self._average_shard(shard, contributions, out=mean[self.layout.bounds(shard)])
+        self._parameters -= walked_from
+        rate = rates / math.sqrt(self.settings.local_steps)
+        self._optimizer.update(self._anchor, mean, learning_rate=rate)
+        self._parameters += self._anchor
+
+    def _average_shard(
+        self, shard: int, contributions: Sequence[_Contribution], *, out: Vector
+    ) -> None:
+        """Write the mean of updates of a shard, as far as they are believed.
+
+        Ours is judged like any other, and in one order: so all who have heard the same make the
+        same step.
+        """
+        contributions = sorted(contributions, key=lambda each: each.peer)
+        decoded = [each.decode(self.layout) for each in contributions]
+        lengths = [float(np.linalg.norm(values)) for values in decoded]
+        for values, factor in zip(decoded, self._judge.cut(shard, lengths), strict=True):
+            values *= np.float32(factor)
+        total: Vector = np.sum(decoded, axis=0, dtype=np.float32)
+        for each, values in zip(contributions, decoded, strict=True):
+            self._judge.note(each.peer, _cosine(values, total - values))
+        out[:] = 0
+        weights = 0.0
+        for each, values in zip(contributions, decoded, strict=True):
+            belief = self._judge.belief(each.peer)
+            self.statistics.doubted += belief == 0
+            out += np.float32(each.weight * belief) * values
+            weights += each.weight * belief
+        out /= np.float32(max(weights, 1e-9))
 
     # --- Others' -----------------------------------------------------------------------------
 
@@ -310,39 +446,33 @@ class OuterLoop:
             The weight it was taken with, 0..1; 0 if it was not.
         """
         try:
-            values = decode_shard_untrusted(self.layout, header, payload)
+            decode_shard_untrusted(self.layout, header, payload)
         except DecodeError:
             self.statistics.damaged += 1
             return 0.0
         partner = self._partner(peer)
         if (
             header.version <= partner.versions[header.shard]
-            or partner.counts[header.shard] >= UPDATES_PER_OURS_MAX
+            or partner.waiting[header.shard] >= WAITING_MAX
         ):
             self.statistics.repeated += 1
             return 0.0
+        partner.heard_at = self._step_count
         partner.versions[header.shard] = header.version
-        partner.counts[header.shard] += 1
         # Who claims to have seen more of ours than there is has seen all: it can't gain by it.
         staleness = max(0, self.version - max(header.seen, partner.met_at))
         if staleness > self.settings.staleness_max:
             self.statistics.stale += 1
             return 0.0
-        bounds = self.layout.bounds(header.shard)
-        length = float(np.linalg.norm(values))
-        weight = self._judge.weigh(
-            peer, header.shard, length, _cosine(values, self._direction[bounds], length)
+        weight = math.sqrt(STALENESS_FREE / max(staleness, STALENESS_FREE))
+        partner.waiting[header.shard] += 1
+        self._incoming[header.shard].append(
+            _Contribution(peer, EncodedShard(header, payload), weight)
         )
-        if weight == 0:
-            self.statistics.doubted += 1
-            return 0.0
-        weight *= math.sqrt(STALENESS_FREE / max(staleness, STALENESS_FREE))
-        self._incoming[bounds] += np.float32(weight) * values
-        self._has_incoming = True
-        self._incoming_count += 1 / self.layout.shard_count
+        self._heard_count += 1 / self.layout.shard_count
         self.statistics.taken += 1
         self.statistics.weight += weight
-        return weight
+        return weight * self._judge.belief(peer)
 
     def average(self, header: ShardHeader, payload: bytes) -> float:
         """Move one shard half of the way to a partner's anchor, which does the same.
@@ -365,7 +495,8 @@ class OuterLoop:
         if len(self._distances) >= DISTANCES_MIN:
             usual = statistics.median(self._distances)
         else:
-            usual = float(np.linalg.norm(self._direction)) / math.sqrt(self._direction.size)
+            # As far as several stretches lead: a step of AdamW moves values by the rate at most.
+            usual = DISTANCES_MIN * self.settings.local_steps * self._local.learning_rate
         clip = min(1.0, DISTANCE_FACTOR * usual / distance) if distance > 0 else 1.0
         self._distances.append(distance * clip)
         sent = encode_shard(
@@ -376,10 +507,10 @@ class OuterLoop:
         middle *= np.float32(0.5)
         if clip < 1:
             middle = anchor + (middle - anchor) * np.float32(clip)
-        # Our movement since the anchor stays what it was.
-        movement = self._parameters[bounds] - anchor
+        # Where we walked from there stays what it was.
+        for vector in (self._parameters, self._stretch_end):
+            vector[bounds] = middle + (vector[bounds] - anchor)
         self._anchor[bounds] = middle
-        self._parameters[bounds] = middle + movement
         self.statistics.averaged += 1
         return clip
 
@@ -389,13 +520,16 @@ class OuterLoop:
                 del self._partners[next(iter(self._partners))]  # the one met first
             shape = self.layout.shard_count
             self._partners[peer] = _Partner(
-                np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64), self.version
+                np.zeros(shape, dtype=np.int64),
+                np.zeros(shape, dtype=np.int64),
+                met_at=self.version,
+                heard_at=self._step_count - self.settings.local_steps,
             )
         return self._partners[peer]
 
 
-def _cosine(values: Vector, direction: Vector, length: float) -> float:
-    """Return the cosine between an update and our direction, where the update is not zero."""
-    ours = direction[values != 0]
-    both = length * float(np.linalg.norm(ours))
-    return float(values @ direction) / both if both > 0 else 0.0
+def _cosine(values: Vector, others: Vector) -> float:
+    """Return the cosine between an update and the others', where the update is not zero."""
+    there = others[values != 0]
+    both = float(np.linalg.norm(values)) * float(np.linalg.norm(there))
+    return float(values @ others) / both if both > 0 else 0.0

@@ -86,6 +86,7 @@ class PreferenceTrainer:
         learning_rate: Of a step.
         rng: Draws the batches.
         weight: Of the marks of a source, 0..1; ours count 1.
+        on_gradient: Gets the gradient of each step at length 1, that of one step on text.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class PreferenceTrainer:
         learning_rate: float,
         rng: np.random.Generator,
         weight: Callable[[PeerId], float],
+        on_gradient: Callable[[Vector], None] | None = None,
     ) -> None:
         self._trainer = trainer
+        self._on_gradient = on_gradient
         self._reference = reference
         self._scorer = Scorer(trainer, batch=BATCH, time=time)
         # The trainer's own steps decay the weights.
@@ -130,7 +133,10 @@ class PreferenceTrainer:
             len(answers), size=min(BATCH, len(answers)), replace=False, p=shares / shares.sum()
         )
         loss, gradient = self.gradient([answers[index] for index in chosen])
-        self._optimizer.update(self._trainer.parameters, gradient)
+        length = self._optimizer.update(self._trainer.parameters, gradient)
+        if self._on_gradient is not None and length > 0:
+            gradient *= np.float32(1 / length)
+            self._on_gradient(gradient)
         return loss
 
     def _shares(self) -> tuple[list[MarkedAnswer], NDArray[np.float64]]:

@@ -34,8 +34,7 @@ def take_checkpoint(
     facts = {
         "layout": outer.layout.hash.hex(),
         "powers": list(trainer.optimizer.powers),
-        "version": outer.version,
-        "crowd": outer.crowd,
+        "outer": outer.facts(),
         "rng": rng.bit_generator.state,
     }
     return Checkpoint(step, _vectors(trainer, outer), facts)
@@ -59,7 +58,7 @@ def resume(
         target[:] = checkpoint.vectors[name]
     beta1_power, beta2_power = checkpoint.facts["powers"]
     trainer.optimizer.powers = (beta1_power, beta2_power)
-    outer.go_on_from(version=checkpoint.facts["version"], crowd=checkpoint.facts["crowd"])
+    outer.go_on_from(checkpoint.facts["outer"])
     rng.bit_generator.state = checkpoint.facts["rng"]
     return checkpoint.step
 

@@ -3,18 +3,18 @@
 Four tests, from the cheapest on:
 
     NaN, infinity   never get here: a shard that holds one is not decoded
-    length          an update is cut to the median length of the latest from everybody (CenteredClip
-                    around zero): who scales its updates up gains nothing
-    direction       how far an update points where our own text points, averaged over many: honest
-                    peers agree a little with us, random numbers do not, flipped signs disagree
+    length          updates are cut to 1.5 times the median length of the latest from everybody
+                    (CenteredClip around zero): who scales its updates up gains nothing
+    direction       how far an update points where those of the others in the same step point, over
+                    many: honest peers agree, random numbers do not, flipped signs disagree
     hook            what anybody else knows of the peer, a factor in 0..1
 
-The weight is the product. Directions of single updates say little, since most of each is noise: so
-a peer is judged by the mean of many, against its own spread. Who is new counts in full, because its
+The weight is the product. Single directions say little, since much of each update is noise: so a
+peer is judged by the mean of many, against its own spread. Who is new counts in full, because its
 length is cut already and doubt would hold back every newcomer; who does not agree over
-`PROBATION_COUNT` updates fades out, and comes back if its later ones agree. But text may differ so
-much that honest peers disagree: so nobody is doubted unless most of the others clearly agree with
-us. Between two or three peers, and where liars are the majority, there is no such test.
+`PROBATION_COUNT` shards fades out, and comes back if its later ones agree. But text may differ so
+much that honest peers disagree: so nobody is doubted unless most of the others clearly agree.
+Between two or three peers, and where liars are the majority, there is no such test.
 
 Source: Karimireddy, He and Jaggi 2021, "Learning from History for Byzantine Robust Optimization"
 (CenteredClip).
@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -38,12 +38,12 @@ __all__ = ["Judge", "Reputation"]
 # What is known of a peer from elsewhere: a factor in 0..1.
 Reputation: TypeAlias = Callable[[PeerId], float]
 
-LENGTHS_KEPT = 64
+LENGTHS_KEPT = 32
 # An update of twice the median length is rare among honest peers; there is no need to shorten it.
-LENGTH_FACTOR = 2.0
+LENGTH_FACTOR = 1.5
 # Weight of the newest agreement in its mean: the memory of about 30 updates.
 MEMORY = 1 / 30
-PROBATION_COUNT = 10
+PROBATION_COUNT = 4
 # Who disagrees may have other text. It is suspect only where most of at least so many others agree.
 JURY_MIN = 3
 # Standard errors above zero at which agreement is clear.
@@ -87,34 +87,36 @@ class Judge:
         self._standings: dict[PeerId, _Standing] = {}
 
     def agreement(self, peer: PeerId) -> float:
-        """Return the mean cosine of a peer's updates with our direction; 0 if nothing came."""
+        """Return the mean cosine of a peer's updates with the others'; 0 if nothing came."""
         standing = self._standings.get(peer)
         return 0.0 if standing is None else standing.mean
 
-    def weigh(self, peer: PeerId, shard: int, length: float, agreement: float) -> float:
-        """Judge one shard of an update, and remember it.
+    def cut(self, shard: int, lengths: Sequence[float]) -> list[float]:
+        """Return the factors that bring updates to the usual length of a shard, 0..1.
 
         Args:
-            peer: Who sent it.
             shard: Which; each has a usual length of its own.
-            length: The Euclidean length of its values.
-            agreement: Cosine between them and our own direction, -1..1.
-
-        Returns:
-            The factor to take it with, 0..1.
+            lengths: Euclidean, of all that came for one step; they are remembered as they were cut.
         """
+        known = self._lengths.setdefault(shard, deque(maxlen=LENGTHS_KEPT))
+        longest = LENGTH_FACTOR * statistics.median([*known, *lengths])
+        factors = [min(1.0, longest / length) if length > 0 else 1.0 for length in lengths]
+        known.extend(length * factor for length, factor in zip(lengths, factors, strict=True))
+        return factors
+
+    def note(self, peer: PeerId, agreement: float) -> None:
+        """Remember how far a shard of a peer's points where those of the others do, -1..1."""
         if peer not in self._standings and len(self._standings) >= PEERS_MAX:
             # The one heard of first; a liar gains nothing by it that a new identity would not give.
             del self._standings[next(iter(self._standings))]
-        standing = self._standings.setdefault(peer, _Standing())
-        standing.add(agreement)
-        lengths = self._lengths.setdefault(shard, deque(maxlen=LENGTHS_KEPT))
-        usual = statistics.median(lengths) if lengths else length
-        clip = min(1.0, LENGTH_FACTOR * usual / length) if length > 0 else 1.0
-        # As it was cut: a liar can't stretch the measure by more than the factor.
-        lengths.append(length * clip)
+        self._standings.setdefault(peer, _Standing()).add(agreement)
+
+    def belief(self, peer: PeerId) -> float:
+        """Return the factor by which to take what a peer sends, 0..1."""
+        standing = self._standings.get(peer)
+        trust = 1.0 if standing is None else self._trust(peer, standing)
         reputation = 1.0 if self._reputation is None else self._reputation(peer)
-        return clip * self._trust(peer, standing) * min(1.0, max(0.0, reputation))
+        return trust * min(1.0, max(0.0, reputation))
 
     def _trust(self, peer: PeerId, standing: _Standing) -> float:
         """Return 1 where nothing speaks against a peer, 0 where it alone surely does not agree."""
@@ -130,7 +132,3 @@ class Judge:
         ):
             return 1.0
         return min(1.0, max(0.0, standing.clarity / CLEAR))
-
-    def note_own(self, shard: int, length: float) -> None:
-        """Learn how long a shard of our own update is: the first measure of what is usual."""
-        self._lengths.setdefault(shard, deque(maxlen=LENGTHS_KEPT)).append(length)

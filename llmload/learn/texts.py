@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -27,6 +27,7 @@ from llmload.learn.exchange import Learner
 from llmload.learn.pool import TextPool
 from llmload.learn.preference import MarkedAnswer, PreferenceTrainer
 from llmload.learn.scorer import Scorer
+from llmload.learn.shards import Vector
 from llmload.learn.sources import Sources, Windows
 from llmload.learn.trainer import Trainer
 from llmload.model_folder import Model
@@ -70,6 +71,7 @@ class TextLearning:
         sources: What the texts of each peer are worth.
         exchange: Set by `start`.
         preference_loss: Of the latest step on marked answers, 0..1; None before the first.
+        on_gradient: Gets the gradients of steps on marked answers, at length 1.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class TextLearning:
         )
         self.exchange: TextExchange | None = None
         self.preference_loss: float | None = None
+        self.on_gradient: Callable[[Vector], None] | None = None
 
     def start(self, node: Node, learner: Learner) -> TextExchange:
         """Answer the learner's partners from now on; returns what asks them while it runs."""
@@ -165,6 +168,7 @@ class TextLearning:
             rng=self._rng,
             # Who gives marks alone is never measured: names are free, and so would be marks.
             weight=self.sources.weight,
+            on_gradient=self.on_gradient,
         )
 
     async def _novelty(self, samples: Sequence[str]) -> list[float]:

@@ -18,6 +18,7 @@ from llmload.learn.resume import resume, take_checkpoint
 from llmload.learn.shards import ShardLayout
 from llmload.learn.trainer import Trainer, batches
 from llmload.weights import random_weights
+from natswarm import PeerId
 
 CONFIG = GPT2Config(vocab_size=40, n_ctx=16, n_embd=16, n_layer=1, n_head=2)
 CRASHES = 50
@@ -94,17 +95,20 @@ class Run:
     def __init__(self, config=CONFIG) -> None:
         self.trainer = Trainer(config, random_weights(config, 1))
         layout = ShardLayout(self.trainer.space, 1000)
-        self.outer = OuterLoop(layout, self.trainer.parameters, OuterSettings(density=0.1))
+        me = PeerId(bytes(32))
+        self.outer = OuterLoop(layout, self.trainer.parameters, me, OuterSettings(density=0.1))
         self.rng = np.random.default_rng(7)
         self.text = batches(np.arange(200) % 40, batch=2, time=8, rng=self.rng)
         self.step = 0
 
     def train(self, count):
         for _ in range(count):
-            self.trainer.apply(self.trainer.gradients(next(self.text))[1])
+            gradient = self.trainer.gradients(next(self.text))[1]
+            self.outer.note_step(gradient, self.trainer.apply(gradient), 1e-3)
             self.step += 1
             if self.step % 3 == 0:
-                self.outer.publish()
+                self.outer.publish([])
+            self.outer.merge()
 
 
 def test_resuming_gives_the_bits_of_not_having_stopped(tmp_path):

@@ -1,8 +1,9 @@
-"""Outer loops: sums in any order, error feedback, weights that senders do not choose."""
+"""Outer loops: steps that all make alike, error feedback, weights that senders do not choose."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from itertools import pairwise
 
 import msgspec
@@ -11,35 +12,57 @@ import pytest
 
 from llmload.config import GPT2Config
 from llmload.learn.codecs import Codec
-from llmload.learn.optimizer import AdamWSettings
+from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.outer import (
     AVERAGE_CODEC,
     STALENESS_FREE,
-    UPDATES_PER_OURS_MAX,
+    WAITING_MAX,
     OuterLoop,
     OuterSettings,
+    Update,
 )
-from llmload.learn.robust import PROBATION_COUNT, Judge
-from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
+from llmload.learn.robust import LENGTH_FACTOR, PROBATION_COUNT, Judge
+from llmload.learn.shards import (
+    ParameterSpace,
+    ShardLayout,
+    decode_shard_untrusted,
+    encode_shard,
+)
 from llmload.learn.trainer import Trainer, batches
 from llmload.weights import random_weights
 from natswarm import PeerId
 
-LAYOUT = ShardLayout(ParameterSpace.of({"w": (2000,)}), 800)
-A, B, C = (PeerId(hashlib.sha256(name).digest()) for name in (b"a", b"b", b"c"))
+SPACE = ParameterSpace.of({"w": (2000,)})
+LAYOUT = ShardLayout(SPACE, 800)
+RATE = 1e-2
+IDS = [PeerId(hashlib.sha256(bytes([number])).digest()) for number in range(8)]
+ME, A, B, C, D, E = IDS[:6]
 
 
-def loop(seed=1, *, reputation=None, **settings):
-    parameters = np.random.default_rng(seed).standard_normal(2000).astype(np.float32)
+def loop(me=ME, *, reputation=None, **settings):
+    parameters = np.random.default_rng(1).standard_normal(2000).astype(np.float32)
+    settings = {"local_steps": 2, "density": 1.0} | settings
     return parameters, OuterLoop(
-        LAYOUT, parameters, OuterSettings(**settings), reputation=reputation
+        LAYOUT,
+        parameters,
+        me,
+        OuterSettings(**settings),
+        optimizer=AdamWSettings(learning_rate=RATE),
+        reputation=reputation,
     )
 
 
-def move(parameters, seed, length=1e-2):
-    step = np.random.default_rng(seed).standard_normal(2000).astype(np.float32)
-    parameters += np.float32(length) * step
-    return np.float32(length) * step
+def gradient(seed, length=0.5):
+    values = np.random.default_rng(seed).standard_normal(2000).astype(np.float32)
+    return np.float32(length / np.linalg.norm(values)) * values
+
+
+def walk(parameters, outer, own, *, merge=True):
+    """Make one local step along a gradient, as AdamW might."""
+    parameters -= np.float32(RATE) * np.sign(own)
+    outer.note_step(own, float(np.linalg.norm(own)), RATE)
+    if merge:
+        outer.merge()
 
 
 def deliver(receiver, sender_id, update, seen=None):
@@ -50,48 +73,142 @@ def deliver(receiver, sender_id, update, seen=None):
     ]
 
 
+class Crowd:
+    """Outer loops that hear each other at once."""
+
+    def __init__(self, ids, **settings):
+        self.ids = ids
+        self.loops = [loop(each, **settings) for each in ids]
+
+    def stretch(self, gradients, forge=lambda sender, update: update):
+        """Let each walk a stretch along its gradient and publish; nobody steps before all have."""
+        updates = []
+        for me, (parameters, outer), own in zip(self.ids, self.loops, gradients, strict=True):
+            for _ in range(outer.settings.local_steps):
+                walk(parameters, outer, own, merge=False)
+            updates.append(forge(me, outer.publish([each for each in self.ids if each != me])))
+        for me, (_, outer) in zip(self.ids, self.loops, strict=True):
+            for sender, update in zip(self.ids, updates, strict=True):
+                if sender != me:
+                    deliver(outer, sender, update)
+            outer.merge()
+
+    @property
+    def anchors(self):
+        return [outer.anchor.tobytes() for _, outer in self.loops]
+
+
 # --- Ours ----------------------------------------------------------------------------------------
 
 
 def test_alone_it_is_plain_training():
     parameters, outer = loop()
     expected = parameters.copy()
-    for seed in range(5):
-        expected += move(parameters, seed)
-        outer.go_alone()
-        outer.merge()
-    assert np.allclose(parameters, expected, atol=1e-6)
+    for seed in range(6):
+        own = gradient(seed)
+        expected -= np.float32(RATE) * np.sign(own)
+        walk(parameters, outer, own)
+        if seed % 2:
+            outer.go_alone()
+            outer.merge()
+    assert parameters.tobytes() == expected.tobytes() == outer.anchor.tobytes()
     assert outer.crowd == 1
 
 
+def test_who_hears_nobody_keeps_its_walk():
+    parameters, outer = loop(local_steps=4)
+    expected = parameters.copy()
+    for seed in range(12):
+        own = gradient(seed)
+        expected -= np.float32(RATE) * np.sign(own)
+        walk(parameters, outer, own)
+        if seed % 4 == 3:
+            outer.publish([A, B])
+            outer.merge()
+    assert parameters.tobytes() == expected.tobytes()
+
+
+def test_the_step_is_that_of_adamw_along_the_mean_gradient():
+    crowd = Crowd([ME, A])
+    start = crowd.loops[0][0].copy()
+    gradients = [gradient(1), gradient(2)]
+    expected = start.copy()
+    reference = AdamW(SPACE, AdamWSettings(beta1=0.9**2, beta2=0.95**2))
+    for _ in range(3):
+        crowd.stretch(gradients)
+        # A mean over two steps has half the noise of one: the rate of both / sqrt(2).
+        reference.update(
+            expected, np.mean(gradients, axis=0), learning_rate=2 * RATE / math.sqrt(2)
+        )
+    moved = np.linalg.norm(expected - start)
+    for parameters, outer in crowd.loops:
+        # The codec rounds; where both walked to is taken back.
+        assert np.linalg.norm(outer.anchor - expected) < 0.1 * moved
+        assert np.allclose(parameters, outer.anchor, atol=1e-6)
+    assert len(set(crowd.anchors)) == 1
+    assert crowd.loops[0][1].crowd > 1
+
+
+def test_what_was_walked_meanwhile_stays():
+    crowd = Crowd([ME, A])
+    crowd.stretch([gradient(1), gradient(2)])
+    parameters, outer = crowd.loops[0]
+    walked = -np.float32(RATE) * np.sign(gradient(3))
+    walk(parameters, outer, gradient(3), merge=False)
+    assert np.allclose(parameters - outer.anchor, walked, atol=1e-6)
+
+
+def test_the_step_waits_for_those_who_were_heard_lately_and_not_for_long():
+    parameters, outer = loop(local_steps=8)
+    peer, others = loop(A, local_steps=8)
+    for step in range(8):
+        walk(parameters, outer, gradient(step), merge=False)
+        walk(peer, others, gradient(100 + step), merge=False)
+    outer.publish([A])
+    before = outer.anchor.copy()
+    outer.merge()
+    assert np.array_equal(outer.anchor, before)  # A was just met, and is due
+    deliver(outer, A, others.publish([ME]))
+    outer.merge()
+    stepped = outer.anchor.copy()
+    assert not np.array_equal(stepped, before)
+    for _ in range(2):  # the next two stretches, of which A sends nothing
+        for step in range(8):
+            walk(parameters, outer, gradient(200 + step))
+        outer.publish([A])
+        merges = 0
+        while np.array_equal(outer.anchor, stepped):
+            outer.merge()
+            merges += 1
+        stepped = outer.anchor.copy()
+        assert merges <= 5
+    assert merges == 1  # it is given up
+
+
 def test_what_was_not_published_is_kept_for_later():
-    parameters, outer = loop(density=0.1)
-    start = parameters.copy()
-    moved = move(parameters, 1)
-    for _ in range(60):
-        update = outer.publish()
+    parameters, outer = loop(density=0.1, local_steps=1)
+    walk(parameters, outer, gradient(1), merge=False)
+    published = np.zeros(2000, dtype=np.float32)
+    for _ in range(40):
+        update = outer.publish([A])
         assert {shard.header.codec for shard in update.shards} == {Codec.TOPK}
         assert update.payload_bytes < 2000 * 4 * 0.06
-    published = parameters - start
-    # Alone the rate is 1: in the end all of the movement is there, but for the rounding.
-    assert np.linalg.norm(published - moved) < 0.05 * np.linalg.norm(moved)
+        for shard in update.shards:
+            published[LAYOUT.bounds(shard.header.shard)] += decode(shard)
+    assert np.linalg.norm(published - gradient(1)) < 0.05 * np.linalg.norm(gradient(1))
 
 
-def test_two_that_hear_each_other_stay_together():
-    (p, a), (q, b) = loop(), loop()
-    for round_number in range(40):
-        for parameters, own in ((p, 100), (q, 200)):
-            move(parameters, round_number)  # what both texts teach
-            move(parameters, own + round_number)
-        ours, theirs = a.publish(), b.publish()
-        deliver(a, B, theirs)
-        deliver(b, A, ours)
-        a.merge()
-        b.merge()
-    assert a.crowd == pytest.approx(2, abs=0.1)
-    distance = np.linalg.norm(a.anchor - b.anchor)
-    assert distance < 0.1 * np.linalg.norm(a.anchor - loop()[0])
-    assert np.array_equal(p, a.anchor)  # a step begins where all agree
+def decode(shard):
+    return decode_shard_untrusted(LAYOUT, shard.header, shard.payload)
+
+
+def test_long_gradients_are_cut_as_adamw_cuts_them():
+    parameters, outer = loop(local_steps=1)
+    walk(parameters, outer, gradient(1, length=50.0), merge=False)
+    update = outer.publish([A])
+    assert math.hypot(*(np.linalg.norm(decode(each)) for each in update.shards)) == pytest.approx(
+        1.0, rel=0.01
+    )
 
 
 def test_each_gets_better_on_the_text_of_the_other():
@@ -108,18 +225,21 @@ def test_each_gets_better_on_the_text_of_the_other():
         ]
         texts = [text(1), text(2)]
         loops = [
-            OuterLoop(ShardLayout(each.space), each.parameters, OuterSettings(density=0.1))
-            for each in trainers
+            OuterLoop(ShardLayout(each.space), each.parameters, me, OuterSettings(density=0.1))
+            for me, each in zip((A, B), trainers, strict=True)
         ]
-        for step in range(1, 81):
-            for trainer, own in zip(trainers, texts, strict=True):
-                trainer.apply(trainer.gradients(next(own))[1])
-            if step % 4 == 0 and is_together:
-                updates = [outer.publish() for outer in loops]
+        for step in range(1, 121):
+            for trainer, own, outer in zip(trainers, texts, loops, strict=True):
+                along = trainer.gradients(next(own))[1]
+                outer.note_step(along, trainer.apply(along), 1e-2)
+            if step % 8 == 0 and is_together:
+                updates = [
+                    outer.publish([other]) for outer, other in zip(loops, (B, A), strict=True)
+                ]
                 deliver(loops[0], B, updates[1])
                 deliver(loops[1], A, updates[0])
-                for outer in loops:
-                    outer.merge()
+            for outer in loops:
+                outer.merge()
         return [
             trainer.loss(*next(text(other)))
             for trainer, other in zip(trainers, (2, 1), strict=True)
@@ -130,58 +250,57 @@ def test_each_gets_better_on_the_text_of_the_other():
     assert max(losses(True)) < 0.6 * start
 
 
-def test_a_movement_with_nan_is_not_published():
-    parameters, outer = loop()
-    parameters[3] = np.nan
+def test_a_gradient_with_nan_is_not_published():
+    _, outer = loop()
+    along = gradient(1)
+    along[3] = np.nan
+    outer.note_step(along, 1.0, RATE)
     with pytest.raises(ValueError, match="NaN"):
-        outer.publish()
+        outer.publish([A])
 
 
 # --- Others' -------------------------------------------------------------------------------------
 
 
-def update_of(seed, version=1):
-    parameters, outer = loop()
+def update_of(seed, version=1, me=B):
+    parameters, outer = loop(me)
     for _ in range(version):
-        move(parameters, seed)
-        update = outer.publish()
+        for _ in range(2):
+            walk(parameters, outer, gradient(seed), merge=False)
+        update = outer.publish([ME])
     return update
+
+
+def stepped(outer, parameters):
+    for seed in (1, 2):
+        walk(parameters, outer, gradient(seed), merge=False)
+    outer.publish([])
+    outer.merge()
+    return outer.anchor.tobytes()
 
 
 def test_an_update_counts_once_whole_or_in_parts_in_any_order():
     update = update_of(5)
-    results = []
+    results = set()
     for order in ([0, 1, 2], [2, 0, 1], [0, 0, 1, 2, 1]):
         parameters, outer = loop()
         for shard in order:
             outer.receive(B, update.shards[shard].header, update.shards[shard].payload)
-        outer.merge()
-        results.append(parameters)
+        results.add(stepped(outer, parameters))
         assert outer.statistics.taken == 3
         assert outer.statistics.repeated == len(order) - 3
-    assert np.array_equal(results[0], results[1])
-    assert np.array_equal(results[0], results[2])
-    assert not np.array_equal(results[0], loop()[0])
-
-
-def test_what_comes_in_during_a_step_is_no_movement_of_ours():
+    assert len(results) == 1
     parameters, outer = loop()
-    deliver(outer, B, update_of(5))
-    moved = move(parameters, 6)
-    outer.merge()
-    assert np.allclose(parameters - outer.anchor, moved, atol=1e-6)
-    assert not np.array_equal(outer.anchor, loop()[0])
+    assert results != {stepped(outer, parameters)}
 
 
 def test_stale_updates_weigh_less_and_the_sender_cannot_change_it():
-    parameters, outer = loop(staleness_max=40)
+    _, outer = loop(staleness_max=40)
     deliver(outer, B, update_of(5))  # known from version 0 on
+    shard = update_of(5).shards[0]
     weights = []
     for version in range(2, 60):
-        move(parameters, version)
-        outer.publish()
-        update = update_of(5)
-        shard = update.shards[0]
+        outer.go_alone()
         header = msgspec.structs.replace(shard.header, version=version, seen=0)
         weights.append(outer.receive(B, header, shard.payload))
     assert all(earlier >= later for earlier, later in pairwise(weights))
@@ -194,13 +313,27 @@ def test_stale_updates_weigh_less_and_the_sender_cannot_change_it():
     assert outer.receive(B, header, shard.payload) <= 1
 
 
-def test_one_peer_cannot_drown_the_others():
+def test_one_peer_cannot_fill_our_memory():
     _, outer = loop()
     shard = update_of(5).shards[0]
     for version in range(1, 40):
         header = msgspec.structs.replace(shard.header, version=version)
         outer.receive(B, header, shard.payload)
-    assert outer.statistics.taken == UPDATES_PER_OURS_MAX
+    assert outer.statistics.taken == WAITING_MAX
+
+
+def test_a_slow_peer_goes_along_with_the_others():
+    """It is in the middle of a stretch while the others make several."""
+    crowd = Crowd([A, B, C])
+    parameters, slow = loop(ME)
+    for stretch in range(6):
+        walk(parameters, slow, gradient(50))
+        gradients = [gradient(10 * stretch + n) for n in range(3)]
+        crowd.stretch(gradients, lambda me, update: (deliver(slow, me, update), update)[1])
+        slow.merge()
+    moved = np.linalg.norm(crowd.loops[0][1].anchor - loop()[0])
+    assert np.linalg.norm(slow.anchor - loop()[0]) > 0.3 * moved
+    assert np.linalg.norm(slow.anchor - crowd.loops[0][1].anchor) < 0.8 * moved
 
 
 def test_damaged_and_foreign_shards_are_counted():
@@ -223,13 +356,46 @@ def test_reputation_is_a_factor():
         assert deliver(outer, B, update) == [weight] * 3
 
 
+@pytest.mark.parametrize("lie", [-1.0, -100.0])
+def test_liars_are_found_out_by_all_alike(lie):
+    rng = np.random.default_rng(1)
+    truth = gradient(99, length=0.3)
+    liars = IDS[6:]
+
+    def forge(sender, update):
+        if sender not in liars:
+            return update
+        shards = [
+            encode_shard(
+                LAYOUT,
+                shard.header.shard,
+                np.float32(lie) * decode(shard),
+                codec=Codec.INT8X256,
+                version=shard.header.version,
+            )
+            for shard in update.shards
+        ]
+        return Update(update.version, tuple(shards), update.payload_bytes)
+
+    crowd = Crowd(IDS)
+    for _ in range(8):
+        crowd.stretch([truth + gradient(rng.integers(2**32), length=0.6) for _ in crowd.ids], forge)
+    assert len(set(crowd.anchors[:6])) == 1
+    for _, outer in crowd.loops[:6]:
+        assert outer.agreement(A) > 0 > max(map(outer.agreement, liars))
+        assert outer.statistics.doubted >= 10
+    # And the honest got where the truth is.
+    moved = crowd.loops[0][1].anchor - loop()[0]
+    assert moved @ truth < -0.3 * np.linalg.norm(moved) * np.linalg.norm(truth)
+
+
 # --- Averages ------------------------------------------------------------------------------------
 
 
 def test_both_have_the_bits_of_the_average():
-    (p, a), (q, b) = loop(), loop()
-    move(p, 1)
-    move(q, 2)
+    (p, a), (q, b) = loop(A), loop(B)
+    walk(p, a, gradient(1))
+    walk(q, b, gradient(2))
     for each in (a, b):
         each.go_alone()
     for shard in range(LAYOUT.shard_count):
@@ -246,10 +412,7 @@ def test_both_have_the_bits_of_the_average():
 
 
 def test_who_is_far_away_pulls_no_harder():
-    parameters, outer = loop()
-    for seed in range(4):
-        move(parameters, seed)
-        outer.go_alone()
+    _, outer = loop()
     before = outer.anchor.copy()
     bounds = LAYOUT.bounds(0)
     far = before[bounds] + 100
@@ -261,19 +424,22 @@ def test_who_is_far_away_pulls_no_harder():
 # --- The judge -----------------------------------------------------------------------------------
 
 
-def judged(judge, peer, agreements, length=1.0):
-    return [judge.weigh(peer, 0, length, agreement) for agreement in agreements]
+def judged(judge, peer, agreements):
+    beliefs = []
+    for agreement in agreements:
+        judge.note(peer, agreement)
+        beliefs.append(judge.belief(peer))
+    return beliefs
 
 
 def test_who_agrees_counts_and_who_does_not_fades_out():
     rng = np.random.default_rng(1)
     judge = Judge()
-    for name in (b"d", b"e", b"f"):
-        other = PeerId(hashlib.sha256(name).digest())
+    for other in (C, D, E):
         judged(judge, other, 0.1 + 0.1 * rng.standard_normal(100))
     honest = judged(judge, A, 0.1 + 0.1 * rng.standard_normal(100))
     flipped = judged(judge, B, -0.1 + 0.1 * rng.standard_normal(100))
-    noise = judged(judge, C, 0.02 * rng.standard_normal(300))
+    noise = judged(judge, ME, 0.02 * rng.standard_normal(300))
     assert min(honest[20:]) > 0.9
     assert flipped[: PROBATION_COUNT - 1] == [1.0] * (PROBATION_COUNT - 1)
     assert max(flipped[20:]) == 0
@@ -286,21 +452,18 @@ def test_strangers_among_strangers_are_not_doubted():
     judge = Judge()
     for _ in range(3):
         for peer in (A, B, C):
-            weights = judged(judge, peer, -0.1 + 0.1 * rng.standard_normal(30))
-            assert weights == [1.0] * 30
+            assert judged(judge, peer, -0.1 + 0.1 * rng.standard_normal(30)) == [1.0] * 30
 
 
 def test_lengths_are_cut_to_the_usual():
     judge = Judge()
     for _ in range(10):
-        judge.note_own(0, 1.0)
-    assert judge.weigh(A, 0, 1.5, 0.1) == 1
-    assert judge.weigh(A, 0, 100.0, 0.1) == pytest.approx(0.02)
+        assert judge.cut(0, [1.0, 1.2]) == [1.0, 1.0]
+    assert judge.cut(0, [1.5, 100.0]) == [1.0, pytest.approx(LENGTH_FACTOR * 1.1 / 100, rel=0.1)]
     # A liar alone can't raise what is usual by much.
     for _ in range(20):
-        judge.weigh(A, 0, 1e6, 0.1)
-        judge.note_own(0, 1.0)
-    assert judge.weigh(B, 0, 100.0, 0.1) < 0.05
+        judge.cut(0, [1.0, 1e6, 1.0])
+    assert judge.cut(0, [1.0, 100.0])[1] < 0.05
 
 
 def test_settings_are_checked():

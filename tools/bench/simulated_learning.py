@@ -156,10 +156,13 @@ class Student:
         tokens, targets = (np.concatenate(part) for part in zip(*windows, strict=True))
         return tokens, targets
 
-    def step(self, number: int) -> None:
-        """Make one local step."""
-        gradient = self.room.gradient(self.parameters, self.batch())
-        self.optimizer.update(self.parameters, gradient, learning_rate=self.room.rate_at(number))
+    def step(self, number: int) -> tuple[Vector, float, float]:
+        """Make one local step; return its gradient, the length of that, and the learning rate."""
+        gradient, rate = (
+            self.room.gradient(self.parameters, self.batch()),
+            self.room.rate_at(number),
+        )
+        return gradient, self.optimizer.update(self.parameters, gradient, learning_rate=rate), rate
 
 
 def read_text(package: str) -> NDArray[np.int64]:
@@ -327,7 +330,8 @@ class Ours:
         ]  # fmt: skip
         self.students = room.students()
         self.loops = [
-            OuterLoop(self.layout, student.parameters, setting.outer) for student in self.students
+            OuterLoop(self.layout, student.parameters, student.peer_id, setting.outer)
+            for student in self.students
         ]
         self.rng = self.world.stream("links")
         self.noise = np.random.default_rng([room.seed, 7])
@@ -360,17 +364,17 @@ class Ours:
     def _end_step(self, index: int) -> None:
         """End a step that began one step ago, with the parameters of then."""
         loop, student = self.loops[index], self.students[index]
-        student.step(self.steps[index])
+        loop.note_step(*student.step(self.steps[index]))
         self.steps[index] += 1
         if self.steps[index] % loop.settings.local_steps == 0 and self.setting.outer is None:
             loop.go_alone()
         elif self.steps[index] % loop.settings.local_steps == 0:
-            update = loop.publish()
+            others = [other for other in self.present if other != index]
+            update = loop.publish([self.students[other].peer_id for other in others])
             if self._is_there(index):
                 shards = [self._forged(index, shard) for shard in update.shards]
-                for other in self.present:
-                    if other != index:
-                        self._send(index, other, shards)
+                for other in others:
+                    self._send(index, other, shards)
         loop.merge()
         self.world.after(self._step_s(index), self._end_step, index)
 
