@@ -39,20 +39,26 @@ from tools.bench.simulated_learning import (
 
 Method = Callable[[Classroom], Curve]
 
+# With the best of RATES for each, by the mean loss of seeds 11 and 12.
 METHODS: dict[str, tuple[float, Method]] = {
-    "all-reduce": (0.016, all_reduce),
-    "local": (0.008, local),
-    "FedAvg": (0.008, fed_avg),
-    "DiLoCo": (0.008, di_lo_co),
-    "NoLoCo": (0.008, no_lo_co),
-    "ours": (0.032, ours),
+    "all-reduce": (0.008, all_reduce),
+    "local": (0.002, local),
+    "FedAvg": (0.004, fed_avg),
+    "DiLoCo": (0.002, di_lo_co),
+    "NoLoCo": (0.002, no_lo_co),
+    "ours": (0.004, ours),
 }
-RATES = (0.008, 0.016, 0.032)
+# From random weights.
+SCRATCH_RATES = {
+    "all-reduce": 0.016, "local": 0.008, "FedAvg": 0.008, "DiLoCo": 0.008, "NoLoCo": 0.008,
+    "ours": 0.016,
+}  # fmt: skip
+RATES = (0.002, 0.004, 0.008, 0.016)
 SLOW, FLAPPING = 6, 7
 ATTACKS = ("flip", "scale", "random")
 
-FULL = Size(200, 20, (2, 3, 4))
-QUICK = Size(40, 20, (2,))
+FULL = Size(200, 1500, 20, (2, 3, 4))
+QUICK = Size(40, 100, 20, (2,))
 
 AT_LEAST = {"gap_recovered": 0.9}
 AT_MOST = {"bytes_share": 0.01, "slow_time_rise": 0.05, "attack_loss_rise": 0.02}

@@ -2,7 +2,9 @@
 
 All methods train the same small GPT-2 (35 thousand parameters, bytes as tokens) from the same
 weights, with the same number of local steps, on text of eight packages of Python's standard
-library, one a peer; the loss is that of held-out text of all eight, in nats a byte. Time is
+library, one a peer; the loss is that of held-out text of all eight, in nats a byte. The weights are
+those of a model that has learned other packages before, as `llmload learn` goes on from one that is
+there; or random ones. Time is
 virtual: a step takes `STEP_S` on a device, and what is sent waits for the sender's uplink, then
 takes one way over two 4G links. Methods with rounds wait for the slowest.
 """
@@ -15,6 +17,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,12 @@ PACKAGES = (
     "asyncio", "email", "tkinter", "unittest", "encodings", "pydoc_data", "multiprocessing", "xml",
 )  # fmt: skip
 PEER_COUNT = len(PACKAGES)
+# What the model has read before.
+OTHER_PACKAGES = (
+    "idlelib", "lib2to3", "distutils", "importlib", "json", "http", "logging", "ctypes",
+    "concurrent", "urllib", "sqlite3", "curses",
+)  # fmt: skip
+BEFORE_BATCH, BEFORE_RATE = 32, 0.016
 TEXT_BYTES = 400_000
 BATCH, TIME = 4, 48
 VALIDATION_WINDOWS = 24  # of each peer's text
@@ -62,11 +71,13 @@ class Size:
 
     Attributes:
         steps: Local steps of each peer.
+        before: Steps that the model has made before, on other text; 0: its weights are random.
         measure_every: Steps between two points of a curve.
         attackers: How many of the peers attack, one experiment for each.
     """
 
     steps: int
+    before: int
     measure_every: int
     attackers: tuple[int, ...]
 
@@ -103,7 +114,7 @@ class Classroom:
         self.seed = seed
         self._rate = rate
         self.trainer = Trainer(CONFIG, random_weights(CONFIG, seed))
-        self.start = self.trainer.parameters.copy()
+        self.start = begin(seed, size.before)
         self.space = self.trainer.space
         texts = [read_text(package) for package in PACKAGES]
         cut = [int(0.9 * len(text)) for text in texts]
@@ -119,11 +130,8 @@ class Classroom:
         return [Student(self, index) for index in range(PEER_COUNT)]
 
     def rate_at(self, step: int) -> float:
-        """Return the learning rate: linear warm-up, then half a cosine down to a tenth."""
-        warm = min(1.0, (step + 1) / WARM_UP_STEPS)
-        done = min(1.0, step / self.size.steps)
-        rate: float = self._rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-        return rate
+        """Return the learning rate of a step."""
+        return self._rate * share_of_rate(step, self.size.steps)
 
     def gradient(self, parameters: Vector, batch: tuple[Any, Any]) -> Vector:
         """Return the gradient at some parameters."""
@@ -177,6 +185,27 @@ def draw(text: NDArray[np.int64], count: int, rng: np.random.Generator) -> tuple
     starts = rng.integers(len(text) - TIME - 1, size=count)
     windows = text[starts[:, None] + np.arange(TIME + 1)]
     return windows[:, :-1], windows[:, 1:]
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """Return how much of its rate a step has: linear warm-up, then half a cosine to a tenth."""
+    warm = min(1.0, (step + 1) / WARM_UP_STEPS)
+    return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+@cache
+def begin(seed: int, steps: int) -> Vector:
+    """Return the parameters that all start with, float32: random, or after steps on other text."""
+    trainer = Trainer(CONFIG, random_weights(CONFIG, seed))
+    rng = np.random.default_rng([seed, 777])
+    texts = [read_text(package) for package in OTHER_PACKAGES]
+    lengths = np.array([len(text) for text in texts])
+    for step in range(steps):
+        chosen = rng.choice(len(texts), size=BEFORE_BATCH, p=lengths / lengths.sum())
+        windows = [draw(texts[text], 1, rng) for text in chosen]
+        tokens, targets = (np.concatenate(part) for part in zip(*windows, strict=True))
+        trainer.step([(tokens, targets)], learning_rate=BEFORE_RATE * share_of_rate(step, steps))
+    return trainer.parameters
 
 
 def one_way_s(rng: random.Random) -> float:
