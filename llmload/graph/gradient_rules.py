@@ -420,24 +420,6 @@ def _normed_again(b: Backward, node: NodeProto, gradient: str) -> tuple[str, ...
     return b.once(node.output[0], emit)
 
 
-@_rule("SoftmaxCrossEntropyLoss")
-def _softmax_cross_entropy_loss(b: Backward, node: NodeProto, g: str) -> Gradients:
-    """Rule: (softmax(scores) - one_hot(labels)) times the weight of the row in the loss."""
-    scores, labels, *weights = node.input
-    if weights or any(attribute.name == "ignore_index" for attribute in node.attribute):
-        raise MissingGradientRule(node, "class weights or an ignored index")
-    reduction = _attribute(node, "reduction", b"mean")
-    if reduction == b"mean":
-        g = b.node("Mul", g, b.scalar(1 / b.element_count(labels), like=scores))
-    elif reduction == b"none":
-        g = b.node("Unsqueeze", g, b.ints(1))  # (rows, 1, ...)
-    log_probabilities = b.optional_output(node, 1)  # (rows, classes, ...)
-    spread = b.node("Mul", b.node("Exp", log_probabilities), g)
-    index = b.node("Unsqueeze", labels, b.ints(1))  # (rows, 1, ...)
-    at_label = b.node("Expand", b.node("Neg", g), b.node("Shape", index))  # (rows, 1, ...)
-    return [_scatter_add(b, spread, index, at_label, axis=1), None]
-
-
 # --- What is computed again --------------------------------------------------------------------
 
 
