@@ -39,7 +39,7 @@ from llmload.graph.training import (
     gradient_name,
     rows_of_parameter,
 )
-from llmload.learn.shards import Vector
+from llmload.learn.space import Vector
 
 __all__ = ["LossGraphs"]
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmload.errors import LearningFailed
-from llmload.learn.shards import ParameterSpace, Vector
+from llmload.learn.space import ParameterSpace, Vector
 
 __all__ = ["AdamW", "AdamWSettings"]
 

@@ -31,7 +31,7 @@ from llmload.config import GPT2Config, parameter_shapes
 from llmload.graph.quantize import Precision, stored_tensors
 from llmload.learn.gradients import LossGraphs
 from llmload.learn.optimizer import AdamW, AdamWSettings
-from llmload.learn.shards import ParameterSpace, Vector
+from llmload.learn.space import ParameterSpace, Vector
 from llmload.weights import Weights
 
 __all__ = ["Batch", "Trainer", "batches"]

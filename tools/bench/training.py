@@ -22,29 +22,24 @@ leaves out torch.compile, which takes most of a minute to compile, and GPT-2 124
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-# First of what loads ONNX Runtime: it switches its telemetry off.
-from llmload import AdapterSettings, GPT2Config, Trainer, bundled_model_path, fresh_adapter
-from llmload.learn.shards import Vector
+from llmload import GPT2Config, bundled_model_path
 from llmload.weights import random_weights
-from tools.bench.training_products import Products
-from tools.bench.training_torch import TorchTrainer, is_installed
 
 SHAPES = {
     "small": GPT2Config.from_folder(bundled_model_path()),
@@ -54,8 +49,8 @@ OURS = ("ours", "ours-recompute")
 ADAPTERS = ("adapter", "adapter-int4")
 PRODUCTS = "products"
 RIVALS = ("torch-eager", "torch-compile")
-RECOMPUTE = 3
-RANK = 8
+
+IS_TORCH_INSTALLED = importlib.util.find_spec("torch") is not None
 
 # Of the time of torch eager.
 TIME_TARGETS = {"small": 0.9, "124M": 0.7}
@@ -87,98 +82,21 @@ FULL_CASES = (
 QUICK_CASES = (Case("small", 4, 128),)
 
 
-# --- A child: one side, asked by lines of JSON ----------------------------------------------------
-
-
-class OwnSide:
-    """llmload's trainer, with the gradient of the latest batch."""
-
-    def __init__(self, config: GPT2Config, seed: int, threads: int, name: str) -> None:
-        settings = AdapterSettings(rank=RANK)
-        self._trainer = Trainer(
-            config,
-            random_weights(config, seed),
-            adapter=fresh_adapter(config, settings) if name in ADAPTERS else None,
-            precision="int4" if name == "adapter-int4" else "float32",
-            recompute=RECOMPUTE if name == "ours-recompute" else None,
-            thread_count=threads,
-        )
-        self._gradient: Vector = np.empty(self._trainer.space.size, dtype=np.float32)
-
-    def gradients(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
-        """Compute the loss and all gradients, and return the loss."""
-        return self._trainer.gradients((tokens, targets), out=self._gradient)[0]
-
-    def apply(self) -> None:
-        """Do a step of AdamW along the latest gradient."""
-        self._trainer.apply(self._gradient)
-
-    def gradient(self) -> dict[str, Vector]:
-        """Return the latest gradient by name."""
-        return self._trainer.space.views(self._gradient)
-
-
-def open_side(name: str, case: Case, seed: int, threads: int) -> OwnSide | TorchTrainer | Products:
-    """Open one side by its name."""
-    config = SHAPES[case.model]
-    if name == PRODUCTS:
-        return Products(config, case.batch, case.time, threads)
-    if name not in RIVALS:
-        return OwnSide(config, seed, threads, name)
-    weights = random_weights(config, seed)
-    return TorchTrainer(config, weights, threads, is_compiled=name == RIVALS[1])
-
-
-def run_child(name: str, case: Case, seed: int, threads: int) -> None:
-    """Open a side, compute once, say how long that took, then answer until the input ends."""
-    clock = time.process_time if threads == 1 else time.perf_counter
-    config = SHAPES[case.model]
-    side = open_side(name, case, seed, threads)
-    rng = np.random.default_rng(seed)
-    text = rng.integers(config.vocab_size, size=(case.batch, case.time + 1))
-    tokens, targets = text[:, :-1].copy(), text[:, 1:].copy()
-
-    def timed(action: Callable[[], object]) -> float:
-        started_at = clock()
-        action()
-        return clock() - started_at
-
-    _say({"start_s": timed(lambda: side.gradients(tokens, targets))})
-    for line in sys.stdin:
-        wish, _, argument = line.strip().partition(" ")
-        if wish == "save":
-            save_file(side.gradient(), argument)
-            _say({"loss": side.gradients(tokens, targets)})
-        elif wish == "gradients":
-            _say({"seconds": timed(lambda: side.gradients(tokens, targets))})
-        elif wish == "step":
-            seconds = timed(lambda: side.gradients(tokens, targets)) + timed(side.apply)
-            _say({"seconds": seconds})
-        else:
-            _say({"memory_mb": _peak_memory_mb()})
-
-
-def _peak_memory_mb() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return round(int(line.split()[1]) * 1024 / 1e6, 1)
-    raise RuntimeError("/proc/self/status does not tell VmHWM")
-
-
-def _say(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
-
-
 class Child:
-    """A process with one side."""
+    """A process with one side; see `training_child.py`."""
 
-    def __init__(self, name: str, case: Case, options: Options) -> None:
-        command = [sys.executable, "-m", "tools.bench.training", "--child", name]
-        shape = ["--case", case.model, str(case.batch), str(case.time)]
-        settings = ["--seed", str(options.seed), "--threads", str(options.threads)]
+    def __init__(self, name: str, case: Case, weights: Path, options: Options) -> None:
+        wish = {
+            "name": name,
+            "shape": asdict(SHAPES[case.model]),
+            "weights": str(weights),
+            "batch": case.batch,
+            "time": case.time,
+            "seed": options.seed,
+            "threads": options.threads,
+        }
         self._process = subprocess.Popen(
-            [*command, *shape, *settings],
+            [sys.executable, "-m", "tools.bench.training_child", json.dumps(wish)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -227,9 +145,11 @@ def measure(case: Case, names: Sequence[str], options: Options) -> Figures:
     """Return the figures of each side for one case."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        weights = folder / "weights.safetensors"
+        save_file(random_weights(SHAPES[case.model], options.seed), weights)
         children = []
         for name in names:
-            children.append(Child(name, case, options))
+            children.append(Child(name, case, weights, options))
             stack.callback(children[-1].close)
         figures: Figures = {child.name: {"start_s": round(child.start_s, 3)} for child in children}
         for wish in ("gradients", "step"):
@@ -297,19 +217,12 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the small model, not compiled")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child is not None:
-        model, batch, length = arguments.case
-        case = Case(model, int(batch), int(length))
-        run_child(arguments.child, case, arguments.seed, arguments.threads)
-        return
     if arguments.rounds < 2:
         parser.error("--rounds: a step holds the most when AdamW's vectors are there: the second")
     options = Options(arguments.seed, arguments.threads, 3 if arguments.quick else arguments.rounds)
     rivals = RIVALS if not arguments.quick else RIVALS[:1]
-    names = arguments.sides or [*OURS, *ADAPTERS, PRODUCTS, *(rivals if is_installed() else ())]
+    names = arguments.sides or [*OURS, *ADAPTERS, PRODUCTS, *(rivals if IS_TORCH_INSTALLED else ())]
     cases = [
         case
         for case in (QUICK_CASES if arguments.quick else FULL_CASES)
@@ -328,7 +241,7 @@ def main() -> None:
             "quick": arguments.quick,
             "processor": platform.processor() or platform.machine(),
             "cases": figures,
-            "skipped": {} if is_installed() else {"torch": "skipped: torch is not installed"},
+            "skipped": {} if IS_TORCH_INSTALLED else {"torch": "skipped: torch is not installed"},
             "targets": targets,
         }
         print(json.dumps(facts))

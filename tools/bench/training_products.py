@@ -7,6 +7,7 @@ operands, which therefore lie in the caches more often than those of a step.
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from llmload.config import GPT2Config
+from llmload import GPT2Config
 from llmload.graph.build import IR_VERSION, OPSET, QUERY_SPAN
 
 __all__ = ["Products"]
@@ -57,10 +58,10 @@ def products_of(config: GPT2Config, batch: int, time: int) -> Counter[_Product]:
 class Products:
     """A side of the benchmark that computes the products of a step."""
 
-    def __init__(self, config: GPT2Config, batch: int, time: int, threads: int) -> None:
+    def __init__(self, shape: SimpleNamespace, batch: int, time: int, threads: int) -> None:
         self._runs = [
             (_open(product, threads), count)
-            for product, count in products_of(config, batch, time).items()
+            for product, count in products_of(GPT2Config(**vars(shape)), batch, time).items()
         ]
 
     def gradients(self, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> float:

@@ -6,31 +6,24 @@ Fused attention, fused AdamW, matrices in the layout in which they are stored: t
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmload.config import GPT2Config
-
-__all__ = ["TorchTrainer", "is_installed"]
+__all__ = ["TorchTrainer"]
 
 CLIP_NORM = 1.0
 LEARNING_RATE = 1e-3
-
-
-def is_installed() -> bool:
-    """Return whether torch is there."""
-    return importlib.util.find_spec("torch") is not None
 
 
 class TorchTrainer:
     """A model in training, float32.
 
     Args:
-        config: The shape of the model.
+        shape: The fields of a `GPT2Config`; embeddings are tied.
         weights: All its parameters; used in place.
         thread_count: Threads of torch.
         is_compiled: Whether by torch.compile or eager.
@@ -38,7 +31,7 @@ class TorchTrainer:
 
     def __init__(
         self,
-        config: GPT2Config,
+        shape: SimpleNamespace,
         weights: Mapping[str, NDArray[np.float32]],
         thread_count: int,
         *,
@@ -46,7 +39,7 @@ class TorchTrainer:
     ) -> None:
         import torch
 
-        self._torch, self._functional, self._config = torch, torch.nn.functional, config
+        self._torch, self._functional, self._shape = torch, torch.nn.functional, shape
         torch.set_num_threads(thread_count)
         self._parameters = {
             name: torch.nn.Parameter(torch.from_numpy(values)) for name, values in weights.items()
@@ -73,9 +66,9 @@ class TorchTrainer:
         return {name: parameter.grad.numpy() for name, parameter in self._parameters.items()}
 
     def _forward(self, tokens: Any, targets: Any) -> Any:
-        config, functional, weights = self._config, self._functional, self._parameters
+        shape, functional, weights = self._shape, self._functional, self._parameters
         batch, time = tokens.shape
-        width = config.n_embd
+        width = shape.n_embd
 
         def linear(name: str, x: Any) -> Any:
             # (rows, in) -> (rows, out)
@@ -83,14 +76,14 @@ class TorchTrainer:
 
         def norm(name: str, x: Any) -> Any:
             weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-            return functional.layer_norm(x, (width,), weight, bias, config.layer_norm_epsilon)
+            return functional.layer_norm(x, (width,), weight, bias, shape.layer_norm_epsilon)
 
         def heads(part: Any) -> Any:
-            return part.view(batch, time, config.n_head, config.head_size).transpose(1, 2)
+            return part.view(batch, time, shape.n_head, -1).transpose(1, 2)
 
         x = functional.embedding(tokens, weights["wte.weight"]) + weights["wpe.weight"][:time]
         x = x.view(batch * time, width)
-        for index in config.blocks:
+        for index in range(shape.n_layer):
             name = f"h.{index}"
             qkv = linear(f"{name}.attn.c_attn", norm(f"{name}.ln_1", x))
             query, key, value = map(heads, qkv.split(width, dim=-1))
@@ -98,5 +91,5 @@ class TorchTrainer:
             x = x + linear(f"{name}.attn.c_proj", y.transpose(1, 2).reshape(batch * time, width))
             y = linear(f"{name}.mlp.c_fc", norm(f"{name}.ln_2", x))
             x = x + linear(f"{name}.mlp.c_proj", functional.gelu(y, approximate="tanh"))
-        logits = functional.linear(norm("ln_f", x), weights[config.lm_head_name])
+        logits = functional.linear(norm("ln_f", x), weights["wte.weight"])
         return functional.cross_entropy(logits, targets.flatten())
