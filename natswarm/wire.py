@@ -97,6 +97,8 @@ class ProbeKind(enum.IntEnum):
     """Let this path be ours; only the controlling side says so."""
     NOMINATED = 3
     """It is."""
+    SPARE = 4
+    """As PROBE, by a path that is only kept ready: use another while one answers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ PROBE_TEXTS = {
     ProbeKind.ACK: "yes, it came from {observed}",
     ProbeKind.NOMINATE: "let this path be ours",
     ProbeKind.NOMINATED: "it is; that came from {observed}",
+    ProbeKind.SPARE: "do you hear me? use this path only if no other answers",
 }
 
 QUIC_FIXED_BIT = 0x40

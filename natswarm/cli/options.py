@@ -65,6 +65,14 @@ InterfaceOption = Annotated[
         show_default=False,
     ),
 ]
+SecondInterfaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--second-interface",
+        help="Keep a path to each peer in use ready over this one, such as wwan0 beside Wi-Fi.",
+        show_default=False,
+    ),
+]
 GatewayOption = Annotated[
     bool,
     typer.Option(help="Have the router forward our port while we run (PCP, NAT-PMP, UPnP)."),

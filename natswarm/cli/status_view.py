@@ -92,7 +92,9 @@ def peer_details(peer: dict[str, Any]) -> RenderableType:
         f"{probes['stray_count']} stray",
     )
     for each in peer["paths"]:
-        state = "[yellow]dead[/]" if each["is_dead"] else "active" if each["is_active"] else "ready"
+        state = "active" if each["is_active"] else "spare" if each["is_spare"] else "ready"
+        if each["is_dead"]:
+            state = "[yellow]dead[/]"
         silence = "never heard" if each["silent_s"] is None else f"silent {each['silent_s']:.1f} s"
         facts.add_row(
             "path",

@@ -61,6 +61,7 @@ def device_config(
     bind: str = "0.0.0.0",
     port: int = 0,
     interface: str | None = None,
+    second_interface: str | None = None,
     lan: bool = False,
     links: int = 0,
     dht: DhtOptions = NO_DHT,
@@ -97,6 +98,7 @@ def device_config(
         paths=SystemPaths(ip=bind, interface=interface) if traces_path else None,
         tracing=Tracing(qlog, keylog),
         gateway=SystemGateway(interface, bind) if asks_gateway else None,
+        second_network=UdpNetwork(interface=second_interface) if second_interface else None,
         on_event=on_event,
     )
 

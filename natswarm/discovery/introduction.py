@@ -170,11 +170,12 @@ class PeersFound(Message, frozen=True):
 
 
 class Introduce(Message, frozen=True):
-    """A to N: introduce me to `target`."""
+    """A to N: introduce me to `target`; of several addresses that you see me at, as `at`."""
 
     target: bytes
     attempt: bytes
     record: bytes
+    at: str = ""
 
 
 class Rendezvous(Message, frozen=True):

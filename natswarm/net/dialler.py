@@ -39,6 +39,8 @@ from natswarm.wire import probe_attempt_untrusted
 
 __all__ = ["Dial", "Dialler", "Origin", "PunctureEnded", "PunctureStarted"]
 
+ANY_ADDRESS = "0.0.0.0"
+
 # How long a successful dial goes on answering on the main port: the peer's last question may be on
 # the way, or our last answer lost, and it asks for up to 5 s.
 LINGER_S = 5.0
@@ -165,6 +167,7 @@ class Dialler:
         introducer: PeerId | None = None,
         renews: PathSet | None = None,
         home: PortPump | None = None,
+        spare_network: Network | None = None,
     ) -> Dial:
         """Return a dial that takes the peer's probes from now on; the caller must `run` it.
 
@@ -178,6 +181,8 @@ class Dialler:
             renews: The paths of the connection that there is already; the new one joins them.
             home: The pump of the port that stands for the main port in the plan, from `open_home`;
                 by default that of the main port itself. The dial closes it if nothing comes of it.
+            spare_network: Where `home` is, and further ports come from, for a path that is only to
+                be kept ready; None: ours.
 
         Raises:
             ConnectFailed: The node is closed, the attempt is under way, or the id is nobody's.
@@ -197,6 +202,7 @@ class Dialler:
                 introducer=introducer,
                 renews=renews,
                 home=home or self._main,
+                spare_network=spare_network,
             )
         except DecodeError as error:
             raise ConnectFailed(str(error)) from error
@@ -294,6 +300,7 @@ class Dial:
         introducer: PeerId | None,
         renews: PathSet | None,
         home: PortPump,
+        spare_network: Network | None,
     ) -> None:
         self.peer_id = peer_id
         self.attempt_id = attempt_id
@@ -305,6 +312,7 @@ class Dial:
         self.is_renewal = renews is not None
         self._paths = renews
         self._home = home
+        self._is_spare = spare_network is not None
         self._path_pump: PortPump | None = None
         self._path_index = 0
         self._started_at = trio.current_time()
@@ -320,8 +328,8 @@ class Dial:
                 now=trio.current_time(),
             ),
             main_port=home.port,
-            network=dialler._network,
-            bind_ip=dialler._bind_ip,
+            network=spare_network or dialler._network,
+            bind_ip=ANY_ADDRESS if spare_network else dialler._bind_ip,
             on_path=self._open_path,
             hello=hello,
             hello_targets=plan.targets if hello else (),
@@ -431,4 +439,4 @@ class Dial:
             self._paths = PathSet(connection, keys, main=dialler._main, log=log)
         # What others use as well may be older than we know.
         opened_at = -math.inf if pump is dialler._main else self._started_at
-        self._paths.add(pump, found.endpoint, opened_at=opened_at)
+        self._paths.add(pump, found.endpoint, opened_at=opened_at, is_spare=self._is_spare)

@@ -64,6 +64,8 @@ RELAYED_TIMEOUT_S = 15.0
 # somebody else may know the peer, too.
 PATIENCE_S = 3.0
 
+IP_CHARACTERS_MAX = 45
+
 # FindPeers answers with a sample: enough for the swarms of today, one bounded message for larger.
 PEERS_FOUND_MAX = 64
 PEERS_FOUND_BYTES_MAX = 48 * 1024  # within a message's header; usual records take 500 bytes
@@ -88,6 +90,10 @@ class Neighbour(Protocol):
     @property
     def seen_at(self) -> Endpoint:
         """Where its datagrams come from."""
+        ...
+
+    def where_seen(self, ip: str) -> Endpoint | None:
+        """Where it is at one of its addresses; None: not there."""
         ...
 
     @property
@@ -213,6 +219,8 @@ class Introducer:
         target: PeerId,
         attempt: bytes,
         sealed_record: bytes | None = None,
+        *,
+        at: str = "",
     ) -> tuple[NodeRecord, Endpoint]:
         """Ask `neighbour` to introduce us to `target`; its side has started when this returns.
 
@@ -221,6 +229,7 @@ class Introducer:
             target: Whom to meet.
             attempt: Names the puncture.
             sealed_record: What to say of ourselves; by default our record.
+            at: Of our addresses that the neighbour sees, the one to name; by default the latest.
 
         Returns:
             The target's record, and where the neighbour sees it.
@@ -229,7 +238,7 @@ class Introducer:
             RequestRefused: The neighbour does not know the target, or the target is not willing.
             NatswarmError: No valid answer.
         """
-        request = Introduce(target.key, attempt, sealed_record or self._home.sealed_record())
+        request = Introduce(target.key, attempt, sealed_record or self._home.sealed_record(), at)
         reply = await self._ask(neighbour, INTRODUCE, request, timeout_s=RELAYED_TIMEOUT_S)
         record = decode_record_untrusted(reply.record)
         if record.peer_id != target:
@@ -314,7 +323,10 @@ class Introducer:
         target = self._neighbour(target_id)
         if target is None:
             raise PeerNotFound(f"I am not connected to {target_id.short}")
-        rendezvous = Rendezvous(attempt, request.record, str(neighbour.seen_at))
+        seen_at = neighbour.where_seen(request.at) if request.at else neighbour.seen_at
+        if seen_at is None:
+            raise RequestRefused(f"I do not see you at {request.at[:IP_CHARACTERS_MAX]}")
+        rendezvous = Rendezvous(attempt, request.record, str(seen_at))
         accepted = await self._ask(target, RENDEZVOUS, rendezvous)
         return Introduced(accepted.record, str(target.seen_at))
 

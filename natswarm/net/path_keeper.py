@@ -21,6 +21,7 @@ being asked, ever less often, and lives again if it answers. The best of the liv
 
     answers          before    its question has waited for 0.5 s (2 round trips), or 0.1 s (1.5)
                                where the peer has turned up elsewhere since
+    in use           before    spare: over a second interface of either side, and kept ready
     later puncture   before    earlier: it was made because the other will end
     quicker          before    slower, by a fifth and 5 ms: no flapping
 
@@ -148,6 +149,10 @@ class Path:
     heard_at: float = -math.inf
     active_since: float = math.inf
     is_dead: bool = False
+    is_spare: bool = False
+    """Whether we keep it ready over another interface, and the peer should use others."""
+    is_their_spare: bool = False
+    """Whether the peer does so."""
     is_proven: bool = False
     sent_datagram_count: int = 0
     sent_bytes: int = 0
@@ -174,6 +179,11 @@ class Path:
     def way(self) -> tuple[int, Endpoint]:
         """What tells it from others."""
         return self.port_index, self.endpoint
+
+    @property
+    def is_kept_ready(self) -> bool:
+        """Whether it is for when no other answers."""
+        return self.is_spare or self.is_their_spare
 
     @property
     def is_in_question_by_move(self) -> bool:
@@ -270,9 +280,14 @@ class PathKeeper:
         return self._stranded_since
 
     @property
+    def port_indices(self) -> set[int]:
+        """The ports that a path leads through, or may."""
+        return {path.port_index for path in (*self.paths, *self._candidates)}
+
+    @property
     def renewal_at(self) -> float:
         """When the next path should be opened, before our NAT ends that of the newest one."""
-        living = [path for path in self.paths if not path.is_dead]
+        living = [path for path in self.paths if not path.is_dead and not path.is_spare]
         if not living or math.isinf(self.lifetimes.renewal_s):
             return math.inf
         newest = max(living, key=lambda path: path.generation)
@@ -301,6 +316,7 @@ class PathKeeper:
         now: float,
         *,
         opened_at: float | None = None,
+        is_spare: bool = False,
     ) -> None:
         """Take a path that a puncture has just proved.
 
@@ -312,14 +328,17 @@ class PathKeeper:
             endpoint: The peer's end.
             now: The time.
             opened_at: Since when our NAT's mapping may be there; by default since `now`.
+            is_spare: Whether it leads over another interface, and is to be kept ready.
         """
         self._generation += 1
-        self._candidates = [each for each in self._candidates if each.way != (port_index, endpoint)]
         path = self._find(self.paths, port_index, endpoint)
         if path is None:
             path = Path(port_index, endpoint, self._generation, now, now)
             self.paths.append(path)
-        path.generation = self._generation
+        if (candidate := self._find(self._candidates, port_index, endpoint)) is not None:
+            self._candidates.remove(candidate)
+            path.is_their_spare = candidate.is_their_spare
+        path.generation, path.is_spare = self._generation, is_spare
         path.opened_at = now if opened_at is None else opened_at
         path.heard_at = path.sent_at = now
         path.doubted_since, path.died_at = None, math.inf
@@ -328,12 +347,24 @@ class PathKeeper:
             self._ask(path, now)
         self._choose(now)
 
-    def check(self, port_index: int, endpoints: tuple[Endpoint, ...], now: float) -> None:
+    def check(
+        self,
+        port_index: int,
+        endpoints: tuple[Endpoint, ...],
+        now: float,
+        *,
+        is_spare: bool = False,
+    ) -> None:
         """Ask endpoints where the peer might be, each a few times."""
         for endpoint in endpoints:
             path = self._find(self.paths, port_index, endpoint)
             if path is None:
-                self._add_candidate(port_index, endpoint, now)
+                self._add_candidate(port_index, endpoint, now, is_spare=is_spare)
+
+    def drop_spares(self) -> None:
+        """Keep no path ready any more, unless QUIC goes by it."""
+        self.paths = [path for path in self.paths if not path.is_spare or path is self.active]
+        self._candidates = [path for path in self._candidates if not path.is_spare]
 
     def recheck(self, now: float, *, has_moved: bool, has_slept: bool = False) -> None:
         """Ask every path at once: something has changed on our side.
@@ -382,7 +413,7 @@ class PathKeeper:
             return
         if probe.attempt != self.name:
             self.statistics.forged_count += 1
-        elif probe.kind is ProbeKind.PROBE:
+        elif probe.kind in (ProbeKind.PROBE, ProbeKind.SPARE):
             self._on_probe(probe, port_index, source, now)
         elif probe.kind is ProbeKind.ACK:
             self._on_ack(probe, port_index, source, now)
@@ -431,8 +462,11 @@ class PathKeeper:
         self.statistics.answered_count += 1
         self._send(Probe(ProbeKind.ACK, self.name, probe.sequence, source), port_index, source)
         if path is None:
-            self._add_candidate(port_index, source, now)
+            path = self._add_candidate(port_index, source, now)
+            if path is not None:
+                path.is_their_spare = probe.kind is ProbeKind.SPARE
             return
+        path.is_their_spare = probe.kind is ProbeKind.SPARE
         path.heard_at = path.sent_at = now
         if path.is_dead and now >= path.asked_at + RETRY_MIN_S:
             self._ask(path, now)  # perhaps it is alive again
@@ -468,7 +502,8 @@ class PathKeeper:
         self._choose(now)
 
     def _ask(self, path: Path, now: float) -> None:
-        probe = Probe(ProbeKind.PROBE, self.name, self._sequence)
+        kind = ProbeKind.SPARE if path.is_spare else ProbeKind.PROBE
+        probe = Probe(kind, self.name, self._sequence)
         self._sent.append(_Sent(self._sequence, path.way, now))
         self._sequence = (self._sequence + 1) % 2**32
         self.statistics.sent_count += 1
@@ -498,7 +533,10 @@ class PathKeeper:
             return path.asked_at + path.after(RETRY_MIN_S, RETRY_ROUND_TRIPS)
         if path.traffic_at > path.asked_at:
             return max(path.asked_at + TRAFFIC_INTERVAL_S, path.traffic_at)
-        return path.sent_at + self.lifetimes.keepalive_s
+        keepalive_s = self.lifetimes.keepalive_s
+        if path.is_spare:  # another NAT's, of which nothing is known
+            keepalive_s = min(keepalive_s, KEEPALIVE_ASSUMED_S)
+        return path.sent_at + keepalive_s
 
     def _death_at(self, path: Path) -> float:
         """Return when a path that goes on being silent is dead."""
@@ -521,6 +559,8 @@ class PathKeeper:
         since = dead.doubted_since
         if since is None or not dead.is_dead or dead.endpoint.ip != found.endpoint.ip:
             return
+        if dead.is_kept_ready or found.is_kept_ready:
+            return  # another NAT's
         if since < self._learns_from + self.lifetimes.keepalive_s:
             return
         silence_s = since - dead.heard_at
@@ -585,6 +625,8 @@ class PathKeeper:
             return "the old path fell silent"
         if not path.is_proven:
             return None
+        if path.is_kept_ready is not active.is_kept_ready:
+            return "the spare path is not needed any more" if active.is_kept_ready else None
         if path.generation != active.generation:
             return "the old path will end" if path.generation > active.generation else None
         if path.rtt_s is None or active.rtt_s is None:
@@ -600,8 +642,12 @@ class PathKeeper:
         if path.doubted_since is None:
             return math.inf
         for other in self.paths:
-            if other.is_proven and not other.is_dead and other.found_at > path.heard_at:
-                # The peer has turned up there since it was last heard from here.
+            if not other.is_proven or other.is_dead:
+                continue
+            # The peer has turned up there since it was last heard from here.
+            it_left = not other.is_kept_ready and other.found_at > path.heard_at
+            we_left = other.is_spare and path.is_in_question_by_move
+            if it_left or (we_left and other.heard_at > path.moved_at):
                 return path.doubted_since + other.after(LEFT_MIN_S, LEFT_ROUND_TRIPS)
         return path.doubted_since + path.after(DOUBT_MIN_S, DOUBT_ROUND_TRIPS)
 
@@ -610,18 +656,23 @@ class PathKeeper:
             return  # any of them may come back
         useless = [p for p in self.paths if p.is_dead and now >= p.died_at + DEAD_KEPT_S]
         living = [p for p in self.paths if p is not self.active and p not in useless]
-        living.sort(key=lambda p: (not p.is_dead, p.generation, -(p.rtt_s or math.inf)))
+        living.sort(
+            key=lambda p: (not p.is_dead, p.is_kept_ready, p.generation, -(p.rtt_s or math.inf))
+        )
         useless += living[: max(0, len(living) + 1 - PATHS_MAX)]
         self.paths = [path for path in self.paths if path not in useless]
 
-    def _add_candidate(self, port_index: int, endpoint: Endpoint, now: float) -> None:
+    def _add_candidate(
+        self, port_index: int, endpoint: Endpoint, now: float, *, is_spare: bool = False
+    ) -> Path | None:
         if self._find(self._candidates, port_index, endpoint) is not None:
-            return
+            return None
         if len(self._candidates) >= CANDIDATES_MAX:
-            return
-        candidate = Path(port_index, endpoint, self._generation, now, now)
+            return None
+        candidate = Path(port_index, endpoint, self._generation, now, now, is_spare=is_spare)
         self._candidates.append(candidate)
         self._ask(candidate, now)
+        return candidate
 
     @staticmethod
     def _find(paths: list[Path], port_index: int, endpoint: Endpoint) -> Path | None:

@@ -45,6 +45,8 @@ class PathStatistics:
     local: Endpoint
     remote: Endpoint
     is_active: bool
+    is_spare: bool
+    """Whether either side only keeps it ready."""
     is_dead: bool
     rtt_s: float | None
     """Of probes; None before the first answer."""
@@ -124,6 +126,7 @@ class PathSet:
                 local=self._pumps[path.port_index].port.local_endpoint,
                 remote=path.endpoint,
                 is_active=path is self._keeper.active,
+                is_spare=path.is_kept_ready,
                 is_dead=path.is_dead,
                 rtt_s=path.rtt_s,
                 age_s=now - path.found_at,
@@ -188,6 +191,24 @@ class PathSet:
         ]
 
     @property
+    def has_spare(self) -> bool:
+        """Whether we keep a path ready over another interface, and it is alive."""
+        return any(path.is_spare and not path.is_dead for path in self._keeper.paths)
+
+    @property
+    def uses_spare(self) -> bool:
+        """Whether QUIC goes by that, since no other answers."""
+        active = self._keeper.active
+        return active is not None and active.is_spare
+
+    def where_seen(self, ip: str) -> Endpoint | None:
+        """Return where the peer is at an address of its own; None: no living path leads there."""
+        for path in self._keeper.paths:
+            if path.endpoint.ip == ip and path.is_proven and not path.is_dead:
+                return path.endpoint
+        return None
+
+    @property
     def is_certain(self) -> bool:
         """Whether the peer has answered since we last moved."""
         active = self._keeper.active
@@ -215,18 +236,40 @@ class PathSet:
 
     # Paths ----------------------------------------------------------------------------------------
 
-    def add(self, pump: PortPump, remote: Endpoint, *, opened_at: float) -> None:
-        """Take a path that a puncture has proved, and move to it; its port, if own, is ours."""
+    def add(
+        self, pump: PortPump, remote: Endpoint, *, opened_at: float, is_spare: bool = False
+    ) -> None:
+        """Take a path that a puncture has proved, and move to it, unless it is a spare one.
+
+        Its port, if own, is ours from now on.
+        """
+        if (index := self._take(pump)) is not None:
+            now = trio.current_time()
+            self._keeper.add(index, remote, now, opened_at=opened_at, is_spare=is_spare)
+            self._after_change()
+
+    def check_spare(self, pump: PortPump, endpoints: Sequence[Endpoint]) -> None:
+        """Ask endpoints from a port of another interface; which answers is kept ready."""
+        if (index := self._take(pump)) is not None:
+            self._keeper.check(index, tuple(endpoints), trio.current_time(), is_spare=True)
+            self._wake()
+
+    def drop_spares(self) -> None:
+        """Keep no path ready over another interface any more."""
+        self._keeper.drop_spares()
+        self._after_change()
+
+    def _take(self, pump: PortPump) -> int | None:
+        """Own a port; return its index, None where the connection has ended."""
         if self._is_closed:
             if pump is not self._main:
                 pump.port.close()
-            return
+            return None
         if (index := self._index_of(pump)) is None:
             index = self._port_count
             self._port_count += 1
             self._pumps[index] = pump
-        self._keeper.add(index, remote, trio.current_time(), opened_at=opened_at)
-        self._after_change()
+        return index
 
     def check(self, endpoints: Sequence[Endpoint]) -> None:
         """Ask endpoints where the peer may be, from the main port."""
@@ -343,7 +386,7 @@ class PathSet:
         self._wake()
 
     def _close_unused(self) -> None:
-        used = {path.port_index for path in self._keeper.paths}
+        used = self._keeper.port_indices
         for index, pump in list(self._pumps.items()):
             if pump is not self._main and index not in used:
                 pump.port.close()

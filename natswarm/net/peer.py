@@ -63,6 +63,10 @@ class Peer(trio.abc.AsyncResource):
         """Where its datagrams come from."""
         return self.paths.seen_at
 
+    def where_seen(self, ip: str) -> Endpoint | None:
+        """Return where it is at one of its addresses; None: no living path leads there."""
+        return self.paths.where_seen(ip)
+
     @property
     def is_reachable(self) -> bool:
         """Whether a path leads to it now; while none does, streams wait for the next one."""

@@ -3,6 +3,7 @@
     our NAT ends mappings by their age    at 0.7 of it both sides puncture anew, over the living
                                           connection, from ports whose mappings are new; the
                                           connection moves, then the old path ends
+    only the spare path answers           as below, until one of the first interface does
     no path answers                       ask where the peer was known to be; have a neighbour of
                                           both introduce us again; until one is found, or so long
                                           that the connection is given up
@@ -40,23 +41,19 @@ from natswarm.errors import (
     RequestRefused,
 )
 from natswarm.identity import Identity, PeerId
-from natswarm.nat.behaviour import AllocationLaw, Mapping
 from natswarm.nat.profile import NatProfile
 from natswarm.net.dialler import Dial, Dialler, Origin
 from natswarm.net.foundations import foundations_of, is_search_void
+from natswarm.net.fresh_port import external_endpoint
 from natswarm.net.introducer import Introducer
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.path_set import PathSet
 from natswarm.net.peer import Peer
-from natswarm.net.port import DatagramPort, Network
+from natswarm.net.port import Network
 from natswarm.net.pump import PortPump
 from natswarm.puncture.plan import Limits, Plan, plan_puncture
-from natswarm.wire import (
-    ATTEMPT_BYTES,
-    TRANSACTION_BYTES,
-    EchoRequest,
-    decode_echo_reply_untrusted,
-)
+from natswarm.swarm_key import SwarmKey
+from natswarm.wire import ATTEMPT_BYTES
 
 __all__ = ["Home", "Renewer"]
 
@@ -66,9 +63,9 @@ NAME_PART_BYTES = ATTEMPT_BYTES // 2
 
 # After a failure: the next try costs a puncture, and the old path has 0.3 of its life left.
 RETRY_FIRST_S, RETRY_MAX_S = 1.0, 15.0
-# A puncture that finds a path does so within some seconds; one that takes longer had better begin
-# anew, with what our NAT does by now.
-TRY_S = 15.0
+# A puncture that finds a path does so within a few times what is expected; one that takes longer had
+# better begin anew, with what both NATs do by now.
+TRY_MIN_S, TRY_EXPECTED, TRY_S = 5.0, 5.0, 15.0
 # With all paths the block of ports may be gone that our profile tells of; of a NAT that is
 # predictable nothing of that kind can be. We try the old one at once, since our other paths may
 # have kept it, while we look again.
@@ -78,9 +75,6 @@ STALE_S = 15.0
 URGENT_OVERSHOOT = 0.5
 # A side that was declined waits so long for the other's wish to begin.
 THEIR_SIDE_TIMEOUT_S = 5.0
-# Two round trips of a slow mobile network; an answer that is lost costs a birthday puncture.
-ECHO_TIMEOUT_S = 0.6
-ECHO_OBSERVERS_MAX = 3
 
 
 class Home(Protocol):
@@ -133,6 +127,7 @@ class Renewer:
         limits: Bounds of a puncture.
         rng: Draws the names of attempts.
         outage_s: How long a connection outlives its last path.
+        swarm: Whose key seals echoes.
     """
 
     def __init__(
@@ -148,6 +143,7 @@ class Renewer:
         limits: Limits,
         rng: random.Random,
         outage_s: float,
+        swarm: SwarmKey,
     ) -> None:
         self._home = home
         self._identity = identity
@@ -160,6 +156,7 @@ class Renewer:
         self._limits = limits
         self._rng = rng
         self._outage_s = outage_s
+        self._swarm = swarm
         self._wishes: dict[PeerId, _Wish] = {}
         self._steps: dict[Peer, trio.CancelScope] = {}
 
@@ -175,7 +172,8 @@ class Renewer:
                     f"no path to it for {self._outage_s:g} s, nor anybody who could make one"
                 )
                 return
-            due_at = max(not_before, paths.renewal_at if since is None else now)
+            is_wanted = since is not None or paths.uses_spare
+            due_at = max(not_before, now if is_wanted else paths.renewal_at)
             is_due = now >= due_at
             step = trio.CancelScope(deadline=give_up_at if is_due else min(due_at, give_up_at))
             self._steps[peer] = step
@@ -243,7 +241,7 @@ class Renewer:
             NatswarmError: It did not come about.
         """
         peer_id = peer.peer_id
-        if not peer.is_reachable:
+        if not peer.is_reachable or peer.paths.uses_spare:
             self.check(peer)
         if under_way := self._dialler.under_way(peer_id=peer_id, by_others=True):
             await under_way[0].wait_over()
@@ -269,12 +267,14 @@ class Renewer:
             if self._dialler.under_way(peer_id=peer.peer_id, by_others=True):
                 raise AlreadyConnecting(f"{peer.peer_id.short} has asked us meanwhile")
             sealed = replace(self._home.record(), profile=profile).seal(self._identity)
-            if peer.is_reachable:
-                attempt = self._attempt_for(peer)
+            if peer.is_reachable and not peer.paths.uses_spare:
+                attempt = self.attempt_for(peer)
                 record = await self._introducer.meet_again(peer, attempt, sealed)
                 seen_at = peer.seen_at
             else:
-                record, seen_at, attempt = await self._introduction(peer, sealed)
+                # By the spare path the peer sees us elsewhere than where the next one begins.
+                at = profile.public_ips[0] if peer.is_reachable and profile.public_ips else ""
+                record, seen_at, attempt = await self._introduction(peer, sealed, at)
             theirs = profile_as_seen(record.profile, seen_at)
             plan = self._plan(profile, theirs, peer.peer_id, is_urgent=not peer.is_reachable)
             dial = self._dialler.prepare(peer.peer_id, plan, attempt, renews=peer.paths, home=home)
@@ -286,7 +286,7 @@ class Renewer:
                 home.port.close()
 
     async def _introduction(
-        self, target_peer: Peer, sealed: bytes
+        self, target_peer: Peer, sealed: bytes, at: str
     ) -> tuple[NodeRecord, Endpoint, bytes]:
         """Have a neighbour tell the peer; return its record, where it is, and the attempt."""
         target = target_peer.peer_id
@@ -295,10 +295,10 @@ class Renewer:
         self._rng.shuffle(neighbours)
         neighbours.sort(key=lambda peer: not peer.paths.is_certain)  # last, who has not answered
         for neighbour in neighbours:
-            attempt = self._attempt_for(target_peer)
+            attempt = self.attempt_for(target_peer)
             try:
                 record, seen_at = await self._introducer.introduce(
-                    neighbour, target, attempt, sealed
+                    neighbour, target, attempt, sealed, at=at
                 )
                 return record, seen_at, attempt
             except RequestRefused as error:
@@ -392,15 +392,19 @@ class Renewer:
     # Both -----------------------------------------------------------------------------------------
 
     async def _run(self, dial: Dial, paths: PathSet) -> None:
+        *earlier, last = dial.plan.steps
+        try_s = sum(step.duration_s for step in earlier)
+        try_s = min(try_s + max(TRY_MIN_S, TRY_EXPECTED * last.expected_s), TRY_S)
         try:
-            with trio.fail_after(TRY_S):
+            with trio.fail_after(try_s):
                 async with open_private_nursery() as nursery:
                     nursery.start_soon(_cancel_when_settled, dial, paths)
                     await dial.run()
         except trio.TooSlowError:
-            raise ConnectFailed(f"no path was found in {TRY_S:g} s") from None
+            raise ConnectFailed(f"no path was found in {try_s:.0f} s") from None
 
-    def _attempt_for(self, peer: Peer) -> bytes:
+    def attempt_for(self, peer: Peer) -> bytes:
+        """Return a new name for a puncture that renews the connection with a peer."""
         name = peer.paths.name
         assert name is not None, "peers are proved"
         return name[:NAME_PART_BYTES] + self._rng.randbytes(ATTEMPT_BYTES - NAME_PART_BYTES)
@@ -432,7 +436,14 @@ class Renewer:
             return None, profile
         port = self._network.bind(Endpoint(self._bind_ip, 0))
         try:
-            external = await self._external_endpoint(port, profile)
+            external = await external_endpoint(
+                port,
+                profile,
+                self._home.peers(),
+                identity=self._identity,
+                swarm=self._swarm,
+                rng=self._rng,
+            )
         except BaseException:
             port.close()
             raise
@@ -447,36 +458,6 @@ class Renewer:
             await self._home.current_profile(max_age_s=STALE_S)
         except NatswarmError as error:
             logger.info("did not find out what our NAT does now: %s", error)
-
-    async def _external_endpoint(self, port: DatagramPort, profile: NatProfile) -> Endpoint | None:
-        """Return where peers will see a fresh port; None where that cannot be known."""
-        main, number = profile.main_endpoint, port.local_endpoint.port
-        if main is None:
-            return None
-        law = None if profile.allocation is None else profile.allocation.law
-        if profile.is_translated is False or law is AllocationLaw.PRESERVING:
-            return Endpoint(main.ip, number)
-        if profile.mapping not in (Mapping.EIM, None):
-            return None
-        observers = {
-            peer.peer_id: peer.seen_at
-            for peer in self._home.peers()
-            if peer.is_reachable and peer.record and peer.record.profile.accepts_strangers
-        }
-        transaction = self._rng.randbytes(TRANSACTION_BYTES)
-        request = EchoRequest(transaction, self._peer_id).encode(self._identity)
-        for endpoint in list(observers.values())[:ECHO_OBSERVERS_MAX]:
-            port.send(request, endpoint)
-        with trio.move_on_after(ECHO_TIMEOUT_S if observers else 0):
-            while True:
-                for arrival in await port.receive_batch():
-                    try:
-                        reply = decode_echo_reply_untrusted(arrival.data)
-                    except DecodeError:
-                        continue
-                    if reply.transaction == transaction and reply.sender in observers:
-                        return reply.observed
-        return None
 
 
 async def _cancel_when_settled(dial: Dial, paths: PathSet) -> None:

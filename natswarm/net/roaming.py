@@ -86,6 +86,7 @@ class Roamer:
         network: Whose addresses to watch.
         check: Asks the endpoints that a peer is known at.
         slept_s: Returns how long the machine has been asleep since it was started.
+        second: A network beside it, whose addresses come and go without our moving.
     """
 
     def __init__(
@@ -95,9 +96,11 @@ class Roamer:
         *,
         check: Callable[[Peer], None],
         slept_s: Callable[[], float] | None = None,
+        second: Network | None = None,
     ) -> None:
         self._home = home
         self._network = network
+        self._second = second
         self._check = check
         self._slept_s = slept_s or _slept_s
         self._hint = trio.Event()
@@ -124,13 +127,13 @@ class Roamer:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        addresses, slept_s = self._network.local_addresses(), self._slept_s()
+        addresses, slept_s = self._addresses(), self._slept_s()
         async with open_private_nursery() as nursery:
             while True:
                 with trio.move_on_after(POLL_BUSY_S if self._is_busy else POLL_S):
                     await self._hint.wait()
                 self._hint = trio.Event()
-                before, addresses = addresses, self._network.local_addresses()
+                before, addresses = addresses, self._addresses()
                 slept_before_s, slept_s = slept_s, self._slept_s()
                 is_in_doubt, self._is_in_doubt = self._is_in_doubt or self._is_stranded, False
                 is_rebound, self._is_rebound = self._is_rebound, False
@@ -150,6 +153,10 @@ class Roamer:
                     there = [peer for peer in self._home.peers() if peer.is_reachable]
                     for peer in there[:ASKED_IN_DOUBT]:
                         peer.paths.recheck(has_moved=False)
+
+    def _addresses(self) -> list[str]:
+        second = [] if self._second is None else self._second.local_addresses()
+        return [each for each in self._network.local_addresses() if each not in second]
 
     @property
     def _is_busy(self) -> bool:

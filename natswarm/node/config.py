@@ -56,6 +56,8 @@ class NodeConfig:
             not traced.
         gateway: Which gateway to have the main port forwarded by (PCP, NAT-PMP, UPnP-IGD), such as
             `SystemGateway()`: strangers then reach it while the node runs. None: it is not asked.
+        second_network: Another interface, such as `UdpNetwork(interface="wwan0")`: each connection
+            in use is kept a path ready there, for when the first network dies. None: there is none.
         seed: Seed of the node's random behaviour; None draws one. Keys never depend on it.
         tracing: What of each connection to write into files, for whoever looks for a fault.
         utc: The clock on the wall: seconds since 1970.
@@ -79,6 +81,7 @@ class NodeConfig:
     lan: Lan | None = None
     paths: PathNetwork | None = None
     gateway: GatewaySource | None = None
+    second_network: Network | None = None
     tracing: Tracing = field(default_factory=Tracing)
     utc: Callable[[], float] = time.time
     on_event: Callable[[NodeEvent], None] = lambda _event: None

@@ -33,6 +33,7 @@ from natswarm.errors import (
 from natswarm.identity import PeerId
 from natswarm.nat.findings import Findings, NatTest
 from natswarm.nat.inspection import QUICK
+from natswarm.nat.measurement import Observer
 from natswarm.nat.profile import NatProfile
 from natswarm.net.attempt import PunctureReport
 from natswarm.net.call import (
@@ -63,6 +64,7 @@ from natswarm.net.pump import PortPump
 from natswarm.net.rejoin import Rejoiner
 from natswarm.net.renewer import Renewer
 from natswarm.net.roaming import Roamer
+from natswarm.net.second_way import SecondWay
 from natswarm.net.stream import Stream
 from natswarm.net.tracing import Tracer
 from natswarm.node.config import PEERS_MAX, NodeConfig, check_presentable
@@ -178,8 +180,11 @@ class Node:
             limits=config.limits,
             rng=self._rng,
             outage_s=config.outage_s,
+            swarm=config.swarm,
         )
-        self._roamer = Roamer(self, config.network, check=self._renewer.check)
+        self._roamer = Roamer(
+            self, config.network, check=self._renewer.check, second=config.second_network
+        )
         self._rejoiner = None if config.cache is None else Rejoiner(self, config.cache, nursery)
         self._echo = EchoService(
             self._identity,
@@ -218,6 +223,21 @@ class Node:
             wait_settled=self._roamer.wait_settled,
             rng=self._rng,
         )
+        self._second_way: SecondWay | None = None
+        if config.second_network is not None:
+            self._second_way = SecondWay(
+                self,
+                config.second_network,
+                identity=config.identity,
+                dialler=self._dialler,
+                introducer=self._introducer,
+                nursery=nursery,
+                limits=config.limits,
+                rng=self._rng,
+                swarm=config.swarm,
+                attempt_for=self._renewer.attempt_for,
+                ask_neighbour=self._nat.ask_neighbour_to_echo,
+            )
         self._is_closed = False
         self.rejected_count = 0
 
@@ -228,6 +248,8 @@ class Node:
         if self._overlay is not None:
             self._nursery.start_soon(self._overlay.run)
         self._nursery.start_soon(self._roamer.run)
+        if self._second_way is not None:
+            self._nursery.start_soon(self._second_way.run)
         if self._nat.forwarder is not None:
             self._nursery.start_soon(self._nat.forwarder.run)
         self._nursery.start_soon(self._config.notes.run)
@@ -442,6 +464,10 @@ class Node:
     def glimpse(self) -> None:
         """Go by what neighbours have told of our NAT since we moved, until more is known."""
         self._nat.glimpse()
+
+    async def observers(self) -> list[Observer]:
+        """Return who can tell us what they see of us."""
+        return await self._nat.observers()
 
     async def find_peers(self) -> list[NodeRecord]:
         """Ask every neighbour for its neighbours; return all records, the newest of each peer.

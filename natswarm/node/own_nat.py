@@ -185,7 +185,7 @@ class OwnNat:
         async with self._inspecting:
             with trio.CancelScope() as scope:
                 self._inspection = scope
-                observers = await self._observers()
+                observers = await self.observers()
                 witnessed = await self._witnessed()
                 # The outer one takes off the groups that the inner one wraps around errors.
                 async with open_private_nursery(), trio.open_nursery() as nursery:
@@ -198,7 +198,7 @@ class OwnNat:
                         host_candidates=self.own_endpoints(),
                         witnessed=witnessed,
                         rng=self._rng,
-                        ask_neighbour=self._ask_neighbour_to_echo,
+                        ask_neighbour=self.ask_neighbour_to_echo,
                     )
             if self._home.is_closed:
                 raise ConnectFailed("this node was closed")
@@ -273,7 +273,7 @@ class OwnNat:
         if self.profile is not None:
             self._home.adopt_profile(replace(self.profile, local_endpoints=self.host_candidates()))
 
-    async def _observers(self) -> list[Observer]:
+    async def observers(self) -> list[Observer]:
         """Return who can tell us what they see: neighbours, and their neighbours who are public."""
         peers = self._home.peers()
         found = await self._home.ask_around()
@@ -325,8 +325,9 @@ class OwnNat:
         if self._config.paths is not None and far_end is not None:
             found.append(await trace_path(self._config.paths, far_end))
 
-    async def _ask_neighbour_to_echo(
+    async def ask_neighbour_to_echo(
         self, peer_id: PeerId, transaction: bytes, observed: Endpoint
     ) -> None:
+        """Ask a neighbour that a third peer send an echo reply to an endpoint of ours."""
         if (peer := self._home.living_peer(peer_id)) is not None:
             await self._introducer.ask_neighbour_to_echo(peer, transaction, observed)

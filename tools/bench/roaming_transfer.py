@@ -106,14 +106,15 @@ class Scene:
         self._rng = random.Random(seed)
         self._nursery = nursery
 
-    async def add(self, name: str, kind: str | Preset) -> Node:
-        """Start a node on a host of its own."""
+    async def add(self, name: str, kind: str | Preset, second: str | Preset = "") -> Node:
+        """Start a node on a host of its own, with a second interface behind another NAT."""
         host = self.hosts[name] = self.internet.add_host(name, kind)
         config = NodeConfig(
             identity=Identity(self._rng.randbytes(32)),
             name=name,
             seed=self._rng.getrandbits(32),
             network=VirtualNetwork(host),
+            second_network=VirtualNetwork(self._second(name, second)) if second else None,
             on_event=self.events.append if name == "sender" else lambda _: None,
         )
         node: Node = await self._nursery.start(self._run, config)
@@ -125,6 +126,10 @@ class Scene:
         else:
             self.nodes[name] = node
         return node
+
+    def _second(self, name: str, kind: str | Preset) -> Host:
+        host = self.hosts[f"{name}'s second"] = self.internet.add_host(f"{name}'s second", kind)
+        return host
 
     async def _run(self, config: NodeConfig, task_status: trio.TaskStatus[Node]) -> None:
         async with open_node(config) as node:

@@ -233,6 +233,62 @@ def test_the_quicker_path_is_used_and_the_other_kept_ready():
     assert all(event.new is not None for _, event in wire.events["us"])
 
 
+SIM = Endpoint("198.51.100.9", 7)
+
+
+def make_wire_with_spare():
+    """We have a second interface, and keep a path ready there."""
+    wire = make_wire()
+    wire.ports["us"].append(SIM)
+    wire.run(3, traffic=["us", "peer"])
+    wire.keepers["us"].check(len(wire.ports["us"]) - 1, (THEY,), wire.now, is_spare=True)
+    wire.run(3, traffic=["us", "peer"])
+    return wire
+
+
+def at_sim(wire):
+    """Whether each side goes by the second interface."""
+    return wire.keepers["us"].active.is_spare, wire.keepers["peer"].active.endpoint == SIM
+
+
+def test_a_spare_path_is_used_by_neither_side_while_the_other_answers():
+    wire = make_wire_with_spare()
+    assert any(path.is_spare for path in wire.keepers["us"].paths)
+    assert any(path.is_their_spare for path in wire.keepers["peer"].paths)
+    wire.run(60, traffic=["us", "peer"])
+    assert at_sim(wire) == (False, False)
+    spare = [at for at, side, source, *_ in wire.sent if side == "us" and source == SIM]
+    assert len(spare) <= 2 + 66 / KEEPALIVE_ASSUMED_S
+
+
+def test_a_spare_path_is_used_soon_and_left_when_it_is_not_needed_any_more():
+    wire = make_wire_with_spare()
+    wire.cut_between(WE, THEY)
+    wire.run(2, traffic=["us", "peer"])
+    assert at_sim(wire) == (True, True)
+    assert all(new is not None for new, _ in wire.switches("us"))
+    wire.run(6, traffic=["us", "peer"])
+    wire.cut.clear()
+    wire.run(5, traffic=["us", "peer"])
+    assert at_sim(wire) == (False, False)
+
+
+def test_after_a_move_the_spare_path_is_used_at_once():
+    wire = make_wire_with_spare()
+    wire.cut_between(WE, THEY)
+    wire.keepers["us"].recheck(wire.now, has_moved=True)
+    wire.run(0.25, traffic=["us"])
+    assert at_sim(wire)[0]
+
+
+def test_who_drops_its_spare_path_stays_where_it_is():
+    wire = make_wire_with_spare()
+    wire.keepers["us"].drop_spares()
+    wire.run(60, traffic=["us", "peer"])
+    assert at_sim(wire) == (False, False)
+    assert not any(path.is_kept_ready for path in wire.keepers["peer"].paths)
+
+
 def test_paths_are_bounded():
     wire = make_wire()
     wire.ports["us"] += [Endpoint("192.0.2.1", 1001 + i) for i in range(10)]
