@@ -63,8 +63,8 @@ NAME_PART_BYTES = ATTEMPT_BYTES // 2
 
 # After a failure: the next try costs a puncture, and the old path has 0.3 of its life left.
 RETRY_FIRST_S, RETRY_MAX_S = 1.0, 15.0
-# A puncture that finds a path does so within a few times what is expected; one that takes longer had
-# better begin anew, with what both NATs do by now.
+# A puncture that finds a path does so within a few times what is expected; one that takes longer
+# had better begin anew, with what both NATs do by now.
 TRY_MIN_S, TRY_EXPECTED, TRY_S = 5.0, 5.0, 15.0
 # With all paths the block of ports may be gone that our profile tells of; of a NAT that is
 # predictable nothing of that kind can be. We try the old one at once, since our other paths may
