@@ -57,7 +57,7 @@ VOUCHERS = 2
 # After a try, well or not: a path that was found may still turn out to be none.
 RETRY_S = 10.0
 TRY_S = 15.0
-# How long what is known of a second NAT holds; a counter's for as long as it is used at once.
+# How long what is known of a second NAT holds; a counter is looked at before each puncture.
 PROFILE_AGE_S = 300.0
 
 
@@ -190,17 +190,17 @@ class SecondWay:
                 their_id=peer.peer_id,
                 limits=self._limits,
             )
+            dial = self._dialler.prepare(
+                peer.peer_id,
+                plan,
+                attempt,
+                renews=peer.paths,
+                home=self._dialler.open_home(port),
+                spare_network=self._network,
+            )
         except BaseException:
             port.close()
             raise
-        dial = self._dialler.prepare(
-            peer.peer_id,
-            plan,
-            attempt,
-            renews=peer.paths,
-            home=self._dialler.open_home(port),
-            spare_network=self._network,
-        )
         await dial.run()
 
     async def _introduction(
@@ -219,7 +219,7 @@ class SecondWay:
                     neighbour, peer.peer_id, attempt, sealed, at=at
                 )
                 return record, seen_at, attempt
-            except (NatswarmError, DecodeError) as error:
+            except NatswarmError as error:
                 failure = error
         raise failure
 
