@@ -28,7 +28,7 @@ ALONE_RATE, ALL_REDUCE_RATE, OURS_RATE = (
     METHODS[name][0] for name in ("local", "all-reduce", "ours")
 )
 # About 0.1, 0.25 and 0.7 MB of updates in 200 steps.
-DENSITIES = (0.004, 0.0125, 0.04)
+DENSITIES = (0.01, 0.03, 0.09)
 FULL, QUICK = Size(200, 1500, 20, ()), Size(40, 100, 20, ())
 # Both together, beside the better one of the two alone, at equal bytes.
 LOSS_RATIO_MAX = 1.0
