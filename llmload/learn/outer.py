@@ -41,15 +41,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmload.learn.codecs import Codec
+from llmload.learn.inbox import Contribution, Inbox, Partner, usual_waiting
 from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.robust import Judge, Reputation
 from llmload.learn.shards import (
@@ -73,14 +73,11 @@ STALENESS_FREE = 4
 CROWD_MEMORY = 0.1
 # Who was heard within so many of our stretches is waited for, half a stretch at the most.
 LATELY_STRETCHES = 2
-# Updates of one peer that wait for a step: more are a flood, or its device is too fast for ours.
-WAITING_MAX = 4
 # Distances between anchors that are remembered to know what is usual, and from when on they are.
 DISTANCES_KEPT = 64
 DISTANCES_MIN = 8
 # Anchors that lie further apart than this many usual distances are pulled no harder.
 DISTANCE_FACTOR = 2.0
-PARTNER_COUNT_MAX = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,37 +137,6 @@ class OuterStatistics:
     averaged: int = 0
 
 
-@dataclass(slots=True)
-class _Partner:
-    """A peer that sent us something.
-
-    Attributes:
-        versions: int64 (shard_count,), the latest that we took of each shard.
-        waiting: int64 (shard_count,), updates of each shard for the next step.
-        met_at: Our version when we met: it could not have seen earlier ones.
-        heard_at: Our step when its latest came; for one that was just met, a stretch ago.
-        seen: The latest version of it that is part of our anchor.
-    """
-
-    versions: NDArray[np.int64]
-    waiting: NDArray[np.int64]
-    met_at: int
-    heard_at: int
-    seen: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Contribution:
-    """A shard of somebody's update, and its weight by age."""
-
-    peer: PeerId
-    shard: EncodedShard
-    weight: float
-
-    def decode(self, layout: ShardLayout) -> Vector:
-        return decode_shard_untrusted(layout, self.shard.header, self.shard.payload)
-
-
 class OuterLoop:
     """The part of one peer: gradients in, updates out; others' updates in, steps of the anchor out.
 
@@ -220,8 +186,7 @@ class OuterLoop:
         self._anchor = parameters.copy()
         self._residual = np.zeros_like(parameters)
         self._stretch_end = parameters.copy()
-        # Updates for the next step of the anchor, by shard: encoded, that is a tenth of their size.
-        self._incoming: list[list[_Contribution]] = [[] for _ in range(layout.shard_count)]
+        self._inbox = Inbox(layout.shard_count)
         # Learning rates of this stretch, and of the one whose step of the anchor is not made yet.
         self._rates = 0.0
         self._learning_rate = 0.0
@@ -230,7 +195,6 @@ class OuterLoop:
         self._due_since = 0
         self._heard_count = 0.0
         self._crowd = 1.0
-        self._partners: dict[PeerId, _Partner] = {}
         self._distances: deque[float] = deque(maxlen=DISTANCES_KEPT)
 
     def vectors(self) -> dict[str, Vector]:
@@ -270,7 +234,7 @@ class OuterLoop:
         self._residual[:] = 0
         self._rates = 0.0
         self._due_rates = None
-        self._take(WAITING_MAX)
+        self._inbox.take()
 
     @property
     def crowd(self) -> float:
@@ -284,8 +248,7 @@ class OuterLoop:
 
     def seen(self, peer: PeerId) -> int:
         """Return the latest version of a peer that is in our anchor; 0 for none."""
-        partner = self._partners.get(peer)
-        return 0 if partner is None else partner.seen
+        return self._inbox.seen(peer)
 
     def agreement(self, peer: PeerId) -> float:
         """Return how far a peer's updates point where those of the others point, -1..1."""
@@ -318,7 +281,7 @@ class OuterLoop:
         if self._due_rates is not None:
             self._step()  # whoever is not heard by now is not waited for
         for peer in partners:
-            self._partner(peer)
+            self._meet(peer)
         self.version += 1
         shards = []
         for shard in range(self.layout.shard_count):
@@ -335,7 +298,7 @@ class OuterLoop:
             # As the others see it, with the rounding of the codec. The rest stays for next time.
             values = decode_shard_untrusted(self.layout, encoded.header, encoded.payload)
             self._residual[bounds] -= values
-            self._incoming[shard].append(_Contribution(self._me, encoded, 1.0))
+            self._inbox.put(Contribution(self._me, encoded, 1.0))
         self._end_stretch()
         return Update(self.version, tuple(shards), sum(len(each.payload) for each in shards))
 
@@ -357,22 +320,22 @@ class OuterLoop:
     def merge(self) -> None:
         """Make a step of the anchor if it is time. Once between any two steps."""
         self._step_count += 1
-        lately = self._step_count - LATELY_STRETCHES * self.settings.local_steps
-        active = [each for each in self._partners.values() if each.heard_at > lately]
+        half = self.settings.local_steps / 2
+        active = self._inbox.heard_since(self._step_count - 2 * LATELY_STRETCHES * half)
         if self._due_rates is None:
             # We are slow: others have made another stretch. So that ours begins where they are.
-            if active and statistics.median(each.waiting.min() for each in active) > 1:
+            if usual_waiting(active) > 1:
                 rates = self.settings.local_steps * self._learning_rate
-                self._advance(self._take(1), rates, self._anchor)
+                self._advance(self._inbox.take(1), rates, self._anchor)
             return
-        fresh = self._step_count - self.settings.local_steps / 2
+        fresh = self._step_count - half
         if self._due_since < fresh or all(each.heard_at >= fresh for each in active):
             self._step()
 
     def _step(self) -> None:
         """Step along the mean of what came in; the walk until the stretch's end is taken back."""
         assert self._due_rates is not None
-        taken = self._take(WAITING_MAX)
+        taken = self._inbox.take()
         if all(len(contributions) <= 1 for contributions in taken):
             # Nobody: what our own steps did is better than one along their gradients.
             self._anchor[:] = self._stretch_end
@@ -380,26 +343,8 @@ class OuterLoop:
             self._advance(taken, self._due_rates, self._stretch_end)
         self._due_rates = None
 
-    def _take(self, most: int) -> list[list[_Contribution]]:
-        """Take out of each shard the earliest updates of everybody, at most so many of each."""
-        taken: list[list[_Contribution]] = []
-        for shard, contributions in enumerate(self._incoming):
-            counts: Counter[PeerId] = Counter()
-            taken.append([])
-            kept: list[_Contribution] = []
-            for each in contributions:
-                counts[each.peer] += 1
-                (taken[shard] if counts[each.peer] <= most else kept).append(each)
-            self._incoming[shard] = kept
-            for each in taken[shard]:
-                if each.peer != self._me:
-                    partner = self._partner(each.peer)
-                    partner.waiting[shard] -= 1
-                    partner.seen = max(partner.seen, each.shard.header.version)
-        return taken
-
     def _advance(
-        self, taken: Sequence[Sequence[_Contribution]], rates: float, walked_from: Vector
+        self, taken: Sequence[Sequence[Contribution]], rates: float, walked_from: Vector
     ) -> None:
         """Make a step of the anchor, and go on from there by what was walked since then."""
         mean = np.empty_like(self._anchor)
@@ -411,7 +356,7 @@ class OuterLoop:
         self._parameters += self._anchor
 
     def _average_shard(
-        self, shard: int, contributions: Sequence[_Contribution], *, out: Vector
+        self, shard: int, contributions: Sequence[Contribution], *, out: Vector
     ) -> None:
         """Write the mean of updates of a shard, as far as they are believed.
 
@@ -450,25 +395,17 @@ class OuterLoop:
         except DecodeError:
             self.statistics.damaged += 1
             return 0.0
-        partner = self._partner(peer)
-        if (
-            header.version <= partner.versions[header.shard]
-            or partner.waiting[header.shard] >= WAITING_MAX
-        ):
+        partner = self._meet(peer)
+        if not self._inbox.note(partner, header, self._step_count):
             self.statistics.repeated += 1
             return 0.0
-        partner.heard_at = self._step_count
-        partner.versions[header.shard] = header.version
         # Who claims to have seen more of ours than there is has seen all: it can't gain by it.
         staleness = max(0, self.version - max(header.seen, partner.met_at))
         if staleness > self.settings.staleness_max:
             self.statistics.stale += 1
             return 0.0
         weight = math.sqrt(STALENESS_FREE / max(staleness, STALENESS_FREE))
-        partner.waiting[header.shard] += 1
-        self._incoming[header.shard].append(
-            _Contribution(peer, EncodedShard(header, payload), weight)
-        )
+        self._inbox.put(Contribution(peer, EncodedShard(header, payload), weight), partner)
         self._heard_count += 1 / self.layout.shard_count
         self.statistics.taken += 1
         self.statistics.weight += weight
@@ -514,18 +451,10 @@ class OuterLoop:
         self.statistics.averaged += 1
         return clip
 
-    def _partner(self, peer: PeerId) -> _Partner:
-        if peer not in self._partners:
-            if len(self._partners) >= PARTNER_COUNT_MAX:
-                del self._partners[next(iter(self._partners))]  # the one met first
-            shape = self.layout.shard_count
-            self._partners[peer] = _Partner(
-                np.zeros(shape, dtype=np.int64),
-                np.zeros(shape, dtype=np.int64),
-                met_at=self.version,
-                heard_at=self._step_count - self.settings.local_steps,
-            )
-        return self._partners[peer]
+    def _meet(self, peer: PeerId) -> Partner:
+        # Who is new counts as heard a stretch ago: it is waited for.
+        step = self._step_count - self.settings.local_steps
+        return self._inbox.meet(peer, version=self.version, step=step)
 
 
 def _cosine(values: Vector, others: Vector) -> float:

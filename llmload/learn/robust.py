@@ -99,7 +99,8 @@ class Judge:
             lengths: Euclidean, of all that came for one step; they are remembered as they were cut.
         """
         known = self._lengths.setdefault(shard, deque(maxlen=LENGTHS_KEPT))
-        longest = LENGTH_FACTOR * statistics.median([*known, *lengths])
+        # The lower one: of ours and a liar's, ours.
+        longest = LENGTH_FACTOR * statistics.median_low([*known, *lengths])
         factors = [min(1.0, longest / length) if length > 0 else 1.0 for length in lengths]
         known.extend(length * factor for length, factor in zip(lengths, factors, strict=True))
         return factors

@@ -12,11 +12,11 @@ import pytest
 
 from llmload.config import GPT2Config
 from llmload.learn.codecs import Codec
+from llmload.learn.inbox import WAITING_MAX
 from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.outer import (
     AVERAGE_CODEC,
     STALENESS_FREE,
-    WAITING_MAX,
     OuterLoop,
     OuterSettings,
     Update,
@@ -460,6 +460,7 @@ def test_lengths_are_cut_to_the_usual():
     for _ in range(10):
         assert judge.cut(0, [1.0, 1.2]) == [1.0, 1.0]
     assert judge.cut(0, [1.5, 100.0]) == [1.0, pytest.approx(LENGTH_FACTOR * 1.1 / 100, rel=0.1)]
+    assert Judge().cut(0, [1.0, 1e20])[1] < 1e-19  # between two, ours is the measure
     # A liar alone can't raise what is usual by much.
     for _ in range(20):
         judge.cut(0, [1.0, 1e6, 1.0])
