@@ -195,13 +195,15 @@ async def lead(
         tell({"event": "learning", "invite": str(await node.invite())})
         trainer = _trainer(lesson, model, node, tell)
         interrupted = trio.Event()
-        async with (
-            beside(stay_joined, node, invites),
-            beside(_stop_on_interrupt, trainer, interrupted, tell),
-        ):
-            await trainer.run(lesson.steps)
-    await trio.to_thread.run_sync(_write, lesson, model, trainer)
-    tell({"event": "saved", "step": trainer.kept_step, "folder": str(lesson.out)})
+        try:
+            async with (
+                beside(stay_joined, node, invites),
+                beside(_stop_on_interrupt, trainer, interrupted, tell),
+            ):
+                await trainer.run(lesson.steps)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_write, lesson, model, trainer, tell)
     if interrupted.is_set():
         raise typer.Exit(INTERRUPTED)
 
@@ -268,12 +270,18 @@ async def _stop_on_interrupt(
             return  # the next one is for whoever was to get the first
 
 
-def _write(lesson: Lesson, model: Model, trainer: PipelineTrainer) -> None:
+def _write(
+    lesson: Lesson,
+    model: Model,
+    trainer: PipelineTrainer,
+    tell: Callable[[dict[str, Any]], None],
+) -> None:
     """Write what was learned as a folder that all commands read."""
     if trainer.kept_step:
         trainer.snapshots.export(trainer.kept_step, lesson.out)
         save_config(lesson.out, model.config)
         copy_tokenizer(model, lesson.out)
+        tell({"event": "saved", "step": trainer.kept_step, "folder": str(lesson.out)})
 
 
 def _tell(as_json: bool, facts: dict[str, Any]) -> None:

@@ -353,7 +353,7 @@ def measure_codecs(seed: int, is_quick: bool, _folder: Path) -> dict[str, dict[s
     model = load_model(bundled_model_path())
     text = read_text("asyncio").tobytes().decode("utf-8", "replace")
     tokens = np.array(model.tokenizer.encode(text[:200_000]), dtype=np.int64)
-    steps = 3 if is_quick else 40
+    steps = 3 if is_quick else 20
     figures: dict[str, dict[str, Any]] = {}
     for codec in CODECS:
         losses, byte_count, token_count = _learn_rounded(
@@ -432,7 +432,7 @@ KEEP_EVERY = 3
 
 def measure_kills(seed: int, is_quick: bool, folder: Path) -> dict[str, Any]:
     """Return what became of trainings of which a stage died, one for each seed."""
-    count = 2 if is_quick else 40
+    count = 2 if is_quick else 20
     seeds = range(seed, seed + count)
     expected, duration_s, _ = run_in_virtual_time(_kill_one, folder / "undisturbed", seed, None)
     found = [run_in_virtual_time(_kill_one, folder / str(each), each, duration_s) for each in seeds]

@@ -54,6 +54,8 @@ __all__ = ["PATIENCE_S", "OpenPart", "TrainingStage", "receive_opened"]
 
 # A training that was not heard of for so long has left.
 IDLE_S = 300.0
+# For what is being computed, when it is to be something else.
+LOCK_TIMEOUT_S = 60.0
 # Paths that are being renewed are gone for less, a peer that roams for five seconds.
 PATIENCE_S = 10.0
 # Each stage keeps a tenth of the time it was given: the innermost one runs out first.
@@ -182,13 +184,14 @@ class TrainingStage:
             raise RequestRefused("is training for somebody else; try again later", "busy")
         run = await self._take(request.run, peer)
         run.scope.cancel()
-        async with run.lock:
-            try:
-                await self._load(run, request, blocks, peer)
-            except (LlmloadError, OSError, ValueError) as error:
-                raise RequestRefused(str(error), "failed") from error
-            finally:
-                run.heard_at = trio.current_time()
+        await _acquire(run.lock, LOCK_TIMEOUT_S)
+        try:
+            await self._load(run, request, blocks, peer)
+        except (LlmloadError, OSError, ValueError) as error:
+            raise RequestRefused(str(error), "failed") from error
+        finally:
+            run.heard_at = trio.current_time()
+            run.lock.release()
         words = f"blocks {request.first}-{request.last} for {peer.peer_id.short}"
         self._tell(f"{words} from step {request.step} on")
 
@@ -244,12 +247,7 @@ class TrainingStage:
         own = StageOffer.of_hop(request.route[0])
         run.scope.cancel()
         try:
-            try:
-                with trio.fail_after(request.budget_s):
-                    await run.lock.acquire()
-            except trio.TooSlowError:
-                reason = "is still computing what nobody waits for any more"
-                raise HopFailed(own, reason) from None
+            await _acquire(run.lock, request.budget_s)
             try:
                 part = self._check(request, run, own)
                 with trio.CancelScope() as run.scope:
@@ -305,6 +303,19 @@ class TrainingStage:
             raise HopFailed(following, "did not answer in time") from error
         except NatswarmError as error:
             raise HopFailed(following, f"can't be reached: {error}") from error
+
+
+async def _acquire(lock: trio.Lock, timeout_s: float) -> None:
+    """Take a lock of which whoever has it is told to let go.
+
+    Raises:
+        RequestRefused: A thread has not come back.
+    """
+    try:
+        with trio.fail_after(timeout_s):
+            await lock.acquire()
+    except trio.TooSlowError:
+        raise RequestRefused("still computes what nobody waits for any more", "busy") from None
 
 
 def _left_s(deadline: float) -> float:
