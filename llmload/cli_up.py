@@ -124,7 +124,8 @@ def up(
     as the memory holds; every minute it looks again, and moves if that helps the swarm. Devices
     that together hold all blocks answer each `llmload generate --join`. Without --join it meets
     the LAN and whom it remembers; the first device of a new mesh is alone: give the invite that it
-    prints to the others. Meanwhile `natswarm status --state DIR`, `peers` and the like ask it.
+    prints to the others. With --train it lends its memory to trainings that others lead instead.
+    Meanwhile `natswarm status --state DIR`, `peers` and the like ask it.
     """
     folder = model_folder(model)
     config = GPT2Config.from_folder(folder)

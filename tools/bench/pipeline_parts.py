@@ -291,7 +291,7 @@ class LazyWeights(Mapping[str, NDArray[np.float32]]):
 
 
 def measure_memory(_seed: int, is_quick: bool, _folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the peaks of processes that hold a part of the model, of two steps of 1 x 128."""
+    """Return the peaks of processes that train a part of the model: a step of 2 of 1 x 128."""
     model = "small" if is_quick else "124M"
     figures: dict[str, dict[str, Any]] = {}
     for role in ("nothing", "whole", "stage of 2", "stage of 3", "leader"):
@@ -307,11 +307,10 @@ def measure_role(model: str, role: str) -> dict[str, Any]:
     """Train as one device would, and return the most memory that it had resident."""
     config = GPT2_124M if model == "124M" else SMALL
     weights = LazyWeights(config)
-    made = drawn(config, 4, 1, 128)
+    made = drawn(config, 2, 1, 128)
     if role == "whole":
         trainer = Trainer(config, weights, recompute=1)
-        for step in range(2):
-            trainer.step(made(step), learning_rate=RATE)
+        trainer.step(made(0), learning_rate=RATE)
     elif role != "nothing":
         before_last = range(config.n_layer - 1)
         if role == "leader":
@@ -322,8 +321,7 @@ def measure_role(model: str, role: str) -> dict[str, Any]:
             assert parts is not None, "there is room"
             blocks = parts[0]
         part = ModelPart(config, blocks, weights.__getitem__, optimizer=OPTIMIZER)
-        for step in range(2):
-            _train_alone(part, config, made(step), is_leader=role == "leader")
+        _train_alone(part, config, made(0), is_leader=role == "leader")
     status = Path("/proc/self/status").read_text()  # Linux; `getrusage` would add the parent's
     (peak_kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
     return {"peak_mb": round(int(peak_kib) / 1024)}
@@ -336,7 +334,7 @@ def _train_alone(
     hidden = np.zeros((1, 128, config.n_embd), dtype=np.float32)
     if is_leader:
         for tokens, targets in parts:
-            _, passed = part.losses(part.embed(tokens), targets, 4 * tokens.size)
+            _, passed = part.losses(part.embed(tokens), targets, 2 * tokens.size)
             part.embed_backward(tokens, passed)
     else:
         kept = [part.forward(hidden + index) for index, _ in enumerate(parts)]
