@@ -117,24 +117,32 @@ class Lab:
 
     def add_client(self, name: str, nat: KernelNat) -> Host:
         """Add a host behind a NAT of its own."""
-        router = self._namespace(f"nat-{name}")
+        return self._add_way(self._namespace(name), nat, "lan", metric=0)
+
+    def add_second_way(self, client: Host, interface: str, nat: KernelNat) -> Host:
+        """Give a client a second interface, behind another NAT, that routes do not prefer.
+
+        Returns the same client, as it is seen there.
+        """
+        return self._add_way(client.namespace, nat, interface, metric=1000)
+
+    def _add_way(self, client: Namespace, nat: KernelNat, interface: str, *, metric: int) -> Host:
+        router = self._namespace(f"nat-{client.name}-{interface}")
         index, public_ip = self._connect(router)
         router.sysctl("net.ipv4.ip_forward", 1)
         router.nft(nat.ruleset)
         for key, value in nat.sysctls.items():
             router.sysctl(key, value)
-
-        client = self._namespace(name)
         network = f"192.168.{index}"
         router.ip(
-            f"link add name lan type veth peer name lan netns {client.full_name}",
+            f"link add name lan type veth peer name {interface} netns {client.full_name}",
             f"address add {network}.1/24 dev lan",
             "link set dev lan up",
         )
         client.ip(
-            f"address add {network}.2/24 dev lan",
-            "link set dev lan up",
-            f"route add default via {network}.1",
+            f"address add {network}.2/24 dev {interface}",
+            f"link set dev {interface} up",
+            f"route add default via {network}.1 metric {metric}",
         )
         return Host(client, f"{network}.2", public_ip, router)
 
