@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -466,8 +465,7 @@ async def _kill_one(
         node = await swarm.add("leader", rng.choice(CARRIERS))
         leader = course.leader(node, 2, keep_every=KEEP_EVERY, codec="float32")
         started_at = trio.current_time()
-        async with AsyncExitStack() as stack:
-            nursery = await stack.enter_async_context(trio.open_nursery())
+        async with trio.open_nursery() as nursery:
             if duration_s is not None:
                 nursery.start_soon(
                     _kill, swarm, leader, rng, rng.uniform(0, 0.9 * duration_s), seed
@@ -475,7 +473,10 @@ async def _kill_one(
             await leader.run(KILL_STEPS)
             nursery.cancel_scope.cancel()
         duration_s = trio.current_time() - started_at
-    times = [started_at, *_first_times(course.reports)]
+    first: dict[int, float] = {}  # when each step was made for the first time
+    for at, made in course.reports:
+        first.setdefault(made.step, at)
+    times = [started_at, *first.values()]
     pause_s = max(after - before for before, after in itertools.pairwise(times))
     leader.snapshots.export(KILL_STEPS, folder / "model")
     files = sorted((folder / "model").glob("*.safetensors"))
@@ -495,11 +496,3 @@ async def _kill(
         await trio.sleep(0.1)
     victim = swarm.name_of(rng.choice(leader.route).peer_id)
     await (swarm.crash(victim) if seed % 2 else swarm.leave(victim))
-
-
-def _first_times(reports: Sequence[tuple[float, StepReport]]) -> list[float]:
-    """Return when each step was made for the first time."""
-    first: dict[int, float] = {}
-    for at, made in reports:
-        first.setdefault(made.step, at)
-    return list(first.values())
