@@ -1,6 +1,6 @@
 """What learners ask of each other: the messages of four calls, and the name of the service.
 
-    update/1    shards of one update, each a `ShardHeader` and its payload  ->  UpdateTaken
+    update/2    shards of one update, each a `ShardHeader` and its payload  ->  UpdateTaken
     average/1   shards of a model  ->  the same shards of the other model, in the same order
     manifest/1  FetchManifest  ->  Manifest and the digests of all shards of a snapshot
     state/2     FetchShards  ->  shards of that snapshot
@@ -91,7 +91,7 @@ class FetchShards(Message, frozen=True):
 _PAYLOAD_BYTES_MAX = Codec.FP32.payload_bytes(SHARD_VALUE_COUNT_MAX)
 
 UPDATE = Method(
-    "llmload/update/1", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+    "llmload/update/2", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_PAYLOAD_BYTES_MAX
 )
 AVERAGE = Method(
     "llmload/average/1", (ShardHeader,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
