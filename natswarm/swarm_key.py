@@ -121,6 +121,8 @@ class SwarmKey:
         Raises:
             DecodeError: It is of another swarm, or damaged.
         """
+        if not data:
+            raise DecodeError("an empty datagram")
         if self.is_open or data[0] == CLEAR:
             return data
         if data[0] != SEALED or data[1:2] != bytes((VERSION,)):

@@ -110,6 +110,13 @@ class Inbox:
         if partner is not None:
             partner.waiting[shard] += 1
 
+    def clear(self) -> None:
+        """Drop what waits."""
+        for waiting in self._waiting:
+            waiting.clear()
+        for partner in self._partners.values():
+            partner.waiting[:] = 0
+
     def take(self, most: int = WAITING_MAX) -> list[list[Contribution]]:
         """Take out the earliest updates of everybody, at most so many of each, by shard."""
         taken: list[list[Contribution]] = []

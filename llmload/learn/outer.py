@@ -234,7 +234,7 @@ class OuterLoop:
         self._residual[:] = 0
         self._rates = 0.0
         self._due_rates = None
-        self._inbox.take()
+        self._inbox.clear()
 
     @property
     def crowd(self) -> float:
@@ -320,15 +320,15 @@ class OuterLoop:
     def merge(self) -> None:
         """Make a step of the anchor if it is time. Once between any two steps."""
         self._step_count += 1
-        half = self.settings.local_steps / 2
-        active = self._inbox.heard_since(self._step_count - 2 * LATELY_STRETCHES * half)
+        stretch = self.settings.local_steps
+        active = self._inbox.heard_since(self._step_count - LATELY_STRETCHES * stretch)
         if self._due_rates is None:
             # We are slow: others have made another stretch. So that ours begins where they are.
             if usual_waiting(active) > 1:
-                rates = self.settings.local_steps * self._learning_rate
+                rates = stretch * self._learning_rate
                 self._advance(self._inbox.take(1), rates, self._anchor)
             return
-        fresh = self._step_count - half
+        fresh = self._step_count - stretch / 2
         if self._due_since < fresh or all(each.heard_at >= fresh for each in active):
             self._step()
 
@@ -365,7 +365,7 @@ class OuterLoop:
         """
         contributions = sorted(contributions, key=lambda each: each.peer)
         decoded = [each.decode(self.layout) for each in contributions]
-        lengths = [float(np.linalg.norm(values)) for values in decoded]
+        lengths = [_length(values) for values in decoded]
         for values, factor in zip(decoded, self._judge.cut(shard, lengths), strict=True):
             values *= np.float32(factor)
         total: Vector = np.sum(decoded, axis=0, dtype=np.float32)
@@ -428,7 +428,7 @@ class OuterLoop:
             return 0.0
         bounds = self.layout.bounds(header.shard)
         anchor = self._anchor[bounds]
-        distance = float(np.linalg.norm(values - anchor)) / math.sqrt(values.size)
+        distance = _length(values - anchor) / math.sqrt(values.size)
         if len(self._distances) >= DISTANCES_MIN:
             usual = statistics.median(self._distances)
         else:
@@ -457,8 +457,13 @@ class OuterLoop:
         return self._inbox.meet(peer, version=self.version, step=step)
 
 
+def _length(values: Vector) -> float:
+    """Return the Euclidean length; of what a shard may hold the squares do not fit float32."""
+    return float(np.linalg.norm(values.astype(np.float64)))
+
+
 def _cosine(values: Vector, others: Vector) -> float:
     """Return the cosine between an update and the others', where the update is not zero."""
     there = others[values != 0]
-    both = float(np.linalg.norm(values)) * float(np.linalg.norm(there))
+    both = _length(values) * _length(there)
     return float(values @ others) / both if both > 0 else 0.0

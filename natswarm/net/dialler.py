@@ -28,7 +28,7 @@ from natswarm.identity import Identity, PeerId, ProbeKeys
 from natswarm.net.attempt import Attempt, PunctureReport
 from natswarm.net.nursery import open_private_nursery
 from natswarm.net.path_set import PathSet
-from natswarm.net.port import DatagramPort, Network
+from natswarm.net.port import ANY_ADDRESS, DatagramPort, Network
 from natswarm.net.pump import PortPump
 from natswarm.net.quic import Connection
 from natswarm.net.tracing import Tracer
@@ -38,8 +38,6 @@ from natswarm.swarm_key import OPEN_SWARM, SwarmKey
 from natswarm.wire import probe_attempt_untrusted
 
 __all__ = ["Dial", "Dialler", "Origin", "PunctureEnded", "PunctureStarted"]
-
-ANY_ADDRESS = "0.0.0.0"
 
 # How long a successful dial goes on answering on the main port: the peer's last question may be on
 # the way, or our last answer lost, and it asks for up to 5 s.

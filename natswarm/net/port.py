@@ -13,7 +13,18 @@ from typing import NamedTuple, Protocol
 
 from natswarm.address import Endpoint
 
-__all__ = ["Arrival", "DatagramPort", "MergedArrival", "Network", "PortGroup", "PortStatistics"]
+__all__ = [
+    "ANY_ADDRESS",
+    "ANY_ADDRESS_6",
+    "Arrival",
+    "DatagramPort",
+    "MergedArrival",
+    "Network",
+    "PortGroup",
+    "PortStatistics",
+]
+
+ANY_ADDRESS, ANY_ADDRESS_6 = "0.0.0.0", "::"
 
 
 class Arrival(NamedTuple):

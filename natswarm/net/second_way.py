@@ -38,7 +38,7 @@ from natswarm.net.fresh_port import external_endpoint
 from natswarm.net.inspection import AskNeighbour
 from natswarm.net.introducer import Introducer
 from natswarm.net.peer import Peer
-from natswarm.net.port import Network
+from natswarm.net.port import ANY_ADDRESS, Network
 from natswarm.net.pump import PortPump
 from natswarm.puncture.plan import Limits, plan_puncture
 from natswarm.swarm_key import SwarmKey
@@ -48,7 +48,6 @@ __all__ = ["Home", "SecondWay"]
 
 logger = logging.getLogger("natswarm.node")
 
-ANY_ADDRESS = "0.0.0.0"
 LOOK_S = 1.0
 # A connection is in use so long after it was last sent by: QUIC alone sends every 300 s.
 IN_USE_FOR_S = 60.0

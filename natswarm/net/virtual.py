@@ -28,7 +28,7 @@ from natswarm.address import Endpoint
 from natswarm.errors import ConfigurationError
 from natswarm.nat.path import PathAnswer
 from natswarm.net.nursery import open_private_nursery
-from natswarm.net.port import Arrival, MergedArrival, PortStatistics
+from natswarm.net.port import ANY_ADDRESS, ANY_ADDRESS_6, Arrival, MergedArrival, PortStatistics
 from natswarm.sim.packet import TIME_EXCEEDED, Packet
 from natswarm.sim.topology import DEFAULT_TTL, Host, SimPort
 from natswarm.sim.world import World
@@ -44,7 +44,6 @@ BATCH_DATAGRAMS = 64
 
 MAX_DATAGRAM_BYTES = 65_507  # 65,535 - 20 (IPv4 header) - 8 (UDP header)
 MAX_DATAGRAM_BYTES_6 = 65_527  # 65,535 - 8 (UDP header): IPv6 does not count its own header
-ANY_ADDRESS, ANY_ADDRESS_6 = "0.0.0.0", "::"
 
 
 @asynccontextmanager

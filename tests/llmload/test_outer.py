@@ -349,6 +349,26 @@ def test_damaged_and_foreign_shards_are_counted():
     assert np.array_equal(parameters, before)
 
 
+def huge(shard, codec, version):
+    """A shard as long as the format lets it be: the square of a value does not fit float32."""
+    values = np.full(LAYOUT.bounds(shard).stop - LAYOUT.bounds(shard).start, 2.0**95, np.float32)
+    return encode_shard(LAYOUT, shard, values, codec=codec, version=version)
+
+
+def test_values_without_measure_are_cut_and_spoil_no_measure():
+    crowd = Crowd([ME, A])
+    _, outer = crowd.loops[0]
+    for stretch in range(3):
+        far = huge(0, AVERAGE_CODEC, 1)
+        outer.average(far.header, far.payload)
+        lie = huge(0, Codec.INT8X256, stretch + 1)
+        outer.receive(B, lie.header, lie.payload)
+        before = outer.anchor.copy()
+        crowd.stretch([gradient(1), gradient(2)])
+        # No value goes further than AdamW lets it go in a stretch.
+        assert np.abs(outer.anchor - before).max() < 4 * outer.settings.local_steps * RATE
+
+
 def test_reputation_is_a_factor():
     update = update_of(5)
     for reputation, weight in ((1.0, 1.0), (0.25, 0.25), (7.0, 1.0), (-1.0, 0.0)):

@@ -65,12 +65,12 @@ def test_of_quic_the_handshake_is_sealed():
     assert OURS.open_quic_untrusted([b"\xff", SHORT]) == [SHORT]
 
 
-@given(st.binary(min_size=1, max_size=200))
+@given(st.binary(max_size=200))
 def test_garbage_is_refused(data):
-    if data[0] != 7:
+    if data[:1] != b"\x07":
         with pytest.raises(DecodeError):
             OURS.open_untrusted(data)
-    if data[0] & 0x80:
+    if data and data[0] & 0x80:
         assert OURS.open_quic_untrusted([data]) == []
 
 
