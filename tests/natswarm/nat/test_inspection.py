@@ -138,7 +138,8 @@ def test_two_observers_tell_each_preset_with_its_parameters(name: str) -> None:
         allocation, law = profile.allocation, behaviour.allocation
         assert (profile.mapping, profile.filtering) == (behaviour.mapping, behaviour.filtering)
         assert profile.pooling is behaviour.pooling
-        assert profile.public_ips == (host.nat.external_ip,)  # type: ignore[union-attr]
+        assert host.nat is not None
+        assert profile.public_ips == (host.nat.external_ip,)
         assert profile.inferred == ()
         assert allocation is not None
         assert allocation.law is expected_law(behaviour)
@@ -213,6 +214,7 @@ def test_invented_ports_of_one_observer_among_three_do_not_hide_the_law(name: st
     for seed in range(10):
         observers = observers_of(seed, 3)
         rng = random.Random(seed)
+        # mypy infers no type of a lambda with a default.
         observers[0].lie = lambda seen, rng=rng: Endpoint(seen.ip, rng.randint(1024, 65_535))  # type: ignore[misc]
         allocation = run_with(observers, name).findings.profile.allocation
         right += allocation is not None and allocation.law is expected_law(behaviour)

@@ -186,6 +186,7 @@ def _puncture(
         for host, main in zip(hosts, mains, strict=True)
     ]
     profiles = [
+        # Names of fields, which mypy can't match with their types.
         replace(profile, **{name: values[side] for name, values in known.items()})  # type: ignore[arg-type]
         for side, profile in enumerate(profiles)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from fractions import Fraction
 from math import comb
 
@@ -217,6 +218,6 @@ def test_only_live_mappings_count() -> None:
         lambda: strict_block_probability(1.5),
     ],
 )
-def test_senseless_counts_are_errors(call: object) -> None:
+def test_senseless_counts_are_errors(call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=r"."):
-        call()  # type: ignore[operator]
+        call()
