@@ -332,6 +332,7 @@ async def _learn(
                     await stack.enter_async_context(beside(exchange.run))
                 await stack.enter_async_context(beside(stay_joined, node, invites))
                 await learner.run(left)
+                await learner.settle()
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(course.finish)

@@ -232,14 +232,18 @@ async def _learn(report: DemoReport, nodes: dict[str, Node], model: Model) -> No
     ]
     for learner in learners:
         learner.start()
-    first, second = learners
-    other = await nodes[LEARNERS[0]].connect(nodes[LEARNERS[1]].peer_id)
-    first.meet(other)
+    peers = [
+        await nodes[name].connect(nodes[other].peer_id)
+        for name, other in zip(LEARNERS, reversed(LEARNERS), strict=True)
+    ]
     async with trio.open_nursery() as nursery:
-        for learner in learners:
+        for learner, peer in zip(learners, peers, strict=True):
+            learner.meet(peer)
             nursery.start_soon(learner.run, LEARNING_STEPS)
-    learning.updates = sum(learner.outer.statistics.taken for learner in (first, second))
-    await first.average_with(other)
+    learning.updates = sum(learner.outer.statistics.taken for learner in learners)
+    for learner in learners:
+        await learner.settle()
+    await learners[0].average_with(peers[0])
     await measure()
     # In this one process the two models can be compared themselves.
     learning.weights_equal = np.array_equal(trainers[0].parameters, trainers[1].parameters)

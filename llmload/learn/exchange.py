@@ -68,6 +68,8 @@ LOOK_EVERY_S = 10.0
 AVERAGE_EVERY_S = 60.0
 # A partner that failed is left alone for so long.
 REST_S = 30.0
+# At the end of a run it is waited for so long until partners have our last update.
+LAST_UPDATE_S = 30.0
 
 # Tokens and targets, integers (batch, time) each; `trainer.batches` makes them.
 Batches: TypeAlias = Iterator[Batch]
@@ -100,21 +102,39 @@ class PartnerReport:
 
 @dataclass(eq=False)
 class _Partner:
-    """A peer that learns the same model; `mailbox` is what we have for it."""
+    """A peer that learns the same model.
+
+    Attributes:
+        mailbox: What we have for it.
+        news: Something is in the mailbox.
+        is_resting: A call to it has failed; it is left alone for a while.
+        has_all: Nothing is in the mailbox or on the way, or it rests.
+    """
 
     peer: Peer
     mailbox: deque[Update] = field(default_factory=lambda: deque(maxlen=MAILBOX_SIZE))
     news: trio.Event = field(default_factory=trio.Event)
+    is_resting: bool = False
+    has_all: trio.Event = field(default_factory=trio.Event)
 
     def post(self, update: Update) -> None:
         self.mailbox.append(update)
         self.news.set()
+        if not self.is_resting:
+            self.has_all = trio.Event()
 
     async def next_update(self) -> Update:
         while not self.mailbox:
+            self.has_all.set()
             self.news = trio.Event()
             await self.news.wait()
         return self.mailbox.popleft()
+
+    async def rest(self) -> None:
+        self.is_resting = True
+        self.has_all.set()
+        await trio.sleep(REST_S)
+        self.is_resting = False
 
 
 class Learner:
@@ -210,13 +230,21 @@ class Learner:
     # --- Training ----------------------------------------------------------------------------
 
     async def run(self, step_count: int | None = None) -> None:
-        """Train and exchange until cancelled, or for some steps.
+        """Train and exchange until cancelled, or for some steps and until partners have the last.
 
         Raises:
             LearningFailed: Training itself failed: NaN, or no more text.
         """
         async with beside(self._exchange):
             await self._train(step_count)
+            with trio.move_on_after(LAST_UPDATE_S):
+                for found in list(self._partners.values()):
+                    await found.has_all.wait()
+
+    async def settle(self) -> None:
+        """Take what came in after the last step of `run` into our model."""
+        async with self._model_lock, self._incoming_lock:
+            await trio.to_thread.run_sync(self.outer.settle)
 
     async def _exchange(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -322,12 +350,13 @@ class Learner:
                 except NatswarmError as error:
                     report.failures += 1
                     logger.info("an update for %s failed: %s", peer_id.short, error)
-                    await trio.sleep(REST_S)
+                    await found.rest()
                 else:
                     report.confirmed += 1
                     report.sent_bytes += update.payload_bytes
                     report.taken_weight = taken.weight
         finally:
+            found.has_all.set()
             del self._partners[peer_id]
 
     async def _push(self, peer: Peer, update: Update) -> UpdateTaken:

@@ -278,8 +278,7 @@ class OuterLoop:
         Raises:
             ValueError: The gradients hold NaN or infinity: training has failed.
         """
-        if self._due_rates is not None:
-            self._step()  # whoever is not heard by now is not waited for
+        self.settle()
         for peer in partners:
             self._meet(peer)
         self.version += 1
@@ -330,6 +329,11 @@ class OuterLoop:
             return
         fresh = self._step_count - stretch / 2
         if self._due_since < fresh or all(each.heard_at >= fresh for each in active):
+            self._step()
+
+    def settle(self) -> None:
+        """Make the anchor's step if one is due: who is not heard by now is not waited for."""
+        if self._due_rates is not None:
             self._step()
 
     def _step(self) -> None:
@@ -429,11 +433,13 @@ class OuterLoop:
         bounds = self.layout.bounds(header.shard)
         anchor = self._anchor[bounds]
         distance = _length(values - anchor) / math.sqrt(values.size)
+        # A step of AdamW moves values by the rate at most.
+        rate, steps = self._local.learning_rate, self.settings.local_steps
         if len(self._distances) >= DISTANCES_MIN:
-            usual = statistics.median(self._distances)
+            # One step of the anchor away is never far: that is what somebody has missed.
+            usual = max(math.sqrt(steps) * rate, statistics.median(self._distances))
         else:
-            # As far as several stretches lead: a step of AdamW moves values by the rate at most.
-            usual = DISTANCES_MIN * self.settings.local_steps * self._local.learning_rate
+            usual = DISTANCES_MIN * steps * rate  # as far as several stretches lead
         clip = min(1.0, DISTANCE_FACTOR * usual / distance) if distance > 0 else 1.0
         self._distances.append(distance * clip)
         sent = encode_shard(

@@ -16,6 +16,7 @@ from llmload.learn.inbox import WAITING_MAX
 from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.outer import (
     AVERAGE_CODEC,
+    DISTANCES_MIN,
     STALENESS_FREE,
     OuterLoop,
     OuterSettings,
@@ -429,6 +430,22 @@ def test_both_have_the_bits_of_the_average():
         assert b.average(halves[0].header, halves[0].payload) == 1
     assert p.tobytes() == q.tobytes()
     assert np.array_equal(a.anchor, p)
+
+
+def test_who_has_missed_a_step_is_not_far_away_even_where_all_others_are_equal():
+    _, outer = loop()
+    bounds = LAYOUT.bounds(0)
+
+    def meet_one_who_is(distance):
+        other = outer.anchor[bounds] + np.float32(distance)
+        shard = encode_shard(LAYOUT, 0, other, codec=AVERAGE_CODEC, version=1)
+        return outer.average(shard.header, shard.payload)
+
+    for _ in range(DISTANCES_MIN):
+        assert meet_one_who_is(0) == 1
+    step = math.sqrt(outer.settings.local_steps) * RATE
+    assert meet_one_who_is(step) == 1
+    assert meet_one_who_is(100 * step) < 0.1
 
 
 def test_who_is_far_away_pulls_no_harder():
