@@ -224,9 +224,13 @@ def learn(
         asks_gateway=gateway,
         on_event=partial(show_event, as_json),
     )
+    validation = tokens[cut:]
     if stages is not None:
+        # In micro-batches of one shape: graphs are made for each.
+        window_count = max(1, VALIDATION_WINDOWS_MAX // batch) * batch
         lesson = Lesson(
             tokens=tokens[:cut],
+            validation=_windows(validation, window, window_count),
             batch=batch,
             window=window,
             parts=parts,
@@ -251,7 +255,6 @@ def learn(
         recompute=recompute,
         thread_count=threads,
     )
-    validation = tokens[cut:]
     records = TextLearning(
         loaded,
         trainer,

@@ -28,6 +28,7 @@ from llmload.learn.pipeline.leader import PipelineSettings, PipelineTrainer, Ste
 from llmload.learn.pipeline.part import BYTES_PER_PARAMETER, ModelPart, parameter_count
 from llmload.learn.pipeline.stage import TrainingStage
 from llmload.learn.schedule import LearningRateSchedule
+from llmload.learn.sources import Windows
 from llmload.learn.trainer import Batch, batches
 from llmload.model_folder import Model, copy_tokenizer, save_config
 from llmload.swarm.beside import beside
@@ -57,7 +58,17 @@ CodecOption = Annotated[
     typer.Option("--codec", help="With --stages: how hidden states and gradients travel."),
 ]
 
-COLUMNS = ("step", "loss", "norm", "step_s", "kept", "failovers", "redone", "route")
+COLUMNS = (
+    "step",
+    "loss",
+    "validation_loss",
+    "norm",
+    "step_s",
+    "kept",
+    "failovers",
+    "redone",
+    "route",
+)
 
 
 # --- llmload up --train --------------------------------------------------------------------------
@@ -143,6 +154,7 @@ class Lesson:
 
     Attributes:
         tokens: The text, int64 (length,).
+        validation: Windows of text that is not learned from.
         batch: Windows in a micro-batch.
         window: Tokens of a window.
         parts: Micro-batches in a step; None for twice as many as there are devices.
@@ -151,12 +163,14 @@ class Lesson:
         steps: After how many to stop; None for at an interrupt.
         stages: Devices beside this one.
         codec: How hidden states travel.
-        report_every: Steps between two lines, and between two states that are kept.
+        report_every: Steps between two lines with the loss of `validation`, and between two states
+            that are kept.
         out: The folder of states, curve and learned model.
         threads: Of the runtime.
     """
 
     tokens: NDArray[np.int64]
+    validation: Windows
     batch: int
     window: int
     parts: int | None
@@ -174,6 +188,17 @@ class Lesson:
         rng = np.random.default_rng([self.seed, step])
         drawn = batches(self.tokens, batch=self.batch, time=self.window, rng=rng)
         return list(islice(drawn, self.parts or 2 * (self.stages + 1)))
+
+    def validation_at(self, step: int) -> list[Batch]:
+        """Return what is validated with after so many steps, in micro-batches as in a step."""
+        if step % self.report_every:
+            return []
+        tokens, targets = self.validation
+        starts = range(0, len(tokens), self.batch)
+        return [
+            (tokens[start : start + self.batch], targets[start : start + self.batch])
+            for start in starts
+        ]
 
 
 async def lead(
@@ -212,8 +237,8 @@ def _trainer(
     lesson: Lesson, model: Model, node: Node, tell: Callable[[dict[str, Any]], None]
 ) -> PipelineTrainer:
     def report(made: StepReport) -> None:
-        if made.step % lesson.report_every == 0:
-            row = _row(made, trainer)
+        if (validation_loss := made.validation_loss) is not None:
+            row = _row(made, validation_loss, trainer)
             _append(lesson.out / "curve.csv", row)
             tell(row)
 
@@ -224,6 +249,7 @@ def _trainer(
         open_part=partial(_open_part, model, lesson.threads),
         folder=lesson.out / "states",
         batches_at=lesson.batches_at,
+        validation_at=lesson.validation_at,
         optimizer=AdamWSettings(learning_rate=lesson.schedule.peak),
         rate_at=lesson.schedule.rate_at,
         settings=PipelineSettings(
@@ -235,11 +261,12 @@ def _trainer(
     return trainer
 
 
-def _row(made: StepReport, trainer: PipelineTrainer) -> dict[str, Any]:
+def _row(made: StepReport, validation_loss: float, trainer: PipelineTrainer) -> dict[str, Any]:
     stages = [f"{offer.peer_id.short} {format_blocks(offer.blocks)}" for offer in trainer.route]
     return {
         "step": made.step,
         "loss": round(made.loss, 4),
+        "validation_loss": round(validation_loss, 4),
         "norm": round(made.norm, 4),
         "step_s": round(made.seconds, 3),
         "kept": trainer.kept_step,

@@ -151,17 +151,19 @@ class LossGraphs:
         for token, row in zip(tokens.reshape(-1).tolist(), flat, strict=True):
             rows[token] += row
 
-    def forward(self, hidden: Vector) -> list[Vector]:
+    def forward(self, hidden: Vector, *, keep: bool = True) -> list[Vector]:
         """Take hidden states through the blocks, which are not the last.
 
         Args:
             hidden: float32 (batch, time, n_embd).
+            keep: Hold what `backward` needs.
 
         Returns:
-            Of the same shape: `hidden`, what came out of each piece, and so last the result.
+            Of the same shape: `hidden`, what came out of each piece, and so last the result; the
+            result alone if nothing is to be held.
         """
         graphs = self._graphs(_Shape(*hidden.shape[:2]))
-        return self._forward(graphs, self._pieces, hidden, keep=True)
+        return self._forward(graphs, self._pieces, hidden, keep=keep)
 
     def backward(
         self,

@@ -386,7 +386,7 @@ def _learn_rounded(
         taken, _, payload = pack_rows(rows, codec)
         byte_count += len(payload)
         batch, time, _ = rows.shape
-        message = Forward(0, 0, batch, time, taken)
+        message = Forward(0, 0, batch, time, taken, is_validation=False)
         return unpack_forward_untrusted(message, bytes(payload), config, step=0, micro_batch=0)
 
     def back(rows: Vector) -> Vector:

@@ -4,7 +4,8 @@
           <-------------------------------------------'
 
 It puts as many micro-batches on the way as there are stages, itself included, and the next one
-whenever one is back: so it is stage 0 and the last stage of 1F1B at once.
+whenever one is back: so it is stage 0 and the last stage of 1F1B at once. Those of a validation go
+the same way to their losses, and no further.
 
 This file does not know how the way was opened, nor what is kept.
 """
@@ -55,7 +56,9 @@ class EndsWorker:
         compute: Where to compute.
 
     Attributes:
-        done_count: Micro-batches of this step that our own blocks have done.
+        is_validating: What is under way, or was last, is a validation and no step.
+        micro_batch_count: Of it.
+        done_count: How many of them our own blocks have done.
         moved_at: When something came last; infinity while nothing is waited for.
     """
 
@@ -71,8 +74,10 @@ class EndsWorker:
         codec: Codec,
         compute: Compute,
     ) -> None:
-        self.done_count = 0
+        self.is_validating = False
+        self.micro_batch_count = self.done_count = 0
         self.moved_at = math.inf
+        self._is_apply_due = False  # the stages have been told to make a step, and may not have
         self._part = part
         self._config = config
         self._route = route
@@ -103,8 +108,7 @@ class EndsWorker:
         """
         part = self._part
         losses: list[float] = []
-        in_flight = trio.Semaphore(len(self._route) + 1)
-        self.done_count, self.moved_at = 0, trio.current_time()
+        in_flight = self._begin(batches, is_validating=False)
         async with open_quiet_nursery() as nursery:
             nursery.start_soon(self._send_forward, batches, in_flight)
             nursery.start_soon(self._turn_back, batches, losses)
@@ -123,7 +127,30 @@ class EndsWorker:
         step = part.step
         await self._compute(part.apply, norm, learning_rate)
         await self._first.send(Apply(step, norm, learning_rate))
+        self._is_apply_due = True
         return sum(losses), norm
+
+    async def validate(self, batches: Sequence[Batch]) -> float:
+        """Return the mean loss of text that is not learned from, nats a token; changes nothing.
+
+        Args:
+            batches: Its micro-batches.
+
+        Raises:
+            HopFailed: A stage sent something else than was its turn.
+        """
+        token_count = sum(tokens.size for tokens, _ in batches)
+        loss = 0.0
+        in_flight = self._begin(batches, is_validating=True)
+        async with open_quiet_nursery() as nursery:
+            nursery.start_soon(self._send_forward, batches, in_flight)
+            for index, (_, targets) in enumerate(batches):
+                hidden = await self._receive_hidden(index, targets)
+                loss += await self._compute(self._part.loss, hidden, targets, token_count)
+                self.done_count += 1
+                in_flight.release()
+        self.moved_at = math.inf
+        return loss
 
     async def wait_applied(self) -> None:
         """Wait until all stages have made the step, too.
@@ -132,10 +159,14 @@ class EndsWorker:
             HopFailed: They did something else.
         """
         self.moved_at = trio.current_time()
-        message, _ = await self._ring.receive()
+        await self._receive_applied()
         self.moved_at = math.inf
-        if not isinstance(message, Apply) or message.step != self._part.step - 1:
-            raise HopFailed(self._route[-1], "something else came than that the step is made")
+
+    def _begin(self, batches: Sequence[Batch], *, is_validating: bool) -> trio.Semaphore:
+        """Begin with a step or a validation; returns the bound of what is on the way at once."""
+        self.is_validating, self.micro_batch_count = is_validating, len(batches)
+        self.done_count, self.moved_at = 0, trio.current_time()
+        return trio.Semaphore(len(self._route) + 1)
 
     async def _send_forward(self, batches: Sequence[Batch], in_flight: trio.Semaphore) -> None:
         for index, (tokens, _) in enumerate(batches):
@@ -143,20 +174,17 @@ class EndsWorker:
             hidden = await self._compute(self._part.embed, tokens)
             codec, _, packed = pack_rows(hidden, self._codec)
             batch, time = tokens.shape
-            await self._first.send(Forward(self._part.step, index, batch, time, codec), packed)
+            message = Forward(self._part.step, index, batch, time, codec, self.is_validating)
+            await self._first.send(message, packed)
 
     async def _turn_back(self, batches: Sequence[Batch], losses: list[float]) -> None:
         """Take micro-batches from the last stage to their losses, and back."""
         token_count = sum(tokens.size for tokens, _ in batches)
         for index, (_, targets) in enumerate(batches):
-            message, payload = await self._ring.receive()
-            if index == 0 and isinstance(message, Apply):  # the stages have made the step before
-                message, payload = await self._ring.receive()
-            self.moved_at = trio.current_time()
             try:
-                hidden = self._unpack(message, payload, index, targets)
-            except DecodeError as error:
-                self._guard.fail(HopFailed(self._route[-1], str(error)))
+                hidden = await self._receive_hidden(index, targets)
+            except HopFailed as failure:
+                self._guard.fail(failure)
                 return
             loss, gradient = await self._compute(self._part.losses, hidden, targets, token_count)
             losses.append(loss)
@@ -165,13 +193,40 @@ class EndsWorker:
             back = Backward(self._part.step, index, codec, exponent, 0.0)
             await self._ring.send(back, packed)
 
-    def _unpack(self, message: Any, payload: bytes, index: int, targets: NDArray[Any]) -> Vector:
-        hidden = unpack_forward_untrusted(
-            message, payload, self._config, step=self._part.step, micro_batch=index
-        )
+    async def _receive_hidden(self, index: int, targets: NDArray[Any]) -> Vector:
+        """Return what the last stage has made of a micro-batch, float32 (batch, time, n_embd).
+
+        Raises:
+            HopFailed: It sent something else.
+        """
+        await self._receive_applied()
+        message, payload = await self._ring.receive()
+        self.moved_at = trio.current_time()
+        try:
+            hidden = unpack_forward_untrusted(
+                message,
+                payload,
+                self._config,
+                step=self._part.step,
+                micro_batch=index,
+                is_validation=self.is_validating,
+            )
+        except DecodeError as error:
+            raise HopFailed(self._route[-1], str(error)) from error
         if hidden.shape[:2] != targets.shape:
-            raise DecodeError(f"a micro-batch of {hidden.shape} came back for {targets.shape}")
+            reason = f"a micro-batch of {hidden.shape} came back for {targets.shape}"
+            raise HopFailed(self._route[-1], reason)
         return hidden
+
+    async def _receive_applied(self) -> None:
+        """Take what the last stage says once all have made the step, unless it was taken."""
+        if not self._is_apply_due:
+            return
+        message, _ = await self._ring.receive()
+        self.moved_at = trio.current_time()
+        if not isinstance(message, Apply) or message.step != self._part.step - 1:
+            raise HopFailed(self._route[-1], "something else came than that the step is made")
+        self._is_apply_due = False
 
     async def _receive_back(
         self, batches: Sequence[Batch], in_flight: trio.Semaphore

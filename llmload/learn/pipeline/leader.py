@@ -5,7 +5,7 @@
 
 This device holds both ends of the model, so texts and losses stay here; all other blocks lie on the
 stages. A step: all micro-batches forward and back (1F1B), then one Apply with the length of the
-whole gradient, by which all clip alike.
+whole gradient, by which all clip alike. Between steps text that is not learned from goes forward.
 
 Every so many steps all keep their state on disk, and this device fetches a copy of all states: from
 then on the training can be gone back to there. When a stage dies, is silent or refuses, the others
@@ -19,9 +19,8 @@ steps, and count once all of them are here.
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from llmload.errors import LearningFailed
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.pipeline.ends import EndsWorker
 from llmload.learn.pipeline.link import Guard, Link
+from llmload.learn.pipeline.manifest import Manifest
 from llmload.learn.pipeline.part import ModelPart, units_of
 from llmload.learn.pipeline.protocol import (
     PIPELINE,
@@ -58,12 +58,10 @@ from llmload.swarm.beside import open_quiet_nursery
 from llmload.swarm.codec import Codec
 from llmload.swarm.route import HopFailed, StageOffer
 from llmload.swarm.stage_session import Compute, in_thread
-from llmload.weights import replace_file
 from natswarm import Call, Message, NatswarmError, Node, RequestRefused
 
 __all__ = ["PipelineSettings", "PipelineTrainer", "StepReport"]
 
-MANIFEST_NAME = "pipeline.json"
 # A stage writes its blocks; or fetches them first, over whatever link.
 KEEP_TIMEOUT_S = 300.0
 ASSIGN_TIMEOUT_S = 3600.0
@@ -104,12 +102,15 @@ class StepReport:
         loss: Mean cross-entropy before it, nats a token.
         norm: The length of its gradient.
         seconds: How long it took.
+        validation_loss: The same after it, of text that is not learned from; None where there was
+            no validation.
     """
 
     step: int
     loss: float
     norm: float
     seconds: float
+    validation_loss: float | None
 
 
 @dataclass(eq=False, slots=True)
@@ -140,6 +141,9 @@ class PipelineTrainer:
         folder: Where states are kept, and a training that was interrupted goes on.
         batches_at: The micro-batches of a step, counted from 0; always as many, and the same ones
             whenever a step is made again.
+        validation_at: Micro-batches that are not learned from, and whose loss is wanted when so
+            many steps are made; none for no validation. Their shapes should be those of steps,
+            since graphs are made for each.
         optimizer: Hyperparameters of AdamW.
         rate_at: Learning rate of a step, counted from 0.
         settings: How it goes over the stages.
@@ -167,6 +171,7 @@ class PipelineTrainer:
         open_part: OpenPart,
         folder: Path,
         batches_at: Callable[[int], Sequence[Batch]],
+        validation_at: Callable[[int], Sequence[Batch]] = lambda _step: (),
         optimizer: AdamWSettings,
         rate_at: Callable[[int], float],
         settings: PipelineSettings,
@@ -186,6 +191,7 @@ class PipelineTrainer:
         self._open_part = open_part
         self._folder = folder
         self._batches_at = batches_at
+        self._validation_at = validation_at
         self._optimizer = optimizer
         self._rate_at = rate_at
         self._settings = settings
@@ -194,7 +200,7 @@ class PipelineTrainer:
         self._after_step = after_step
         self._blocks = range(config.n_layer - 1, config.n_layer)
         self._run = secrets.token_bytes(16)
-        self._digests: dict[str, str] = {}  # by block, of the step kept
+        self._digests: Mapping[str, str] = {}  # by block, of the step kept
         self._part: ModelPart | None = None
         self._attempt: _Attempt | None = None
         self._attempt_count = 0
@@ -217,7 +223,10 @@ class PipelineTrainer:
         """
         self._node.serve_calls(PIPELINE, self._serve_ring)
         self._node.serve_calls(STATE, self._serve_state)
-        self._read_manifest()
+        manifest = Manifest.load(self._folder, self._model_hash)
+        if manifest is not None:
+            self._run, self.kept_step = manifest.run, manifest.step
+            self._digests = manifest.digests
         await self._go_back()
         search = StageSearch(self._node, self._model_hash, self._blocks.start)
         failures = 0
@@ -252,28 +261,6 @@ class PipelineTrainer:
         return self._is_stopping or (until is not None and self.step >= until)
 
     # --- Where the training stands --------------------------------------------------------------
-
-    def _read_manifest(self) -> None:
-        """Go on with the training of our folder, if there is one.
-
-        Raises:
-            LearningFailed: It is of another model, or damaged.
-        """
-        file = self._folder / MANIFEST_NAME
-        try:
-            facts = json.loads(file.read_text("utf-8"))
-            of_model, step = facts["model"], facts["step"]
-            self._run, self._digests = bytes.fromhex(facts["run"]), facts["digests"]
-        except FileNotFoundError:
-            return
-        except (ValueError, KeyError, TypeError) as error:
-            raise LearningFailed(f"{file} is damaged. Learn in another folder (--out)") from error
-        if of_model != self._model_hash:
-            raise LearningFailed(
-                f"{self._folder} holds the training of another model. Learn in another folder "
-                "(--out)"
-            )
-        self.kept_step = step
 
     async def _go_back(self) -> None:
         """Take our own part back to the step kept."""
@@ -316,14 +303,8 @@ class PipelineTrainer:
                     digests[str(block)] = self.snapshots.digest(block, step) or ""
             except NatswarmError as error:
                 raise HopFailed(offer, str(error)) from error
-        facts = {
-            "run": self._run.hex(),
-            "model": self._model_hash,
-            "step": step,
-            "digests": digests,
-        }
-        file = self._folder / MANIFEST_NAME
-        await self._compute(replace_file, file, lambda path: path.write_text(json.dumps(facts)))
+        manifest = Manifest(self._run, self._model_hash, step, digests)
+        await self._compute(manifest.save, self._folder)
         self.kept_step, self._digests = step, digests
         await self._compute(self.snapshots.forget_others, step)
 
@@ -405,13 +386,7 @@ class PipelineTrainer:
                     codec=self._settings.codec,
                     compute=self._compute,
                 )
-                watch = SilenceWatch(
-                    self._node,
-                    self.route,
-                    worker,
-                    request.micro_batch_count,
-                    lambda: self._longest_s,
-                )
+                watch = SilenceWatch(self._node, self.route, worker, lambda: self._longest_s)
                 await guard.run(partial(self._steps, worker, until), link.run, watch.run)
         except trio.TooSlowError as error:
             raise HopFailed(first, "did not open the way in time") from error
@@ -487,7 +462,9 @@ class PipelineTrainer:
                 seconds = trio.current_time() - started_at
                 self.step += 1
                 self._longest_s = max(self._longest_s, seconds)
-                self._after_step(StepReport(self.step, loss, norm, seconds))
+                validation = self._validation_at(self.step)
+                validation_loss = await worker.validate(validation) if validation else None
+                self._after_step(StepReport(self.step, loss, norm, seconds, validation_loss))
                 if self.step >= due_at and collected.is_set():
                     due_at = self.step + self._settings.keep_every
                     await self._keep(worker)

@@ -132,6 +132,11 @@ class ModelPart:
         """
         return self._graphs.backward(kept, upstream, self._latest.views, self._add_latest)
 
+    def infer(self, hidden: Vector) -> Vector:
+        """Return what `forward` returns last, and hold nothing for the way back."""
+        (result,) = self._graphs.forward(hidden, keep=False)
+        return result
+
     def embed(self, tokens: NDArray[Any]) -> Vector:
         """Return what the first block sees, float32 (batch, time, n_embd)."""
         return self._graphs.embed(tokens)
@@ -159,6 +164,11 @@ class ModelPart:
         )
         assert passed is not None, "given with gradients"
         return float(losses.sum(dtype=np.float64)) / token_count, passed
+
+    def loss(self, hidden: Vector, targets: NDArray[Any], token_count: int) -> float:
+        """Return what `losses` returns first, and leave the gradient as it is."""
+        losses, _ = self._graphs.losses(hidden, targets)
+        return float(losses.sum(dtype=np.float64)) / token_count
 
     def embed_backward(self, tokens: NDArray[Any], upstream: Vector) -> None:
         """Add to the gradient what comes back to the embeddings."""

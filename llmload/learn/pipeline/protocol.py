@@ -1,15 +1,16 @@
 """What stages of a training pipeline and the device that leads it say to each other.
 
     leader              stage 0             stage 1              leader
-      | -- Assign ------> |                   |                    |     call `train-stage/1`
+      | -- Assign ------> |                   |                    |     call `train-stage/2`
       | -- Assign --------------------------> |                    |
-      | -- OpenPipeline-> | -- OpenPipeline-> | -- OpenPipeline -> |     call `train-pipeline/1`
+      | -- OpenPipeline-> | -- OpenPipeline-> | -- OpenPipeline -> |     call `train-pipeline/2`
       | <------- Opened - | <------- Opened - | <-------- Opened - |
       | -- Forward -----> | -- Forward -----> | -- Forward ------> |     hidden states
       | <----- Backward - | <----- Backward - | <------ Backward - |     their gradients
       :                   :                   :                    :     1F1B, all micro-batches
       | -- Apply -------> | -- Apply -------> | -- Apply --------> |     the next Forward may follow
-      | -- Keep --------> |                   |                    |     call `train-stage/1`
+      | -- Forward -----> | -- Forward -----> | -- Forward ------> |     or, to validate, goes alone
+      | -- Keep --------> |                   |                    |     call `train-stage/2`
       | -- FetchState --> |                   |                    |     call `train-state/1`
 
 The leader holds the first thing and the last: the embeddings, and the last blocks with the loss. So
@@ -139,6 +140,7 @@ class StageState(Message, frozen=True):
         step: Steps that it has made in the training that has it.
         forward: Micro-batches of the next one that it has computed forward.
         backward: The same back.
+        validated: Micro-batches of the validation before it that it has computed.
     """
 
     room: Index
@@ -146,6 +148,7 @@ class StageState(Message, frozen=True):
     step: StepNumber
     forward: Index
     backward: Index
+    validated: Index
 
 
 class Assign(Message, frozen=True):
@@ -187,7 +190,7 @@ class Done(Message, frozen=True):
     """It is done."""
 
 
-STAGE = Method("llmload/train-stage/1", (AskStage, Assign, Keep, Release), (StageState, Done))
+STAGE = Method("llmload/train-stage/2", (AskStage, Assign, Keep, Release), (StageState, Done))
 
 
 class FetchState(Message, frozen=True):
@@ -241,10 +244,11 @@ class Forward(Message, frozen=True):
 
     Attributes:
         step: Steps made before this one.
-        micro_batch: Which of the step.
+        micro_batch: Which of the step, or of the validation before it.
         batch: Sequences.
         time: Tokens of each.
         codec: Of the payload.
+        is_validation: It is not learned from, so nothing is held for it and nothing comes back.
     """
 
     step: StepNumber
@@ -252,6 +256,7 @@ class Forward(Message, frozen=True):
     batch: Count
     time: Count
     codec: Codec
+    is_validation: bool
 
 
 class Backward(Message, frozen=True):
@@ -288,7 +293,7 @@ class Apply(Message, frozen=True):
 
 
 PIPELINE = Method(
-    "llmload/train-pipeline/1",
+    "llmload/train-pipeline/2",
     (OpenPipeline, Forward, Apply),
     (Opened, Backward, SessionFailed),
     payload_bytes_max=ROWS_BYTES_MAX,
@@ -325,16 +330,22 @@ def pack_rows(
 
 
 def unpack_forward_untrusted(
-    message: Message, payload: bytes, config: GPT2Config, *, step: int, micro_batch: int
+    message: Message,
+    payload: bytes,
+    config: GPT2Config,
+    *,
+    step: int,
+    micro_batch: int,
+    is_validation: bool = False,
 ) -> Vector:
     """Return hidden states that came, float32 (batch, time, n_embd).
 
     Raises:
         DecodeError: It is no Forward of this micro-batch, of another size, or not finite.
     """
-    if not isinstance(message, Forward) or (message.step, message.micro_batch) != (
-        step,
-        micro_batch,
+    if not isinstance(message, Forward) or (
+        (message.step, message.micro_batch, message.is_validation)
+        != (step, micro_batch, is_validation)
     ):
         raise DecodeError(f"{_name(message)} came in place of Forward {micro_batch} of {step}")
     if message.time > config.n_ctx:

@@ -9,6 +9,8 @@ on, whatever the batch; and the order is fixed, so that sums have the same bits 
     stage 1      F0 F1 .. B0 F2 B1 F3 B2 F4 ..
     stage 2         F0 B0 F1 B1 F2 B2 F3 B3 ..          the last: the loss, and back at once
 
+Micro-batches of a validation, between two steps, go forward alone.
+
 Source: PipeDream-Flush, also called 1F1B (Narayanan et al. 2021, arXiv 2006.09503).
 Pure: numbers. Knows neither what is computed nor the way between stages.
 """
@@ -40,14 +42,19 @@ class Progress(NamedTuple):
     backward: int
 
 
-def operations(stage: int, stage_count: int, micro_batch_count: int) -> list[Operation]:
+def operations(
+    stage: int, stage_count: int, micro_batch_count: int, *, is_validation: bool = False
+) -> list[Operation]:
     """Return what a stage does in one step, in order.
 
     Args:
         stage: Which, 0 is the first.
         stage_count: All of them.
         micro_batch_count: In one step.
+        is_validation: It is no step: nothing comes back.
     """
+    if is_validation:
+        return [Operation("forward", index) for index in range(micro_batch_count)]
     ahead = min(stage_count - 1 - stage, micro_batch_count)
     found = [Operation("forward", index) for index in range(ahead)]
     for index in range(ahead, micro_batch_count):
@@ -59,7 +66,9 @@ def operations(stage: int, stage_count: int, micro_batch_count: int) -> list[Ope
     return found
 
 
-def stuck_stage(progress: Sequence[Progress], micro_batch_count: int) -> int | None:
+def stuck_stage(
+    progress: Sequence[Progress], micro_batch_count: int, *, is_validation: bool = False
+) -> int | None:
     """Return the first stage that has what it needs and has not done what is next, or None.
 
     Where all stand still, that is who keeps the others waiting.
@@ -67,14 +76,18 @@ def stuck_stage(progress: Sequence[Progress], micro_batch_count: int) -> int | N
     Args:
         progress: What each stage says of itself, in order.
         micro_batch_count: In one step.
+        is_validation: As for `operations`.
     """
     for stage, (forward, backward) in enumerate(progress):
-        left = operations(stage, len(progress), micro_batch_count)[forward + backward :]
+        order = operations(stage, len(progress), micro_batch_count, is_validation=is_validation)
+        left = order[forward + backward :]
         if not left:
             continue
         kind, index = left[0]
-        if kind == "forward":
-            can_go_on = stage == 0 or progress[stage - 1].forward > index
+        if kind == "forward" and stage == 0:  # no more are on the way than there are stages
+            can_go_on = index < progress[-1].forward + len(progress)
+        elif kind == "forward":
+            can_go_on = progress[stage - 1].forward > index
         else:
             can_go_on = stage == len(progress) - 1 or progress[stage + 1].backward > index
         if can_go_on:

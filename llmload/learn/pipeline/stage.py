@@ -42,7 +42,6 @@ from llmload.learn.pipeline.protocol import (
     StatePiece,
     training_service,
 )
-from llmload.learn.pipeline.schedule import Progress
 from llmload.learn.pipeline.snapshots import Snapshots
 from llmload.learn.pipeline.worker import StageWorker
 from llmload.swarm.protocol import SessionFailed, printable_reason
@@ -153,10 +152,13 @@ class TrainingStage:
         return Done()
 
     def _state(self, peer: Peer) -> StageState:
-        run, step, progress = self._run, 0, Progress(0, 0)
-        if run is not None and run.worker is not None:
-            step, progress = run.worker.step_count, run.worker.progress
-        return StageState(self._room, self._is_free_for(peer), step, *progress)
+        worker = None if self._run is None else self._run.worker
+        is_free = self._is_free_for(peer)
+        if worker is None:
+            return StageState(self._room, is_free, 0, 0, 0, 0)
+        return StageState(
+            self._room, is_free, worker.step_count, *worker.progress, worker.validated_count
+        )
 
     def _is_free_for(self, peer: Peer) -> bool:
         run = self._run

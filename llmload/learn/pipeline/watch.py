@@ -39,7 +39,6 @@ class SilenceWatch:
         node: Whom to ask by.
         route: Its stages.
         worker: What makes the steps.
-        micro_batch_count: In one step.
         longest_s: Returns what the longest step took so far; 0 before the first.
     """
 
@@ -48,13 +47,11 @@ class SilenceWatch:
         node: Node,
         route: Sequence[StageOffer],
         worker: EndsWorker,
-        micro_batch_count: int,
         longest_s: Callable[[], float],
     ) -> None:
         self._node = node
         self._route = route
         self._worker = worker
-        self._micro_batch_count = micro_batch_count
         self._longest_s = longest_s
 
     async def run(self, fail: Callable[[HopFailed], None]) -> None:
@@ -69,7 +66,10 @@ class SilenceWatch:
             if trio.current_time() < moved_at + (1 + looks) * stall_s:
                 continue
             looks += 1
-            if (silent := await self._find_silent()) is not None:
+            silent = await self._find_silent()
+            if self._worker.moved_at != moved_at:
+                continue  # what was said is of the past
+            if silent is not None:
                 fail(silent)
                 return
             if looks == LOOKS_MAX:
@@ -96,13 +96,16 @@ class SilenceWatch:
         for offer in self._route:  # Apply goes from one to the next
             if found[offer].step < self._worker.step_count:
                 return HopFailed(offer, "does not make the step that the others make")
-        ours = self._worker.done_count
+        ours, is_validation = self._worker.done_count, self._worker.is_validating
         states = [found[offer] for offer in self._route]
-        progress = [
-            *(Progress(each.forward, each.backward) for each in states),
-            Progress(ours, ours),
-        ]
-        stuck = stuck_stage(progress, self._micro_batch_count)
+        if is_validation:
+            progress = [*(Progress(each.validated, 0) for each in states), Progress(ours, 0)]
+        else:
+            progress = [
+                *(Progress(each.forward, each.backward) for each in states),
+                Progress(ours, ours),
+            ]
+        stuck = stuck_stage(progress, self._worker.micro_batch_count, is_validation=is_validation)
         if stuck is None or stuck == len(self._route):
             return None  # on its way, or it is us
         return HopFailed(self._route[stuck], "has what it needs and does not go on")

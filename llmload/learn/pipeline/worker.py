@@ -4,7 +4,8 @@
     above <-Backward-- [ blocks ] <-Backward-- below
     above ----Apply--> [ AdamW  ] ----Apply--> below
 
-Of each micro-batch in flight the inputs of our blocks are held.
+Of each micro-batch in flight the inputs of our blocks are held. Those of a validation, which comes
+after an Apply or not at all, are passed on and forgotten.
 
 This file does not know how a pipeline is opened: see `stage.py`.
 """
@@ -27,7 +28,7 @@ from llmload.learn.pipeline.schedule import Progress, operations
 from llmload.learn.shards import Vector
 from llmload.swarm.route import HopFailed, StageOffer
 from llmload.swarm.stage_session import Compute
-from natswarm import DecodeError
+from natswarm import DecodeError, Message
 
 __all__ = ["StageWorker"]
 
@@ -45,6 +46,7 @@ class StageWorker:
 
     Attributes:
         progress: Of the step under way.
+        validated_count: Micro-batches of the validation before it that are done.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class StageWorker:
         compute: Compute,
     ) -> None:
         self.progress = Progress(0, 0)
+        self.validated_count = 0
         self._part, self._config, self._request = part, config, request
         self._above, self._below = above, below
         self._compute = compute
@@ -86,21 +89,50 @@ class StageWorker:
                     self.progress = self.progress._replace(backward=index + 1)
 
     async def _forward(self, index: int) -> None:
-        message, payload = await self._above.receive()
-        if index == 0 and isinstance(message, Apply):
-            await self._apply(message)
+        receive = self._receive_first if index == 0 else self._above.receive
+        hidden = self._unpack(*await receive(), index)
+        *kept, result = await self._compute(self._part.forward, hidden)
+        self._held[index] = kept
+        await self._pass_on(result, index)
+
+    async def _receive_first(self) -> tuple[Message, bytes]:
+        """Return the first message of a step, and do what comes before it."""
+        while True:
             message, payload = await self._above.receive()
+            if isinstance(message, Apply):
+                await self._apply(message)
+            elif isinstance(message, Forward) and message.is_validation:
+                await self._validate(message, payload)
+            else:
+                return message, payload
+
+    async def _validate(self, message: Forward, payload: bytes) -> None:
+        index = self.validated_count
+        hidden = self._unpack(message, payload, index, is_validation=True)
+        result = await self._compute(self._part.infer, hidden)
+        self.validated_count += 1
+        await self._pass_on(result, index, is_validation=True)
+
+    def _unpack(
+        self, message: Message, payload: bytes, index: int, *, is_validation: bool = False
+    ) -> Vector:
         try:
-            hidden = unpack_forward_untrusted(
-                message, payload, self._config, step=self._part.step, micro_batch=index
+            return unpack_forward_untrusted(
+                message,
+                payload,
+                self._config,
+                step=self._part.step,
+                micro_batch=index,
+                is_validation=is_validation,
             )
         except DecodeError as error:
             raise HopFailed(self._own, str(error), is_input=True) from error
-        *kept, result = await self._compute(self._part.forward, hidden)
-        self._held[index] = kept
-        codec, _, packed = pack_rows(result, self._request.codec)
+
+    async def _pass_on(self, hidden: Vector, index: int, *, is_validation: bool = False) -> None:
+        codec, _, packed = pack_rows(hidden, self._request.codec)
         batch, time, _ = hidden.shape
-        await self._below.send(Forward(self._part.step, index, batch, time, codec), packed)
+        message = Forward(self._part.step, index, batch, time, codec, is_validation)
+        await self._below.send(message, packed)
 
     async def _backward(self, index: int, *, is_last: bool) -> None:
         kept = self._held.pop(index)
@@ -126,4 +158,5 @@ class StageWorker:
             raise HopFailed(self._own, reason, is_input=True)
         await self._compute(self._part.apply, message.norm, message.learning_rate)
         self.progress = Progress(0, 0)
+        self.validated_count = 0
         await self._below.send(message)

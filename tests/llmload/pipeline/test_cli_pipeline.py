@@ -80,7 +80,9 @@ def test_training_over_devices_stops_and_goes_on(place, tmp_path, monkeypatch, c
             cli.main()
     assert end.value.code == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [steps - 1, steps]
+    rows = [line for line in lines if "loss" in line]
+    assert [row["step"] for row in rows] == [steps - 1, steps]
+    assert rows[-1]["validation_loss"] < first["validation_loss"]
     assert {"event": "saved", "step": steps, "folder": str(out)} in lines
     assert load_model(out).content_hash != learned.content_hash
 

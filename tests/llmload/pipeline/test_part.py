@@ -85,6 +85,19 @@ def test_gradients_and_steps_are_those_of_the_whole(trained_looking_weights, tie
         assert np.linalg.norm(got[name] - values) <= RELATIVE_ERROR * moved, name
 
 
+def test_a_validation_gives_the_losses_of_a_step_and_leaves_no_gradient(trained_looking_weights):
+    config = small(True)
+    stage, last = make_parts(config, trained_looking_weights(config, 3), [3])
+    ((tokens, targets),) = micro_batches(config, 1)
+    hidden = stage.infer(last.embed(tokens))
+    assert np.array_equal(hidden, stage.forward(last.embed(tokens))[-1])
+    loss = last.loss(hidden, targets, tokens.size)
+    assert stage.squared_norm() == last.squared_norm() == 0
+    expected, _ = last.losses(hidden, targets, tokens.size)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert last.squared_norm() > 0
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_each_gradient_is_that_of_the_whole(trained_looking_weights, tied):
     """Undone by hand: a step of plain length shows the gradient of each parameter."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -56,6 +58,14 @@ def rate_at(step):
     return 1e-2 / (1 + step)
 
 
+def validation_at(step):
+    """After every other step more than are on the way at once, one of them smaller."""
+    if step % 2:
+        return []
+    windows = np.random.default_rng(1000).integers(CONFIG.vocab_size, size=(11, 9))
+    return [(rows[:, :-1], rows[:, 1:]) for rows in np.split(windows, range(2, 11, 2))]
+
+
 class Training:
     """A mesh with devices that offer to train, and one that leads."""
 
@@ -87,7 +97,7 @@ class Training:
         self.stages[node.peer_id] = stage
         return node
 
-    def leader(self, name="leader", **settings):
+    def leader(self, name="leader", validation_at=validation_at, **settings):
         usual = {"stage_count": 2, "keep_every": 2, "codec": "float32", "replica_s": 0}
         return PipelineTrainer(
             self.mesh.node(name),
@@ -96,6 +106,7 @@ class Training:
             open_part=self.open_part,
             folder=self.folder / "out",
             batches_at=batches_at,
+            validation_at=validation_at,
             optimizer=SETTINGS,
             rate_at=rate_at,
             settings=PipelineSettings(**usual | settings),
@@ -103,6 +114,13 @@ class Training:
             tell=self.told.append,
             after_step=self.reports.append,
         )
+
+    def validation_losses(self):
+        """By step; one that was made again has the same bits."""
+        losses = {}
+        for report in self.reports:
+            assert losses.setdefault(report.step, report.validation_loss) == report.validation_loss
+        return losses
 
     def final_weights(self, trainer):
         assert trainer.step == trainer.kept_step
@@ -130,6 +148,13 @@ async def test_it_trains_as_one_device_would(autojump_clock, training):
         loss = whole.step(batches_at(step), learning_rate=rate_at(step))
         assert report.step == step + 1
         assert report.loss == pytest.approx(loss, rel=1e-5)
+        if not (validation := validation_at(step + 1)):
+            assert report.validation_loss is None
+            continue
+        losses = [whole.loss(*batch) for batch in validation]
+        sizes = [tokens.size for tokens, _ in validation]
+        expected = np.average(losses, weights=sizes)
+        assert report.validation_loss == pytest.approx(expected, rel=1e-5)
     assert [report.step for report in training.reports] == list(range(1, STEPS + 1))
     got = training.final_weights(leader)
     for name, values in whole.weights().items():
@@ -140,28 +165,52 @@ async def test_it_trains_as_one_device_would(autojump_clock, training):
     assert training.told.count("free") == 2
 
 
+class Undisturbed(NamedTuple):
+    """A training that nothing went wrong with."""
+
+    weights: dict[str, bytes]
+    duration_s: float
+    validation_losses: dict[int, float | None]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, trained_looking_weights):
-    """The weights that nothing went wrong with, and how long they took."""
+def train_undisturbed(tmp_path_factory, trained_looking_weights):
+    def run(**options):
+        async def train():
+            async with trio.open_nursery() as nursery:
+                weights = trained_looking_weights(CONFIG, 3)
+                training = Training(nursery, tmp_path_factory.mktemp("undisturbed"), weights)
+                for name in ("a", "b"):
+                    await training.add_stage(name)
+                leader = training.leader(**options)
+                await leader.run(STEPS)
+                return Undisturbed(
+                    digest(training.final_weights(leader)),
+                    trio.current_time(),
+                    training.validation_losses(),
+                )
 
-    async def train():
-        async with trio.open_nursery() as nursery:
-            weights = trained_looking_weights(CONFIG, 3)
-            training = Training(nursery, tmp_path_factory.mktemp("undisturbed"), weights)
-            for name in ("a", "b"):
-                await training.add_stage(name)
-            leader = training.leader()
-            await leader.run(STEPS)
-            return digest(training.final_weights(leader)), trio.current_time()
+        return trio.run(train, clock=MockClock(autojump_threshold=0))
 
-    return trio.run(train, clock=MockClock(autojump_threshold=0))
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train_undisturbed):
+    return train_undisturbed()
+
+
+def test_validating_changes_nothing(train_undisturbed, undisturbed):
+    without = train_undisturbed(validation_at=lambda _step: [])
+    assert set(without.validation_losses.values()) == {None}
+    assert without.weights == undisturbed.weights
 
 
 @pytest.mark.parametrize("seed", range(8))
 async def test_stages_die_at_any_moment_and_the_weights_are_the_same(
     autojump_clock, undisturbed, training, seed
 ):
-    expected, duration_s = undisturbed
+    duration_s = undisturbed.duration_s
     for name in ("a", "b", "c", "d"):
         await training.add_stage(name)
     leader = training.leader()
@@ -178,13 +227,48 @@ async def test_stages_die_at_any_moment_and_the_weights_are_the_same(
     async with trio.open_nursery() as killing:
         killing.start_soon(kill)
         await leader.run(STEPS)
-    assert digest(training.final_weights(leader)) == expected
+    assert digest(training.final_weights(leader)) == undisturbed.weights
+    assert training.validation_losses() == undisturbed.validation_losses
     assert leader.failover_count > 0
     assert leader.redone_count <= 2 * leader.failover_count + 1  # those since the step kept
 
 
+@pytest.mark.parametrize("micro_batch", [0, 3, 5])
+@pytest.mark.parametrize("position", [0, 1])
+async def test_a_stage_that_dies_in_the_middle_of_a_validation_is_replaced(
+    autojump_clock, undisturbed, training, position, micro_batch
+):
+    validated = 0
+
+    async def compute_or_die(name, work, *arguments):
+        nonlocal validated
+        peer_id = leader.route[position].peer_id if leader.route else None
+        is_victim = peer_id in training.mesh.nodes and training.mesh.nodes[peer_id].name == name
+        if is_victim and work.__name__ == "infer" and len(training.reports) == 3:
+            assert training.stages[peer_id]._run.worker._held == {}  # what was learned from is back
+            validated += 1
+            if validated == micro_batch + 1:
+                training.mesh.kill(training.mesh.nodes[peer_id])
+                await trio.sleep_forever()
+        return await compute_here(work, *arguments)
+
+    for name in ("a", "b", "c"):
+        await training.add_stage(name, compute=partial(compute_or_die, name))
+    leader = training.leader()
+    await leader.run(STEPS)
+    assert leader.failover_count == 1
+    assert [report.step for report in training.reports] == [1, 2, 3, 3, 4, 5, 6]
+    assert digest(training.final_weights(leader)) == undisturbed.weights
+    assert training.validation_losses() == undisturbed.validation_losses
+
+
 @pytest.mark.parametrize(
-    ("at", "reason"), [("backward", "does not go on"), ("apply", "does not make the step")]
+    ("at", "reason"),
+    [
+        ("backward", "does not go on"),
+        ("apply", "does not make the step"),
+        ("infer", "does not go on"),
+    ],
 )
 async def test_a_stage_that_falls_silent_is_found_and_replaced(
     autojump_clock, undisturbed, training, at, reason
@@ -196,8 +280,8 @@ async def test_a_stage_that_falls_silent_is_found_and_replaced(
             await trio.sleep_forever()
         return await compute_here(work, *arguments)
 
-    await training.add_stage("a")
-    silent = await training.add_stage("b", compute=hang_in_the_fourth_step)
+    await training.add_stage("b")
+    silent = await training.add_stage("a", compute=hang_in_the_fourth_step)
     leader = training.leader()
     async with trio.open_nursery() as nursery:
 
@@ -211,13 +295,14 @@ async def test_a_stage_that_falls_silent_is_found_and_replaced(
     (failure,) = [words for words in training.told if "going on" in words]
     assert failure.startswith(f"{silent.peer_id.short} (blocks")
     assert reason in failure
-    assert digest(training.final_weights(leader)) == undisturbed[0]
+    assert digest(training.final_weights(leader)) == undisturbed.weights
 
 
-async def test_a_stage_that_sends_nonsense_is_replaced(autojump_clock, undisturbed, training):
+@pytest.mark.parametrize("at", ["forward", "infer"])
+async def test_a_stage_that_sends_nonsense_is_replaced(autojump_clock, undisturbed, training, at):
     async def lie(work, *arguments):
         result = await compute_here(work, *arguments)
-        if work.__name__ == "forward":
+        if work.__name__ == at:
             result[-1][0, 0] = np.nan
         return result
 
@@ -227,7 +312,7 @@ async def test_a_stage_that_sends_nonsense_is_replaced(autojump_clock, undisturb
     leader = training.leader()
     await leader.run(STEPS)
     assert 0 < leader.failover_count <= 2
-    assert digest(training.final_weights(leader)) == undisturbed[0]
+    assert digest(training.final_weights(leader)) == undisturbed.weights
 
 
 async def test_who_is_left_takes_over_what_it_has_room_for(autojump_clock, training):
@@ -264,21 +349,21 @@ async def test_it_stops_and_goes_on_another_day(autojump_clock, undisturbed, tra
     leader = training.leader()
     await leader.run(STEPS)
     assert [report.step for report in training.reports] == [4, 5, 6]
-    assert digest(training.final_weights(leader)) == undisturbed[0]
+    assert digest(training.final_weights(leader)) == undisturbed.weights
 
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_the_leader_may_die_at_any_moment_too(autojump_clock, undisturbed, training, seed):
-    expected, duration_s = undisturbed
     for name in ("a", "b"):
         await training.add_stage(name)
     rng = random.Random(seed)
     for _ in range(3):
-        with trio.move_on_after(rng.uniform(0, 0.8 * duration_s)):
+        with trio.move_on_after(rng.uniform(0, 0.8 * undisturbed.duration_s)):
             await training.leader().run(STEPS)
     leader = training.leader()
     await leader.run(STEPS)
-    assert digest(training.final_weights(leader)) == expected
+    assert digest(training.final_weights(leader)) == undisturbed.weights
+    assert training.validation_losses() == undisturbed.validation_losses
 
 
 async def test_float16_learns_nearly_the_same(autojump_clock, training):

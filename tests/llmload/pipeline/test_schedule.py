@@ -83,6 +83,17 @@ def test_who_keeps_the_others_waiting():
     assert stuck_stage([Progress(5, 5)] * 3, 5) is None
 
 
+def test_who_keeps_a_validation_waiting():
+    def stuck(*done):
+        return stuck_stage([Progress(each, 0) for each in done], 5, is_validation=True)
+
+    assert stuck(0, 0, 0) == 0
+    assert stuck(3, 1, 0) == 1  # the first stage has no more than three are on the way
+    assert stuck(3, 3, 1) == 0
+    assert stuck(5, 5, 4) == 2
+    assert stuck(5, 5, 5) is None
+
+
 def test_blocks_are_cut_evenly_as_far_as_there_is_room():
     assert cut_blocks(range(5), [9, 9]) == [range(3), range(3, 5)]
     assert cut_blocks(range(5), [1, 9, 9]) == [range(1), range(1, 3), range(3, 5)]
