@@ -5,7 +5,6 @@ No logic of its own: it reads text, opens a node, runs a `Learner` and writes do
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -53,12 +52,13 @@ from llmload.cli_shared import (
     ThreadsOption,
     model_folder,
     output,
+    print_facts,
     print_json,
     run_async,
 )
 from llmload.graph.quantize import Precision
 from llmload.learn.checkpoint import load_checkpoint, save_checkpoint
-from llmload.learn.curve import can_draw, draw_curve
+from llmload.learn.curve import append_row, can_draw, draw_curve
 from llmload.learn.exchange import Learner
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.resume import resume, take_checkpoint
@@ -175,15 +175,18 @@ def learn(
         ),
     ] = True,
     report_every: Annotated[
-        int, typer.Option("--report-every", min=1, help="Steps between two lines and checkpoints.")
+        int,
+        typer.Option("--report-every", min=1, help="Steps between two lines, and two checkpoints."),
     ] = 20,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the windows.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model on text of this device, together with everybody who trains the same one.
 
-    Goes on where it stopped if --out holds a checkpoint. The text stays here, but much of it can be
-    computed back from what is sent: learn with strangers only from text that strangers may read.
+    Goes on where it stopped if --out holds a checkpoint. The last 5 % of --data are not learned
+    from: each line tells the loss on them, as does curve.csv. The text stays here, but much of it
+    can be computed back from what is sent: learn with strangers only from text that strangers may
+    read.
     Also learned from is what `llmload data` and `llmload feedback` keep; what is shared there is
     given to others, for what they share.
     """
@@ -224,6 +227,8 @@ def learn(
         asks_gateway=gateway,
         on_event=partial(show_event, as_json),
     )
+    if not can_draw():
+        print_facts(as_json, {"event": "no picture", "advice": "pip install 'natswarm[plots]'"})
     validation = tokens[cut:]
     if stages is not None:
         # In micro-batches of one shape: graphs are made for each.
@@ -367,7 +372,8 @@ class _Course:
         self.model, self.trainer, self.rng, self.texts = model, trainer, rng, texts
         self.window = window
         self._validation = validation
-        self._out, self._report_every, self._as_json = out, report_every, as_json
+        self._out, self._report_every = out, report_every
+        self.tell = partial(print_facts, as_json)
         self._curve = out / "curve.csv"
 
     @property
@@ -385,8 +391,6 @@ class _Course:
         self._learner = learner
         note = learner.outer.note_step
         self.texts.on_gradient = lambda gradient: note(gradient, 1.0, 0.0)
-        if not can_draw():
-            self.tell({"event": "no picture", "advice": "pip install 'natswarm[plots]'"})
         self.texts.refresh()
         checkpoint = load_checkpoint(self._out)
         if checkpoint is not None:
@@ -421,15 +425,6 @@ class _Course:
         if can_draw() and self._curve.exists():
             draw_curve(self._curve, self._curve.with_suffix(".png"))
 
-    def tell(self, facts: dict[str, Any]) -> None:
-        """Print a line."""
-        if self._as_json:
-            print_json(facts)
-        else:
-            output.print(
-                "  ".join(f"{name} {value}" for name, value in facts.items()), markup=False
-            )
-
     def _report(self) -> dict[str, Any]:
         learner, counts = self._learner, self._learner.outer.statistics
         loss = _loss(self.trainer, self._validation, self.window)
@@ -447,12 +442,7 @@ class _Course:
             **self._texts_report(),
         }
         self.save()
-        is_new = not self._curve.exists()
-        with self._curve.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(self._curve, COLUMNS, row)
         return row
 
     def _texts_report(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ No logic of its own; see `learn/pipeline`.
 
 from __future__ import annotations
 
-import csv
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,8 +20,9 @@ import typer
 from numpy.typing import NDArray
 
 from llmload.cli_mesh import join_mesh, stay_joined
-from llmload.cli_shared import INTERRUPTED, output, print_json
+from llmload.cli_shared import INTERRUPTED, output, print_facts, print_json
 from llmload.config import GPT2Config
+from llmload.learn.curve import append_row, can_draw, draw_curve
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.pipeline.leader import PipelineSettings, PipelineTrainer, StepReport
 from llmload.learn.pipeline.part import BYTES_PER_PARAMETER, ModelPart, parameter_count
@@ -64,9 +64,12 @@ COLUMNS = (
     "validation_loss",
     "norm",
     "step_s",
+    "devices",
     "kept",
     "failovers",
     "redone",
+    "sent_bytes",
+    "received_bytes",
     "route",
 )
 
@@ -183,6 +186,11 @@ class Lesson:
     out: Path
     threads: int
 
+    @property
+    def curve(self) -> Path:
+        """The table of how it went."""
+        return self.out / "curve.csv"
+
     def batches_at(self, step: int) -> list[Batch]:
         """Return the micro-batches of a step, the same ones each time."""
         rng = np.random.default_rng([self.seed, step])
@@ -216,7 +224,7 @@ async def lead(
     """
     async with open_device(state, node_config) as node:
         await join_mesh(node, invites)
-        tell = partial(_tell, as_json)
+        tell = partial(print_facts, as_json)
         tell({"event": "learning", "invite": str(await node.invite())})
         trainer = _trainer(lesson, model, node, tell)
         interrupted = trio.Event()
@@ -239,7 +247,7 @@ def _trainer(
     def report(made: StepReport) -> None:
         if (validation_loss := made.validation_loss) is not None:
             row = _row(made, validation_loss, trainer)
-            _append(lesson.out / "curve.csv", row)
+            append_row(lesson.curve, COLUMNS, row)
             tell(row)
 
     trainer = PipelineTrainer(
@@ -269,21 +277,14 @@ def _row(made: StepReport, validation_loss: float, trainer: PipelineTrainer) -> 
         "validation_loss": round(validation_loss, 4),
         "norm": round(made.norm, 4),
         "step_s": round(made.seconds, 3),
+        "devices": len(trainer.route),
         "kept": trainer.kept_step,
         "failovers": trainer.failover_count,
         "redone": trainer.redone_count,
+        "sent_bytes": trainer.traffic.sent_bytes,
+        "received_bytes": trainer.traffic.received_bytes,
         "route": ", ".join(stages),
     }
-
-
-def _append(table: Path, row: dict[str, Any]) -> None:
-    is_new = not table.exists()
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 async def _stop_on_interrupt(
@@ -303,16 +304,11 @@ def _write(
     trainer: PipelineTrainer,
     tell: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Write what was learned as a folder that all commands read."""
+    """Write what was learned as a folder that all commands read, and draw how it went."""
     if trainer.kept_step:
         trainer.snapshots.export(trainer.kept_step, lesson.out)
         save_config(lesson.out, model.config)
         copy_tokenizer(model, lesson.out)
         tell({"event": "saved", "step": trainer.kept_step, "folder": str(lesson.out)})
-
-
-def _tell(as_json: bool, facts: dict[str, Any]) -> None:
-    if as_json:
-        print_json(facts)
-    else:
-        output.print("  ".join(f"{name} {value}" for name, value in facts.items()), markup=False)
+    if can_draw() and lesson.curve.exists():
+        draw_curve(lesson.curve, lesson.curve.with_suffix(".png"))

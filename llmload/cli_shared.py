@@ -25,6 +25,7 @@ __all__ = [
     "ThreadsOption",
     "model_folder",
     "output",
+    "print_facts",
     "print_json",
     "remarks",
     "run_async",
@@ -91,6 +92,14 @@ async def _cancel_on_interrupt(scope: trio.CancelScope) -> None:
         async for _ in signals:
             scope.cancel()
             return  # a second interrupt ends the process at once
+
+
+def print_facts(as_json: bool, facts: dict[str, Any]) -> None:
+    """Print what there is to say of a moment on one line."""
+    if as_json:
+        print_json(facts)
+    else:
+        output.print("  ".join(f"{name} {value}" for name, value in facts.items()), markup=False)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -1,27 +1,53 @@
-"""Draw how learning went: loss over steps, and below it the bytes that were exchanged.
+"""Write down how learning goes, and draw it: loss over steps, and below it the bytes exchanged.
 
 What is drawn is the table that `llmload learn` appends to, whatever wrote it and however often it
 was stopped meanwhile. matplotlib does it, where it is installed (extra `plots`); nothing else needs
 it, so it is loaded with the first picture.
 
-This file does not know when a picture is wanted, nor what learning is.
+This file does not know when a line or a picture is wanted, nor what learning is.
 """
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["can_draw", "draw_curve"]
+__all__ = ["append_row", "can_draw", "draw_curve"]
 
 SENT = ("sent_bytes", "text_bytes_sent")
 RECEIVED = ("received_bytes", "text_bytes_received")
-NEEDED = ("step", "loss", "validation_loss", *SENT, *RECEIVED)
+# Column: what it counts as where a table does not have it.
+NEEDED = {
+    **dict.fromkeys(("step", "loss", "validation_loss"), math.nan),
+    **dict.fromkeys((*SENT, *RECEIVED), 0.0),
+}
+
+
+def append_row(table: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Append a line to a table; a new one gets a heading first.
+
+    Args:
+        table: CSV; its folder is made, too.
+        columns: The heading.
+        row: Values by column; what is missing is left empty.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    is_new = not table.exists()
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with table.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def can_draw() -> bool:
@@ -33,8 +59,8 @@ def draw_curve(table: Path, picture: Path) -> None:
     """Draw a table as a picture.
 
     Args:
-        table: CSV with a heading, of at least the columns `NEEDED`. Lines that are not complete
-            are left out: a device that lost power may have cut one off.
+        table: CSV with a heading; drawn are the columns `NEEDED`. Lines that are not complete are
+            left out: a device that lost power may have cut one off.
         picture: PNG, overwritten.
 
     Raises:
@@ -62,7 +88,10 @@ def draw_curve(table: Path, picture: Path) -> None:
 def _read(table: Path) -> dict[str, NDArray[np.float64]]:
     """Return the needed columns, float64 (rows,) each."""
     with table.open(newline="") as file:
-        rows = [[_number(row.get(name)) for name in NEEDED] for row in csv.DictReader(file)]
+        rows = [
+            [_number(row.get(name, default)) for name, default in NEEDED.items()]
+            for row in csv.DictReader(file)
+        ]
     # A loss that is not known yet, NaN, is a gap in the line; what was cut off is no row.
     kept = [values for values in rows if None not in values]
     grid = np.array(kept, dtype=np.float64).reshape(-1, len(NEEDED))

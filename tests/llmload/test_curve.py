@@ -45,6 +45,19 @@ def test_bytes_are_added_up_over_all_runs():
     assert curve._over_all_runs(counts).tolist() == [100, 300, 350, 380]
 
 
+def test_a_table_without_some_columns_is_read_too(tmp_path):
+    table = tmp_path / "out" / "curve.csv"
+    columns = ("step", "validation_loss", "sent_bytes", "x")
+    for step in (20, 40):
+        curve.append_row(table, columns, {"step": step, "sent_bytes": 7, "x": "a, b"})
+    assert table.read_text().splitlines() == [",".join(columns), '20,,7,"a, b"', '40,,7,"a, b"']
+    table.write_text("step,validation_loss,sent_bytes\n20,3.5,7\n40,3.2")
+    columns = curve._read(table)
+    assert columns["validation_loss"].tolist() == [3.5]
+    assert columns["text_bytes_sent"].tolist() == [0]
+    assert np.isnan(columns["loss"]).all()
+
+
 def test_a_table_without_lines_is_drawn_too(tmp_path):
     table = tmp_path / "curve.csv"
     table.write_text(TABLE.splitlines()[0])

@@ -32,7 +32,7 @@ from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.pipeline.ends import EndsWorker
-from llmload.learn.pipeline.link import Guard, Link
+from llmload.learn.pipeline.link import Guard, Link, Traffic
 from llmload.learn.pipeline.manifest import Manifest
 from llmload.learn.pipeline.part import ModelPart, units_of
 from llmload.learn.pipeline.protocol import (
@@ -157,6 +157,7 @@ class PipelineTrainer:
         route: The stages that train now; empty before the first.
         failover_count: How often the training went back because a stage failed.
         redone_count: Steps that were made again for it.
+        traffic: Bytes that this device has sent and received for it.
 
     Raises:
         ValueError: The model has one block, which stays here.
@@ -184,7 +185,8 @@ class PipelineTrainer:
         self.step = self.kept_step = 0
         self.route: tuple[StageOffer, ...] = ()
         self.failover_count = self.redone_count = 0
-        self.snapshots = Snapshots(folder, config, compute)
+        self.traffic = Traffic()
+        self.snapshots = Snapshots(folder, config, compute, self.traffic)
         self._node = node
         self._config = config
         self._model_hash = model_hash
@@ -375,7 +377,7 @@ class PipelineTrainer:
                     await attempt.opened.wait()
                 assert attempt.ring is not None, "there once it is open"
                 assert self._part is not None, "made before the first step"
-                link = Link(call, first, len(request.route) + 1)
+                link = Link(call, first, len(request.route) + 1, self.traffic)
                 worker = EndsWorker(
                     self._part,
                     self._config,
@@ -409,7 +411,7 @@ class PipelineTrainer:
         ):
             raise RequestRefused("leads another training", "unknown")
         await call.send(Opened())
-        attempt.ring = Link(call, last, len(self.route) + 2)
+        attempt.ring = Link(call, last, len(self.route) + 2, self.traffic)
         attempt.opened.set()
         try:
             await attempt.ring.run(attempt.guard.fail)

@@ -7,6 +7,7 @@ for each other for ever, if either only read when it has nothing to send.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import trio
 
@@ -15,10 +16,18 @@ from llmload.swarm.protocol import SessionFailed
 from llmload.swarm.route import HopFailed, StageOffer
 from natswarm import Call, Message, NatswarmError
 
-__all__ = ["Guard", "Link"]
+__all__ = ["Guard", "Link", "Traffic"]
 
 # When a send fails, the reason may already be on its way towards us.
 REASON_GRACE_S = 2.0
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Payloads that a device has sent and received: hidden states, gradients, states."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
 
 class Link:
@@ -28,10 +37,18 @@ class Link:
         call: The call.
         offer: Who is at its other end.
         room: Messages that wait, each way; 1F1B sends no more before something comes back.
+        traffic: What goes over it is added to this.
     """
 
-    def __init__(self, call: Call[Message, Message], offer: StageOffer, room: int) -> None:
+    def __init__(
+        self,
+        call: Call[Message, Message],
+        offer: StageOffer,
+        room: int,
+        traffic: Traffic | None = None,
+    ) -> None:
         self._call = call
+        self._traffic = traffic or Traffic()
         self._offer = offer
         self._sending, self._to_send = trio.open_memory_channel[tuple[Message, bytes | memoryview]](
             room
@@ -56,6 +73,7 @@ class Link:
         try:
             async for message, payload in self._to_send:
                 await self._call.send(message, payload)
+                self._traffic.sent_bytes += memoryview(payload).nbytes
         except NatswarmError as error:
             await trio.sleep(REASON_GRACE_S)
             fail(HopFailed(self._offer, str(error)))
@@ -64,6 +82,7 @@ class Link:
         try:
             while True:
                 message, payload = await self._call.receive()
+                self._traffic.received_bytes += len(payload)
                 if isinstance(message, SessionFailed):
                     fail(HopFailed.of_message(message))
                     return

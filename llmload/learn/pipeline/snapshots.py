@@ -26,6 +26,7 @@ from llmload.learn.checkpoint import (
     save_checkpoint,
     stored_digest,
 )
+from llmload.learn.pipeline.link import Traffic
 from llmload.learn.pipeline.part import (
     ENDS,
     STATE_VECTORS,
@@ -61,12 +62,16 @@ class Snapshots:
         folder: Made when something is kept.
         config: The shape of the model.
         compute: Where to read and write.
+        traffic: What goes to and comes from others is added to this.
     """
 
-    def __init__(self, folder: Path, config: GPT2Config, compute: Compute) -> None:
+    def __init__(
+        self, folder: Path, config: GPT2Config, compute: Compute, traffic: Traffic | None = None
+    ) -> None:
         self.folder = folder
         self._config = config
         self._compute = compute
+        self._traffic = traffic or Traffic()
 
     async def keep(self, part: ModelPart) -> None:
         """Write the state of a part at its step.
@@ -143,6 +148,7 @@ class Snapshots:
         with file:
             while piece := await self._compute(file.read, PIECE_BYTES_MAX):
                 await call.send(StatePiece(), piece)
+                self._traffic.sent_bytes += len(piece)
 
     async def fetch(
         self, peer: Peer, run: bytes, block: int, step: int, digest: str | None = None
@@ -182,6 +188,7 @@ class Snapshots:
             async with peer.start_call(STATE, request, timeout_s=FETCH_TIMEOUT_S) as call:
                 async for _, payload in call:
                     byte_count += len(payload)
+                    self._traffic.received_bytes += len(payload)
                     if byte_count > bytes_max:
                         raise DecodeError(f"a state of a block has no more than {bytes_max} bytes")
                     await self._compute(stream.write, payload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from llmload import cli
+from llmload.learn.curve import can_draw
 from llmload.model_folder import load_model
 
 TEXT = "the mesh of the peers, the peers of the mesh. " * 60
@@ -83,6 +85,13 @@ def test_training_over_devices_stops_and_goes_on(place, tmp_path, monkeypatch, c
     rows = [line for line in lines if "loss" in line]
     assert [row["step"] for row in rows] == [steps - 1, steps]
     assert rows[-1]["validation_loss"] < first["validation_loss"]
+    assert {row["devices"] for row in rows} == {1}
+    assert 0 < rows[0]["sent_bytes"] < rows[1]["sent_bytes"]
+    with (out / "curve.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in table] == list(range(1, steps + 1))
+    assert table[-1] == {name: str(value) for name, value in rows[-1].items()}
+    assert (out / "curve.png").exists() == can_draw()
     assert {"event": "saved", "step": steps, "folder": str(out)} in lines
     assert load_model(out).content_hash != learned.content_hash
 

@@ -380,6 +380,20 @@ async def test_float16_learns_nearly_the_same(autojump_clock, training):
         assert np.linalg.norm(got[name] - values) <= 0.02 * moved, name
 
 
+async def test_it_counts_what_it_sends_and_receives(autojump_clock, training):
+    for name in ("a", "b"):
+        await training.add_stage(name)
+    leader = training.leader()
+    await leader.run(STEPS)
+    taught = sum(tokens.size for step in range(STEPS) for tokens, _ in batches_at(step))
+    checked = sum(tokens.size for step in range(1, STEPS + 1) for tokens, _ in validation_at(step))
+    # Of a token hidden states go out and come in; if it is learned from, so do their gradients.
+    rows_bytes = 4 * CONFIG.n_embd * (2 * taught + checked)
+    assert leader.traffic.sent_bytes == rows_bytes
+    states_bytes = sum(leader.snapshots.file(block, STEPS).stat().st_size for block in range(3))
+    assert leader.traffic.received_bytes == pytest.approx(rows_bytes + 3 * states_bytes, rel=0.01)
+
+
 async def test_without_devices_it_says_what_to_start(autojump_clock, training):
     with pytest.raises(NoRoute, match="up --train"):
         await training.leader().run(STEPS)
