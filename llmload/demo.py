@@ -243,7 +243,10 @@ async def _learn(report: DemoReport, nodes: dict[str, Node], model: Model) -> No
     learning.updates = sum(learner.outer.statistics.taken for learner in learners)
     for learner in learners:
         await learner.settle()
-    await learners[0].average_with(peers[0])
+    round_number, parts = learners[0].round_number, range(learners[0].part_count)
+    async with trio.open_nursery() as nursery:
+        for learner, peer in zip(learners, peers, strict=True):
+            nursery.start_soon(learner.average, [peer], round_number, parts)
     await measure()
     # In this one process the two models can be compared themselves.
     learning.weights_equal = np.array_equal(trainers[0].parameters, trainers[1].parameters)

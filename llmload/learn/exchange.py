@@ -3,7 +3,7 @@
     every `local_steps` steps   an update goes to up to `FAN_OUT` partners, each in a call of its
                                 own; the reply says how much of it was taken
     soon after                  the model makes a step along the mean of what came in
-    every `AVERAGE_EVERY_S`     two that the clock has paired average one shard of their models
+    every `AVERAGE_EVERY_S`     groups that the clock has drawn average some parts of their models
     in the beginning            who joins takes over the model of those who learn already
                                 (`joining.py`)
 
@@ -33,11 +33,11 @@ import trio
 from msgspec import structs
 
 from llmload.errors import LearningFailed
+from llmload.learn.averaging import Averaged, Averaging
 from llmload.learn.joining import StateFetch, StateServer
-from llmload.learn.mixing import partner, push_targets
-from llmload.learn.outer import AVERAGE_CODEC, OuterLoop, OuterSettings, Update
+from llmload.learn.mixing import group_of, push_targets
+from llmload.learn.outer import OuterLoop, OuterSettings, Update
 from llmload.learn.protocol import (
-    AVERAGE,
     UPDATE,
     UpdateTaken,
     learner_service,
@@ -48,11 +48,10 @@ from llmload.learn.shards import (
     ShardHeader,
     ShardLayout,
     Vector,
-    encode_shard,
 )
 from llmload.learn.trainer import Batch, Trainer
 from llmload.swarm.beside import beside
-from natswarm import Call, DecodeError, NatswarmError, Node, Peer, PeerId, RequestRefused
+from natswarm import Call, NatswarmError, Node, Peer, PeerId, RequestRefused
 
 __all__ = ["Batches", "Learner", "PartnerReport"]
 
@@ -66,6 +65,9 @@ REPORTS_MAX = 1024
 MAILBOX_SIZE = 2
 LOOK_EVERY_S = 10.0
 AVERAGE_EVERY_S = 60.0
+# A round leaves 1/8 of the variance between peers (`mixing.py`); each sends twice these parts.
+GROUP_SIZE = 8
+PARTS_PER_ROUND = 8
 # A partner that failed is left alone for so long.
 REST_S = 30.0
 # At the end of a run it is waited for so long until partners have our last update.
@@ -82,13 +84,13 @@ class PartnerReport:
     """What we had to do with one partner.
 
     Attributes:
-        sent_bytes: Payloads of updates that it has confirmed, and of shards averaged.
+        sent_bytes: Payloads of updates that it has confirmed, and of parts averaged.
         received_bytes: Payloads that came.
         confirmed: Updates of ours that it has answered.
         taken_weight: Mean weight that it took our latest with, 0..1.
         given_weight: Mean weight that we took its latest with, 0..1.
         failures: Calls to it that failed.
-        averaged: Shards averaged with it.
+        averaged: Parts that it averaged for us or we for it.
     """
 
     sent_bytes: int = 0
@@ -108,6 +110,7 @@ class _Partner:
         mailbox: What we have for it.
         news: Something is in the mailbox.
         is_resting: A call to it has failed; it is left alone for a while.
+        is_steady: It did its part when we averaged last, or has confirmed an update since.
         has_all: Nothing is in the mailbox or on the way, or it rests.
     """
 
@@ -115,6 +118,7 @@ class _Partner:
     mailbox: deque[Update] = field(default_factory=lambda: deque(maxlen=MAILBOX_SIZE))
     news: trio.Event = field(default_factory=trio.Event)
     is_resting: bool = False
+    is_steady: bool = True
     has_all: trio.Event = field(default_factory=trio.Event)
 
     def post(self, update: Update) -> None:
@@ -209,11 +213,24 @@ class Learner:
         # is done with one shard takes 2 ms, less than on a busy machine the way to a thread.
         self._model_lock = trio.Lock()
         self._incoming_lock = trio.Lock()
+        self._averaging = Averaging(
+            node, self.outer, self._model_lock, lambda: self.round_number, self._note_traffic
+        )
 
     @property
     def partners(self) -> list[PeerId]:
         """With whom we exchange now."""
         return list(self._partners)
+
+    @property
+    def round_number(self) -> int:
+        """That of averaging, by the clock."""
+        return int(self._utc() // AVERAGE_EVERY_S)
+
+    @property
+    def part_count(self) -> int:
+        """Parts of our model that can be averaged."""
+        return self._averaging.layout.shard_count
 
     @asynccontextmanager
     async def pausing(self) -> AsyncIterator[None]:
@@ -224,7 +241,7 @@ class Learner:
     def start(self) -> None:
         """Answer others from now on, in tasks of the node."""
         self._node.serve_calls(UPDATE, self._serve_update)
-        self._node.serve_calls(AVERAGE, self._serve_average)
+        self._averaging.start()
         self._state.start(self._node)
 
     # --- Training ----------------------------------------------------------------------------
@@ -355,6 +372,7 @@ class Learner:
                     report.confirmed += 1
                     report.sent_bytes += update.payload_bytes
                     report.taken_weight = taken.weight
+                    found.is_steady = True
         finally:
             found.has_all.set()
             del self._partners[peer_id]
@@ -391,74 +409,53 @@ class Learner:
         report.given_weight = mean
         await call.send(UpdateTaken(sum(weight > 0 for weight in weights), mean))
 
-    # --- Averaging one shard -----------------------------------------------------------------
+    # --- Averaging ---------------------------------------------------------------------------
 
     async def _average_now_and_then(self) -> None:
-        """Average with the partner that the clock has paired us with; the lower id begins."""
+        """Average with the group that the clock has drawn of those whose links are good."""
         me = self._node.peer_id
         while True:
             await trio.sleep(AVERAGE_EVERY_S - self._utc() % AVERAGE_EVERY_S)
-            round_number = int(self._utc() // AVERAGE_EVERY_S)
-            paired = partner(me, [me, *self._partners], round_number=round_number)
-            if paired is None or paired < me:
-                continue
-            shard = round_number % self.outer.layout.shard_count
-            try:
-                await self.average_with(self._partners[paired].peer, [shard])
-            except NatswarmError as error:
-                self._report(paired).failures += 1
-                logger.info("averaging with %s failed: %s", paired.short, error)
+            steady = [
+                peer_id
+                for peer_id, found in self._partners.items()
+                if found.is_steady and not found.is_resting
+            ]
+            number = self.round_number
+            group = group_of(me, [me, *steady], round_number=number, size=GROUP_SIZE)
+            peers = [self._partners[each].peer for each in group if each != me]
+            if peers:
+                await self.average(peers, number)
 
-    async def average_with(self, peer: Peer, shards: Sequence[int] | None = None) -> None:
-        """Average some shards with one peer, or the whole model.
+    async def average(
+        self, peers: Sequence[Peer], round_number: int, parts: Sequence[int] | None = None
+    ) -> Averaged:
+        """Average parts of our model with peers who do the same with us in this round.
 
-        If neither trains meanwhile, both have the same bits of them afterwards, unless they were
-        so far apart that one did not trust the other.
+        If nobody trains meanwhile, all have the same bits of them afterwards, unless they were so
+        far apart that one did not trust the others.
 
-        Raises:
-            NatswarmError: The peer was lost or refused; some shards may be averaged.
+        Args:
+            peers: The rest of the group.
+            round_number: See the property; others' may be one off.
+            parts: Which, of `part_count`; None for those of the round.
         """
-        shards = range(self.outer.layout.shard_count) if shards is None else shards
-        first = self._own_shard(shards[0])
-        async with peer.start_call(
-            AVERAGE, first.header, first.payload, timeout_s=UPDATE_TIMEOUT_S
-        ) as call:
+        if parts is None:
+            first = round_number * PARTS_PER_ROUND
+            parts = sorted({(first + i) % self.part_count for i in range(PARTS_PER_ROUND)})
+        averaged = await self._averaging.average(peers, parts, round_number)
+        for peer_id, error in averaged.failures.items():
+            self._report(peer_id).failures += 1
+            logger.info("averaging with %s failed: %s", peer_id.short, error)
+            if peer_id in self._partners:
+                self._partners[peer_id].is_steady = False
+        return averaged
 
-            async def send_others() -> None:
-                with suppress(NatswarmError):  # receiving says why
-                    for shard in shards[1:]:
-                        ours = self._own_shard(shard)
-                        await call.send(ours.header, ours.payload)
-                    await call.end()
-
-            async with beside(send_others):
-                for shard in shards:
-                    header, payload = await call.receive()
-                    if header.shard != shard:
-                        raise DecodeError(f"shard {header.shard} in place of {shard}")
-                    await self._take_average(peer.peer_id, header, payload)
-
-    async def _serve_average(self, call: Call[ShardHeader, ShardHeader]) -> None:
-        async for header, payload in call:
-            self._check_shard(header.layout, header.shard)
-            # What we give is from before: both go half of the same way.
-            ours = self._own_shard(header.shard)
-            await call.send(ours.header, ours.payload)
-            await self._take_average(call.peer.peer_id, header, payload)
-
-    async def _take_average(self, peer_id: PeerId, header: ShardHeader, payload: bytes) -> None:
-        async with self._model_lock:
-            clip = self.outer.average(header, payload)
+    def _note_traffic(self, peer_id: PeerId, sent_bytes: int, received_bytes: int) -> None:
         report = self._report(peer_id)
-        report.sent_bytes += len(payload)  # ours is as long
-        report.received_bytes += len(payload)
-        report.averaged += clip > 0
-
-    def _own_shard(self, shard: int) -> EncodedShard:
-        # Of now, though an update may be half taken: every number of it is one that we had.
-        layout = self.outer.layout
-        values = self.outer.anchor[layout.bounds(shard)].copy()
-        return encode_shard(layout, shard, values, codec=AVERAGE_CODEC, version=self.step_count)
+        report.sent_bytes += sent_bytes
+        report.received_bytes += received_bytes
+        report.averaged += 1
 
     # --- Joining -----------------------------------------------------------------------------
 

@@ -1,14 +1,15 @@
 """Who exchanges with whom, and how fast that spreads what one of them knows.
 
-Pairs need no messages to agree on: whoever knows the members and the number of the round sorts the
-members by a hash of both, and neighbours in that order are partners. A peer that is not there
-leaves its partner alone for a round and nobody else.
+Groups need no messages to agree on: whoever knows the members and the number of the round sorts the
+members by a hash of both, and neighbours in that order are a group. A peer that is not there is
+missed by its group for a round, and by nobody else.
 
 How fast a scheme mixes is the share of the variance between peers that one round leaves, in
 expectation, when each averages what it has. For the schemes here it is known exactly, and the tests
 compare the schedules with it.
 
-Source: NoLoCo (arXiv 2506.10911) for seeded pairs; Epidemic Learning (arXiv 2310.01972) for pushes.
+Source: NoLoCo (arXiv 2506.10911) for seeded pairs, Moshpit SGD (2103.03239) for groups; Epidemic
+Learning (2310.01972) for pushes.
 
 This file does not know what is exchanged.
 """
@@ -22,9 +23,10 @@ from collections.abc import Sequence
 from natswarm import PeerId
 
 __all__ = [
+    "group_of",
     "groups",
-    "partner",
     "push_targets",
+    "reducer",
     "variance_left_by_groups",
     "variance_left_by_pushes",
 ]
@@ -54,10 +56,25 @@ def groups(
     return [tuple(order[start : start + size]) for start in range(0, len(order), size)]
 
 
-def partner(me: PeerId, members: Sequence[PeerId], *, round_number: int) -> PeerId | None:
-    """Return with whom `me`, one of `members`, is paired; None for nobody this time."""
-    mine = next(group for group in groups(members, round_number=round_number) if me in group)
-    return next((member for member in mine if member != me), None)
+def group_of(
+    me: PeerId, members: Sequence[PeerId], *, round_number: int, size: int
+) -> tuple[PeerId, ...]:
+    """Return the group of `me`, one of `members`; see `groups`."""
+    found = groups(members, round_number=round_number, size=size)
+    return next(group for group in found if me in group)
+
+
+def reducer(members: Sequence[PeerId], *, part: int, round_number: int) -> PeerId:
+    """Return who of a group averages a part in a round (rendezvous hashing).
+
+    Whoever knows of one member too few or too many differs on that member's parts alone.
+    """
+    salt = round_number.to_bytes(8, "big") + part.to_bytes(8, "big")
+
+    def rank(member: PeerId) -> bytes:
+        return hashlib.blake2b(member.key, digest_size=16, salt=salt).digest()
+
+    return min(members, key=rank)
 
 
 def push_targets(

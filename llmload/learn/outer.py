@@ -26,8 +26,8 @@ sender's anchor (1 / sqrt(staleness / 4) beyond 4), and by `robust.Judge`, which
 those of the others in the same step. The sender never chooses its weight. Our own update is judged
 like any other, so that all who heard the same make the same step.
 
-Peers drift apart by what was lost or came too late; so pairs average one shard of their anchors now
-and then (`average`), cut to the usual distance (ClippedGossip).
+Peers drift apart by what was lost or came too late; so groups average parts of their anchors now
+and then (`averaging.py`), cut to the usual distance (`move`, ClippedGossip).
 
 Source: DiLoCo (arXiv 2311.08105) for stretches; Deep Gradient Compression (1712.01887) and
 SparseLoCo (2508.15706) for the largest values with error feedback; FedOpt (2003.00295) for an
@@ -62,10 +62,8 @@ from llmload.learn.shards import (
 )
 from natswarm import DecodeError, PeerId
 
-__all__ = ["AVERAGE_CODEC", "OuterLoop", "OuterSettings", "OuterStatistics", "Update"]
+__all__ = ["OuterLoop", "OuterSettings", "OuterStatistics", "Update"]
 
-# Of models that are averaged and fetched: 0.05 % of each weight is much less than a step.
-AVERAGE_CODEC = Codec.FP16
 # Updates cross on the way; up to here that is no staleness. If each weighed those of the others
 # less than its own, models would drift apart by what they weigh differently.
 STALENESS_FREE = 4
@@ -125,7 +123,7 @@ class OuterStatistics:
         doubted: Weighed nothing: by their direction or their sender's reputation.
         repeated: Came before, or too many from one peer.
         damaged: Could not be decoded, or were for another model.
-        averaged: Of others' anchors.
+        averaged: Parts of the anchor, with some of the others.
     """
 
     taken: int = 0
@@ -145,7 +143,7 @@ class OuterLoop:
 
     Args:
         layout: How the model is cut.
-        parameters: float32 (size,), the trainer's own array. `publish`, `merge` and `average` write
+        parameters: float32 (size,), the trainer's own array. `publish`, `merge` and `move` write
             to it, so they must not run during a step.
         me: Whose part this is.
         settings: How often and how much.
@@ -415,24 +413,11 @@ class OuterLoop:
         self.statistics.weight += weight
         return weight * self._judge.belief(peer)
 
-    def average(self, header: ShardHeader, payload: bytes) -> float:
-        """Move one shard half of the way to a partner's anchor, which does the same.
+    # --- Averaging ---------------------------------------------------------------------------
 
-        Where neither is further away than is usual, both end with the same bits: each takes both as
-        they travelled, and a sum of two does not depend on their order.
-
-        Returns:
-            The share of the half way that was gone: 1, or less where the partner is further away
-            than is usual; 0 if the shard was not decoded.
-        """
-        try:
-            values = decode_shard_untrusted(self.layout, header, payload)
-        except DecodeError:
-            self.statistics.damaged += 1
-            return 0.0
-        bounds = self.layout.bounds(header.shard)
-        anchor = self._anchor[bounds]
-        distance = _length(values - anchor) / math.sqrt(values.size)
+    @property
+    def reach(self) -> float:
+        """How far a mean of anchors may be from ours and is believed, as root mean square."""
         # A step of AdamW moves values by the rate at most.
         rate, steps = self._local.learning_rate, self.settings.local_steps
         if len(self._distances) >= DISTANCES_MIN:
@@ -440,20 +425,33 @@ class OuterLoop:
             usual = max(math.sqrt(steps) * rate, statistics.median(self._distances))
         else:
             usual = DISTANCES_MIN * steps * rate  # as far as several stretches lead
-        clip = min(1.0, DISTANCE_FACTOR * usual / distance) if distance > 0 else 1.0
+        return DISTANCE_FACTOR * usual
+
+    def move(self, bounds: slice, before: Vector, mean: Vector) -> float:
+        """Move a part of the anchor to a mean of several, or towards it if that is far away.
+
+        Args:
+            bounds: Where the part lies.
+            before: The part when it was given away to be averaged, float32 (count,). What it has
+                changed by since then stays.
+            mean: The same, of several anchors. Who is near gets its very bits.
+
+        Returns:
+            The share of the way that was gone, up to 1.
+        """
+        difference = mean - before
+        distance = _length(difference) / math.sqrt(mean.size)
+        clip = min(1.0, self.reach / distance) if distance > 0 else 1.0
         self._distances.append(distance * clip)
-        sent = encode_shard(
-            self.layout, header.shard, anchor, codec=AVERAGE_CODEC, version=header.version
-        )
-        middle = decode_shard_untrusted(self.layout, sent.header, sent.payload)
-        middle += values
-        middle *= np.float32(0.5)
-        if clip < 1:
-            middle = anchor + (middle - anchor) * np.float32(clip)
+        anchor = self._anchor[bounds]
+        if clip == 1 and np.array_equal(anchor, before):
+            moved = mean
+        else:
+            moved = anchor + difference * np.float32(clip)
         # Where we walked from there stays what it was.
         for vector in (self._parameters, self._stretch_end):
-            vector[bounds] = middle + (vector[bounds] - anchor)
-        self._anchor[bounds] = middle
+            vector[bounds] = moved + (vector[bounds] - anchor)
+        self._anchor[bounds] = moved
         self.statistics.averaged += 1
         return clip
 

@@ -1,7 +1,7 @@
 """What learners ask of each other: the messages of four calls, and the name of the service.
 
     update/2    shards of one update, each a `ShardHeader` and its payload  ->  UpdateTaken
-    average/1   shards of a model  ->  the same shards of the other model, in the same order
+    reduce/1    parts of a model  ->  `Mean`, each of one part, in the same order
     manifest/1  FetchManifest  ->  Manifest and the digests of all shards of a snapshot
     state/2     FetchShards  ->  shards of that snapshot
 
@@ -19,15 +19,16 @@ from llmload.learn.shards import SHARD_VALUE_COUNT_MAX, LayoutHash, ShardHeader,
 from natswarm import Message, Method
 
 __all__ = [
-    "AVERAGE",
     "DIGEST_BYTES",
     "MANIFEST",
+    "REDUCE",
     "SHARDS_PER_FETCH",
     "STATE",
     "UPDATE",
     "FetchManifest",
     "FetchShards",
     "Manifest",
+    "Mean",
     "UpdateTaken",
     "learner_service",
 ]
@@ -51,6 +52,18 @@ class UpdateTaken(Message, frozen=True):
 
     shard_count: Annotated[int, Meta(ge=0, lt=2**31)]
     weight: Annotated[float, Meta(ge=0, le=1)]
+
+
+class Mean(Message, frozen=True):
+    """The mean of a part of several models, whose numbers are the payload.
+
+    Attributes:
+        shard: What the payload is.
+        count: How many models it is the mean of.
+    """
+
+    shard: ShardHeader
+    count: Annotated[int, Meta(ge=1, lt=2**31)]
 
 
 class FetchManifest(Message, frozen=True):
@@ -93,9 +106,7 @@ _PAYLOAD_BYTES_MAX = Codec.FP32.payload_bytes(SHARD_VALUE_COUNT_MAX)
 UPDATE = Method(
     "llmload/update/2", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_PAYLOAD_BYTES_MAX
 )
-AVERAGE = Method(
-    "llmload/average/1", (ShardHeader,), (ShardHeader,), payload_bytes_max=_PAYLOAD_BYTES_MAX
-)
+REDUCE = Method("llmload/reduce/1", (ShardHeader,), (Mean,), payload_bytes_max=_PAYLOAD_BYTES_MAX)
 MANIFEST = Method(
     "llmload/manifest/1", (FetchManifest,), (Manifest,), payload_bytes_max=_PAYLOAD_BYTES_MAX
 )

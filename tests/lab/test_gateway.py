@@ -219,8 +219,10 @@ async def test_strangers_get_in_while_the_mapping_is_held(
         gateway, port, external_port=40_123, lease_s=600, protocols=[protocol], reach=reach_of(home)
     ) as held:
         mapping = held.mapping
+        # UPnP's lease is read back, maybe a little later.
+        assert 590 <= mapping.lease_s <= 600
         assert mapping == PortMapping(
-            protocol, Endpoint(home.ip, port), Endpoint(EXTERNAL_IP, 40_123), 600
+            protocol, Endpoint(home.ip, port), Endpoint(EXTERNAL_IP, 40_123), mapping.lease_s
         )
         assert mapping.is_public
         assert strangers_get_in(open_socket, stranger, udp, mapping)
@@ -257,7 +259,7 @@ async def test_what_a_killed_program_leaves_ends_with_its_lease(
     service = SERVICES[protocol](gateway, udp.getsockname()[1], reach_of(home))
     await service.probe()
     mapping = await service.map(0, 2)
-    assert mapping.lease_s == 2
+    assert mapping.lease_s <= 2
     assert strangers_get_in(open_socket, stranger, udp, mapping)
     wait_until_closed(open_socket, stranger, udp, mapping)
 

@@ -14,10 +14,11 @@ from llmload.adapter import AdapterSettings, fresh_adapter
 from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
 from llmload.learn import exchange
+from llmload.learn.averaging import AVERAGE_CODEC
 from llmload.learn.exchange import Learner
 from llmload.learn.optimizer import AdamWSettings
-from llmload.learn.outer import AVERAGE_CODEC, OuterSettings
-from llmload.learn.protocol import AVERAGE, UPDATE
+from llmload.learn.outer import OuterSettings
+from llmload.learn.protocol import UPDATE
 from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
 from llmload.learn.trainer import Trainer, batches
 from natswarm import RequestRefused
@@ -69,6 +70,16 @@ async def run_all(*learners, step_count):
         async with trio.open_nursery() as nursery:
             for learner in learners:
                 nursery.start_soon(learner.run, step_count)
+
+
+async def average_all(a, b):
+    """Average the whole models of two that do not train."""
+    round_number, parts = a.round_number, range(a.part_count)
+    with trio.fail_after(TIMEOUT_S):
+        async with trio.open_nursery() as nursery:
+            for ours, theirs in ((a, b), (b, a)):
+                peer = await ours.node.connect(theirs.node.peer_id)
+                nursery.start_soon(ours.average, [peer], round_number, parts)
 
 
 def loss_on(learner, seed):
@@ -154,13 +165,13 @@ async def test_averaging_all_gives_both_the_same_bits(make_learner):
     for each in (a, b):
         await each.settle()  # what they sent each other
     ours, theirs = (each.trainer.parameters.copy() for each in (a, b))
-    await a.average_with(await a.node.connect(b.node.peer_id))
+    await average_all(a, b)
     assert a.trainer.parameters.tobytes() == b.trainer.parameters.tobytes()
     # And they are those of averaging in one process, but for the rounding of the way.
     assert np.allclose(a.trainer.parameters, (ours + theirs) / 2, atol=2**-10)
 
 
-async def test_pairs_average_by_the_clock(make_learner, monkeypatch):
+async def test_groups_average_by_the_clock(make_learner, monkeypatch):
     monkeypatch.setattr(exchange, "AVERAGE_EVERY_S", 0.05)
     a, b = await make_learner("a", 1), await make_learner("b", 2)
     with trio.fail_after(TIMEOUT_S):
@@ -234,12 +245,11 @@ async def test_shards_of_another_model_are_refused(make_learner):
             await call.end()
             await call.receive()
 
-    for method in (UPDATE, AVERAGE):
-        with pytest.raises(RequestRefused, match="another shape"):
-            await ask(method, shard.header, shard.payload)
+    with pytest.raises(RequestRefused, match="another shape"):
+        await ask(UPDATE, shard.header, shard.payload)
     beyond = structs.replace(shard.header, layout=b.outer.layout.hash, shard=99)
     with pytest.raises(RequestRefused, match=r"has \d+ shards"):
-        await ask(AVERAGE, beyond, shard.payload)
+        await ask(UPDATE, beyond, shard.payload)
 
 
 async def test_nan_in_training_is_an_error_with_advice(make_learner):
@@ -255,7 +265,7 @@ async def test_nan_in_training_is_an_error_with_advice(make_learner):
 async def test_a_newcomer_takes_the_model_over_if_it_is_better(make_learner):
     a, b = await make_learner("a", 1), await make_learner("b", 1)
     await run_all(a, b, step_count=40)
-    await a.average_with(await a.node.connect(b.node.peer_id))
+    await average_all(a, b)
     newcomer = await make_learner("new", 1)
     assert await newcomer.join() == newcomer.outer.layout.shard_count
     assert np.allclose(newcomer.trainer.parameters, a.outer.anchor, atol=2**-10)

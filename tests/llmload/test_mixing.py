@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from llmload.learn.mixing import (
+    group_of,
     groups,
-    partner,
     push_targets,
+    reducer,
     variance_left_by_groups,
     variance_left_by_pushes,
 )
@@ -92,15 +93,25 @@ def test_everybody_finds_the_same_pairs_in_whatever_order_it_knows_the_others():
         assert pairs == groups(shuffled, round_number=round_number)
         assert sorted(peer for pair in pairs for peer in pair) == sorted(peers)
         for me in peers:
-            other = partner(me, shuffled, round_number=round_number)
-            assert other is None or partner(other, peers, round_number=round_number) == me
-        assert [partner(me, peers, round_number=round_number) for me in peers].count(None) == 1
+            found = group_of(me, shuffled, round_number=round_number, size=4)
+            assert me in found in groups(peers, round_number=round_number, size=4)
 
 
 def test_all_others_are_met_about_as_often():
     peers = members(8)
-    met = [partner(peers[0], peers, round_number=index) for index in range(700)]
+    found = [group_of(peers[0], peers, round_number=index, size=2) for index in range(700)]
+    met = [member for pair in found for member in pair]
     assert all(70 <= met.count(other) <= 130 for other in peers[1:])
+
+
+def test_parts_are_spread_and_one_member_more_or_less_changes_only_its_own():
+    peers = members(8)
+    drawn = [reducer(peers, part=part, round_number=3) for part in range(800)]
+    assert all(70 <= drawn.count(peer) <= 130 for peer in peers)
+    for part, chosen in enumerate(drawn):
+        without = reducer(peers[1:], part=part, round_number=3)
+        assert without == chosen or chosen == peers[0]
+    assert drawn != [reducer(peers, part=part, round_number=4) for part in range(800)]
 
 
 def test_pairs_are_pinned():
@@ -115,7 +126,7 @@ def test_pairs_are_pinned():
 
 def test_small_and_wrong_sizes():
     peers = members(3)
-    assert partner(peers[0], peers[:1], round_number=0) is None
+    assert group_of(peers[0], peers[:1], round_number=0, size=8) == (peers[0],)
     assert push_targets(peers[0], peers[:1], count=2, rng=random.Random(1)) == []
     assert sorted(push_targets(peers[0], peers, count=9, rng=random.Random(1))) == sorted(peers[1:])
     with pytest.raises(ValueError, match="groups of 0"):

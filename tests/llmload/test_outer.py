@@ -15,7 +15,6 @@ from llmload.learn.codecs import Codec
 from llmload.learn.inbox import WAITING_MAX
 from llmload.learn.optimizer import AdamW, AdamWSettings
 from llmload.learn.outer import (
-    AVERAGE_CODEC,
     DISTANCES_MIN,
     STALENESS_FREE,
     OuterLoop,
@@ -344,9 +343,8 @@ def test_damaged_and_foreign_shards_are_counted():
     assert outer.receive(B, shard.header, shard.payload[:-1]) == 0
     foreign = msgspec.structs.replace(shard.header, layout=bytes(16))
     assert outer.receive(B, foreign, shard.payload) == 0
-    assert outer.average(foreign, shard.payload) == 0
     outer.merge()
-    assert outer.statistics.damaged == 3
+    assert outer.statistics.damaged == 2
     assert np.array_equal(parameters, before)
 
 
@@ -360,8 +358,9 @@ def test_values_without_measure_are_cut_and_spoil_no_measure():
     crowd = Crowd([ME, A])
     _, outer = crowd.loops[0]
     for stretch in range(3):
-        far = huge(0, AVERAGE_CODEC, 1)
-        outer.average(far.header, far.payload)
+        far = huge(0, Codec.FP16, 1)
+        values = decode_shard_untrusted(LAYOUT, far.header, far.payload)
+        outer.move(LAYOUT.bounds(0), outer.anchor[LAYOUT.bounds(0)].copy(), values)
         lie = huge(0, Codec.INT8X256, stretch + 1)
         outer.receive(B, lie.header, lie.payload)
         before = outer.anchor.copy()
@@ -413,49 +412,29 @@ def test_liars_are_found_out_by_all_alike(lie):
 # --- Averages ------------------------------------------------------------------------------------
 
 
-def test_both_have_the_bits_of_the_average():
-    (p, a), (q, b) = loop(A), loop(B)
-    walk(p, a, gradient(1))
-    walk(q, b, gradient(2))
-    for each in (a, b):
-        each.go_alone()
-    for shard in range(LAYOUT.shard_count):
-        halves = [
-            encode_shard(
-                LAYOUT, shard, each.anchor[LAYOUT.bounds(shard)], codec=AVERAGE_CODEC, version=1
-            )
-            for each in (a, b)
-        ]
-        assert a.average(halves[1].header, halves[1].payload) == 1
-        assert b.average(halves[0].header, halves[0].payload) == 1
-    assert p.tobytes() == q.tobytes()
-    assert np.array_equal(a.anchor, p)
+def test_what_changed_while_a_part_was_averaged_stays():
+    parameters, outer = loop()
+    bounds = LAYOUT.bounds(0)
+    before = outer.anchor[bounds].copy()
+    walk(parameters, outer, gradient(1))
+    outer.go_alone()
+    changed = outer.anchor[bounds] - before
+    parameters += np.float32(0.125)  # steps since the stretch's end
+    assert np.abs(changed).max() > 0
+    assert outer.move(bounds, before, before + np.float32(RATE)) == 1
+    assert np.allclose(outer.anchor[bounds], before + RATE + changed, atol=1e-6)
+    assert np.allclose(parameters - outer.anchor, 0.125, atol=1e-6)
 
 
 def test_who_has_missed_a_step_is_not_far_away_even_where_all_others_are_equal():
     _, outer = loop()
     bounds = LAYOUT.bounds(0)
-
-    def meet_one_who_is(distance):
-        other = outer.anchor[bounds] + np.float32(distance)
-        shard = encode_shard(LAYOUT, 0, other, codec=AVERAGE_CODEC, version=1)
-        return outer.average(shard.header, shard.payload)
-
+    before = outer.anchor[bounds].copy()
     for _ in range(DISTANCES_MIN):
-        assert meet_one_who_is(0) == 1
+        assert outer.move(bounds, before, before) == 1
     step = math.sqrt(outer.settings.local_steps) * RATE
-    assert meet_one_who_is(step) == 1
-    assert meet_one_who_is(100 * step) < 0.1
-
-
-def test_who_is_far_away_pulls_no_harder():
-    _, outer = loop()
-    before = outer.anchor.copy()
-    bounds = LAYOUT.bounds(0)
-    far = before[bounds] + 100
-    shard = encode_shard(LAYOUT, 0, far, codec=AVERAGE_CODEC, version=1)
-    assert outer.average(shard.header, shard.payload) < 0.01
-    assert np.abs(outer.anchor - before).max() < 0.2
+    assert outer.move(bounds, before, before + np.float32(step)) == 1
+    assert outer.move(bounds, before, before + np.float32(100 * step)) < 0.1
 
 
 # --- The judge -----------------------------------------------------------------------------------

@@ -144,7 +144,8 @@ async def test_a_lifetime_that_nobody_knew_of_is_learned(open_swarm, autojump_cl
         outages = [event for event in switches(swarm, "b", "a") if event.new is None]
         assert 1 <= len(outages) <= 3, "two deaths tell it; one more may come before they are known"
         late = [at for at in transfer.arrivals if at > transfer.arrivals[0] + 90]
-        assert max(b - a for a, b in itertools.pairwise(late)) < 1.0
+        # A death is noticed after some 4 s; what a lost packet costs by chance is less.
+        assert max(b - a for a, b in itertools.pairwise(late)) < 3.0
 
 
 # Roaming ------------------------------------------------------------------------------------------

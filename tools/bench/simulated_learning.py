@@ -26,11 +26,12 @@ from msgspec import structs
 from numpy.typing import NDArray
 
 from llmload import AdamWSettings, GPT2Config, Trainer
+from llmload.learn.averaging import PART_VALUE_COUNT, pulled_mean
 from llmload.learn.codecs import Codec
-from llmload.learn.exchange import AVERAGE_EVERY_S
-from llmload.learn.mixing import groups, partner
+from llmload.learn.exchange import AVERAGE_EVERY_S, GROUP_SIZE
+from llmload.learn.mixing import group_of, groups
 from llmload.learn.optimizer import AdamW
-from llmload.learn.outer import AVERAGE_CODEC, OuterLoop, OuterSettings
+from llmload.learn.outer import OuterLoop, OuterSettings
 from llmload.learn.shards import (
     EncodedShard,
     ShardLayout,
@@ -352,6 +353,7 @@ class Ours:
         self.room, self.setting = room, setting
         self.world = World(room.seed)
         self.layout = ShardLayout(room.space)
+        self.parts = ShardLayout(room.space, PART_VALUE_COUNT)
         self.present = [i for i in range(PEER_COUNT) if i not in setting.absent]
         self.watched = [
             i for i in self.present
@@ -425,24 +427,25 @@ class Ours:
                 me.receive(sender, structs.replace(shard.header, seen=seen), shard.payload)
 
     def _average(self, index: int, round_number: int) -> None:
-        ids = [self.students[i].peer_id for i in self.present]
-        met = partner(self.students[index].peer_id, ids, round_number=round_number)
-        other = next((i for i in self.present if self.students[i].peer_id == met), None)
-        # One of the two begins.
-        if other is not None and index < other and self._is_there(index) and self._is_there(other):
-            shard = round_number % self.layout.shard_count
-            halves = [
-                encode_shard(
-                    self.layout, shard, self.loops[i].anchor[self.layout.bounds(shard)],
-                    codec=AVERAGE_CODEC, version=round_number,
-                )
-                for i in (index, other)
-            ]  # fmt: skip
-            for i, half in zip((other, index), halves, strict=True):
-                sender = index if i == other else other
-                arrival = self._arrival(sender, len(half.payload) + 90)
-                self.world.at(arrival, self.loops[i].average, half.header, half.payload)
+        """Average with the group of this round, which the first of its members collects."""
+        ids = {self.students[i].peer_id: i for i in self.present if self._is_there(i)}
+        me = self.students[index].peer_id
+        if me in ids:
+            group = group_of(me, sorted(ids), round_number=round_number, size=GROUP_SIZE)
+            if group[0] == me and len(group) > 1:
+                self._average_group([ids[member] for member in group], round_number)
         self.world.after(AVERAGE_EVERY_S, self._average, index, round_number + 1)
+
+    def _average_group(self, group: list[int], round_number: int) -> None:
+        """Average one part in a butterfly, whose bytes are counted, and which takes two ways."""
+        part = round_number % self.parts.shard_count
+        bounds = self.parts.bounds(part)
+        before = [self.loops[i].anchor[bounds].copy() for i in group]
+        mean = pulled_mean(before[0], before, self.loops[group[0]].reach)
+        size = int(2 * (len(group) - 1) / len(group) * 2 * mean.size) + 180
+        for i, own in zip(group, before, strict=True):
+            arrival = self._arrival(i, size) + one_way_s(self.rng)
+            self.world.at(arrival, self.loops[i].move, bounds, own, mean)
 
     def _forged(self, index: int, shard: EncodedShard) -> EncodedShard:
         if index not in self.setting.attackers:

@@ -108,5 +108,9 @@ async def test_learners_on_real_streams(config, weights):
         ours, theirs = learners
         assert ours.reports[home.peer_id].confirmed > 0
         assert theirs.reports[first.peer_id].confirmed > 0
-        await theirs.average_with(await home.connect(first.peer_id))
+        peers = await first.connect(home.peer_id), await home.connect(first.peer_id)
+        round_number, parts = ours.round_number, range(ours.part_count)
+        async with trio.open_nursery() as nursery:
+            for learner, peer in zip(learners, peers, strict=True):
+                nursery.start_soon(learner.average, [peer], round_number, parts)
         assert ours.outer.anchor.tobytes() == theirs.outer.anchor.tobytes()
