@@ -1,4 +1,4 @@
-"""What learning together brings, and what it costs: eight peers, each with text of its own kind.
+"""What learning together brings, and what it costs: peers, each with text of its own kind.
 
     python -m tools.bench.learning [--seed N] [--quick] [--json] [--only PART] [--scratch]
                                    [--curves FILE]
@@ -10,10 +10,11 @@
     ours         `llmload.learn.outer`, without rounds
 
 Then ours again with a peer that is ten times slower and one that comes and goes, and with peers
-that attack. All go on from a model that has learned other text, or with `--scratch` (methods
-alone) begin with random weights. `tools/bench/simulated_learning.py` says how time, links and text
-are simulated; `tools/bench/texts.py` measures what exchange of texts adds. Learning rates were
-chosen for each method with `--rates`, by seeds 11 and 12.
+that attack; and in a crowd, of which an update reaches only some. All go on from a model that has
+learned other text, or with `--scratch` (methods alone) begin with random weights.
+`tools/bench/simulated_learning.py` says how time, links and text are simulated;
+`tools/bench/texts.py` measures what exchange of texts adds. Learning rates were chosen for each
+method with `--rates`, by seeds 11 and 12.
 """
 
 from __future__ import annotations
@@ -27,18 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.bench.simulated_learning import (
-    PEER_COUNT,
-    Classroom,
-    Curve,
-    Size,
-    all_reduce,
-    di_lo_co,
-    fed_avg,
-    local,
-    no_lo_co,
-    ours,
-)
+from tools.bench.simulated_learning import PEER_COUNT, Classroom, Curve, Size, ours
+from tools.bench.simulated_rounds import all_reduce, di_lo_co, fed_avg, local, no_lo_co
 
 Method = Callable[[Classroom], Curve]
 
@@ -55,10 +46,11 @@ RATES = (0.001, 0.002, 0.004, 0.008)
 # From random weights; the best of 0.008, 0.016 and 0.032 for all of them.
 SCRATCH_RATE = 0.008
 SLOW, FLAPPING = 6, 7
+PARTS = ("methods", "slow", "attacks", "crowd")
 ATTACKS = ("flip", "scale", "random")
 
 FULL = Size(200, 1500, 20, (2, 3, 4))
-QUICK = Size(40, 100, 20, (2,))
+QUICK = Size(40, 100, 20, (2,), crowd=12)
 
 AT_LEAST = {"gap_recovered": 0.9}
 AT_MOST = {"bytes_share": 0.01, "slow_time_rise": 0.05, "attack_loss_rise": 0.02}
@@ -118,6 +110,28 @@ def attack(seed: int, size: Size) -> dict[str, Any]:
     return figures
 
 
+def crowd(seed: int, size: Size) -> dict[str, Any]:
+    """Learn with more peers than an update of ours reaches."""
+    curves = {
+        name: METHODS[name][1](Classroom(seed, size, METHODS[name][0], peer_count=size.crowd))
+        for name in ("all-reduce", "local", "ours")
+    }
+    mine = curves["ours"]
+    figures: dict[str, Any] = {"peers": size.crowd}
+    for name, curve in curves.items():
+        figures[name] = {
+            "loss": round(curve.loss, 4),
+            "sent_bytes_per_peer": round(curve.points[-1][2]),
+        }
+    best, alone = curves["all-reduce"].loss, curves["local"].loss
+    figures["gap_recovered"] = round((alone - mine.loss) / (alone - best), 3)
+    steps = [point[0] for point in mine.points]
+    figures["drift_at_step"] = {
+        step: round(drift, 3) for step, drift in zip(steps, mine.drift, strict=True)
+    }
+    return figures
+
+
 def rates(seed: int) -> dict[str, Any]:
     """Run each method at each learning rate."""
     return {
@@ -162,7 +176,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of weights, batches and links")
     parser.add_argument("--quick", action="store_true", help="few steps: under 40 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--only", choices=("methods", "slow", "attacks"), help="one part")
+    parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--scratch", action="store_true", help="begin with random weights")
     parser.add_argument("--rates", action="store_true", help="run methods at all learning rates")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="write the points as CSV")
@@ -181,6 +195,8 @@ def main() -> None:
             report["slow"] = disturb(arguments.seed, size, curves)
         if arguments.only in (None, "attacks"):
             report["attacks"] = attack(arguments.seed, size)
+        if arguments.only in (None, "crowd"):
+            report["crowd"] = crowd(arguments.seed, size)
     if arguments.curves:
         write_curves(arguments.curves, curves)
     targets = verdicts(report)

@@ -1,12 +1,12 @@
-"""Eight peers that learn, on virtual time: what `tools/bench/learning.py` measures.
+"""Peers that learn, on virtual time: what `tools/bench/learning.py` measures.
 
 All methods train the same small GPT-2 (35 thousand parameters, bytes as tokens) from the same
 weights, with the same number of local steps, on text of eight packages of Python's standard
-library, one a peer; the loss is that of held-out text of all eight, in nats a byte. The weights are
-those of a model that has learned other packages before, as `llmload learn` goes on from one that is
-there; or random ones. Time is
-virtual: a step takes `STEP_S` on a device, and what is sent waits for the sender's uplink, then
-takes one way over two 4G links. Methods with rounds wait for the slowest.
+library, one a peer, and where there are more peers of the library's modules; the loss is that of
+held-out text of all, in nats a byte. The weights are those of a model that has learned other
+packages before, as `llmload learn` goes on from one that is there; or random ones. Time is virtual:
+a step takes `STEP_S` on a device, and what is sent waits for the sender's uplink, then takes one
+way over two 4G links. Methods with rounds wait for the slowest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,8 +27,8 @@ from numpy.typing import NDArray
 from llmload import AdamWSettings, GPT2Config, Trainer
 from llmload.learn.averaging import PART_VALUE_COUNT, pulled_mean
 from llmload.learn.codecs import Codec
-from llmload.learn.exchange import AVERAGE_EVERY_S, GROUP_SIZE
-from llmload.learn.mixing import group_of, groups
+from llmload.learn.exchange import AVERAGE_EVERY_S, FAN_OUT, GROUP_SIZE
+from llmload.learn.mixing import group_of, push_targets
 from llmload.learn.optimizer import AdamW
 from llmload.learn.outer import OuterLoop, OuterSettings
 from llmload.learn.shards import (
@@ -62,7 +61,6 @@ VALIDATION_WINDOWS = 24  # of each peer's text
 STEP_S = 0.25
 # What one QUIC connection carries over the emulated 4G links, measured.
 UPLINK_BYTES_PER_S = 300_000
-ROUND_STEPS = 20
 WARM_UP_STEPS = 30
 
 
@@ -75,19 +73,27 @@ class Size:
         before: Steps that the model has made before, on other text; 0: its weights are random.
         measure_every: Steps between two points of a curve.
         attackers: How many of the peers attack, one experiment for each.
+        crowd: Peers where it is about more than one update reaches.
     """
 
     steps: int
     before: int
     measure_every: int
     attackers: tuple[int, ...]
+    crowd: int = 24
 
 
 @dataclass
 class Curve:
-    """How one method went: points (step, virtual seconds, bytes a peer, loss)."""
+    """How one method went: points (step, virtual seconds, bytes a peer, loss).
+
+    Attributes:
+        drift: Of ours, at each point: how far models lie from their mean (root mean square), over
+            how far that has come from the start.
+    """
 
     points: list[tuple[int, float, float, float]] = field(default_factory=list)
+    drift: list[float] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -110,14 +116,14 @@ class Curve:
 class Classroom:
     """The model, the texts, and what every method needs of them."""
 
-    def __init__(self, seed: int, size: Size, rate: float) -> None:
+    def __init__(self, seed: int, size: Size, rate: float, *, peer_count: int = PEER_COUNT) -> None:
         self.size = size
         self.seed = seed
         self._rate = rate
         self.trainer = Trainer(CONFIG, random_weights(CONFIG, seed))
         self.start = begin(seed, size.before)
         self.space = self.trainer.space
-        texts = [read_text(package) for package in PACKAGES]
+        texts = read_texts(peer_count)
         cut = [int(0.9 * len(text)) for text in texts]
         self.texts = [text[:end] for text, end in zip(texts, cut, strict=True)]
         rng = np.random.default_rng([seed, 99])
@@ -128,7 +134,7 @@ class Classroom:
 
     def students(self) -> list[Student]:
         """Return peers at the start, each with its text."""
-        return [Student(self, index) for index in range(PEER_COUNT)]
+        return [Student(self, index) for index in range(len(self.texts))]
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -181,6 +187,20 @@ def read_text(package: str) -> NDArray[np.int64]:
     return np.frombuffer(data[:TEXT_BYTES], dtype=np.uint8).astype(np.int64)
 
 
+def read_texts(count: int) -> list[NDArray[np.int64]]:
+    """Return a text for each peer: packages, then equal slices of the modules beside them.
+
+    A slice is of modules that follow each other in the alphabet: 16 of them have 0.3 MB each.
+    """
+    texts = [read_text(package) for package in PACKAGES[:count]]
+    if count > PEER_COUNT:
+        folder = Path(os.__file__).parent
+        data = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+        modules = np.frombuffer(data, dtype=np.uint8).astype(np.int64)
+        texts += np.array_split(modules, count - PEER_COUNT)
+    return texts
+
+
 def draw(text: NDArray[np.int64], count: int, rng: np.random.Generator) -> tuple[Any, Any]:
     """Return tokens and targets, int64 (count, TIME) each."""
     starts = rng.integers(len(text) - TIME - 1, size=count)
@@ -214,117 +234,6 @@ def one_way_s(rng: random.Random) -> float:
     return 2 * LINK_4G.delay_s + LINK_4G.jitter_s * (rng.random() + rng.random())
 
 
-# --- Methods with rounds -----------------------------------------------------------------------
-
-
-def in_rounds(
-    room: Classroom,
-    round_steps: int,
-    sent_bytes: float,
-    average: Callable[[list[Student], int], None],
-    *,
-    slowest: float = 1.0,
-) -> Curve:
-    """Let all make some steps, wait for the slowest, exchange, and so on."""
-    students, curve = room.students(), Curve()
-    round_s = round_steps * STEP_S * slowest + sent_bytes / UPLINK_BYTES_PER_S
-    round_s += 4 * (LINK_4G.delay_s + LINK_4G.jitter_s / 2)  # there and back
-    for index in range(room.size.steps // round_steps):
-        for student in students:
-            for step in range(index * round_steps, (index + 1) * round_steps):
-                student.step(step)
-        average(students, index)
-        steps = (index + 1) * round_steps
-        if steps % room.size.measure_every < round_steps:
-            loss = np.mean([room.loss(student.parameters) for student in measured(students)])
-            sent = sent_bytes * (index + 1)
-            curve.points.append((steps, (index + 1) * round_s, sent, float(loss)))
-    return curve
-
-
-def measured(students: list[Student]) -> list[Student]:
-    """Return those whose models differ: one is enough where all are equal."""
-    first = students[0].parameters
-    equal = all(np.array_equal(first, other.parameters) for other in students[1:])
-    return students[:1] if equal else students
-
-
-def all_reduce(room: Classroom) -> Curve:
-    """Average the gradients of all peers at each step."""
-    students, curve = room.students(), Curve()
-    model = students[0]
-    sent_bytes = 2 * (PEER_COUNT - 1) / PEER_COUNT * 4 * room.space.size
-    step_s = STEP_S + sent_bytes / UPLINK_BYTES_PER_S
-    step_s += 2 * (PEER_COUNT - 1) * 2 * (LINK_4G.delay_s + LINK_4G.jitter_s / 2)
-    for step in range(room.size.steps):
-        gradients = [room.gradient(model.parameters, each.batch()) for each in students]
-        mean: Vector = np.stack(gradients).mean(axis=0)
-        model.optimizer.update(model.parameters, mean, learning_rate=room.rate_at(step))
-        done = step + 1
-        if done % room.size.measure_every == 0:
-            loss = room.loss(model.parameters)
-            curve.points.append((done, done * step_s, done * sent_bytes, loss))
-    return curve
-
-
-def local(room: Classroom) -> Curve:
-    """Let everybody learn alone."""
-    return in_rounds(room, room.size.measure_every, 0.0, lambda students, index: None)
-
-
-def fed_avg(room: Classroom, *, slowest: float = 1.0) -> Curve:
-    """Average all models after each round, sent to each other as a ring does."""
-
-    def average(students: list[Student], _index: int) -> None:
-        mean = np.mean([student.parameters for student in students], axis=0, dtype=np.float32)
-        for student in students:
-            student.parameters[:] = mean
-
-    sent_bytes = 2 * (PEER_COUNT - 1) / PEER_COUNT * 4 * room.space.size
-    steps = ROUND_STEPS
-    return in_rounds(room, steps, sent_bytes, average, slowest=slowest)
-
-
-def di_lo_co(room: Classroom) -> Curve:
-    """Average pseudo-gradients; Nesterov momentum 0.9, outer rate 0.7 (arXiv 2311.08105)."""
-    anchor, momentum = room.start.copy(), np.zeros_like(room.start)
-
-    def average(students: list[Student], _index: int) -> None:
-        mean = np.mean([student.parameters for student in students], axis=0, dtype=np.float32)
-        movement = anchor - mean
-        momentum[:] = 0.9 * momentum + movement
-        anchor[:] -= 0.7 * (movement + 0.9 * momentum)
-        for student in students:
-            student.parameters[:] = anchor
-
-    sent_bytes = 2 * (PEER_COUNT - 1) / PEER_COUNT * 4 * room.space.size
-    return in_rounds(room, ROUND_STEPS, sent_bytes, average)
-
-
-def no_lo_co(room: Classroom) -> Curve:
-    """Average with one partner a round, momentum 0.5, outer rate 0.7 (arXiv 2506.10911)."""
-    anchors = np.stack([room.start] * PEER_COUNT)
-    momenta = np.zeros_like(anchors)
-
-    def average(students: list[Student], index: int) -> None:
-        by_id = {student.peer_id: student for student in students}
-        for pair in groups(list(by_id), round_number=index):
-            rows = [by_id[member].index for member in pair]
-            movement = np.mean([students[row].parameters - anchors[row] for row in rows], axis=0)
-            mean = anchors[rows].mean(axis=0)
-            for row in rows:
-                momenta[row] = 0.5 * momenta[row] + 0.7 * (movement + mean - anchors[row])
-            for row in rows:
-                anchors[row] += momenta[row]
-                students[row].parameters[:] = anchors[row]
-
-    sent_bytes = 2 * 4 * room.space.size
-    return in_rounds(room, ROUND_STEPS, sent_bytes, average)
-
-
-# --- Ours --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Setting:
     """Who is special in a run of ours; indices of peers.
@@ -347,14 +256,14 @@ class Setting:
 
 
 class Ours:
-    """Eight outer loops on virtual time."""
+    """Outer loops on virtual time."""
 
     def __init__(self, room: Classroom, setting: Setting) -> None:
         self.room, self.setting = room, setting
         self.world = World(room.seed)
         self.layout = ShardLayout(room.space)
         self.parts = ShardLayout(room.space, PART_VALUE_COUNT)
-        self.present = [i for i in range(PEER_COUNT) if i not in setting.absent]
+        self.present = [i for i in range(len(room.texts)) if i not in setting.absent]
         self.watched = [
             i for i in self.present
             if i not in (*setting.slow, *setting.flapping, *setting.attackers)
@@ -365,10 +274,11 @@ class Ours:
             for student in self.students
         ]
         self.rng = self.world.stream("links")
+        self.target_rng = self.world.stream("targets")
         self.noise = np.random.default_rng([room.seed, 7])
-        self.idle_from = [0.0] * PEER_COUNT
-        self.sent_bytes = [0.0] * PEER_COUNT
-        self.steps = [0] * PEER_COUNT
+        self.idle_from = [0.0] * len(room.texts)
+        self.sent_bytes = [0.0] * len(room.texts)
+        self.steps = [0] * len(room.texts)
         self.curve = Curve()
 
     def run(self) -> Curve:
@@ -384,7 +294,14 @@ class Ours:
             sent = float(np.mean([self.sent_bytes[i] for i in self.watched]))
             point = (number * self.room.size.measure_every, self.world.now, sent)
             self.curve.points.append((*point, float(np.mean(losses))))
+            self.curve.drift.append(self._drift())
         return self.curve
+
+    def _drift(self) -> float:
+        anchors = np.stack([self.loops[i].anchor for i in self.watched])
+        mean = anchors.mean(axis=0)
+        apart = np.linalg.norm(anchors - mean) / math.sqrt(len(anchors))
+        return float(apart / np.linalg.norm(mean - self.room.start))
 
     def _step_s(self, index: int) -> float:
         return STEP_S * (10.0 if index in self.setting.slow else 1.0)
@@ -404,10 +321,16 @@ class Ours:
             update = loop.publish([self.students[other].peer_id for other in others])
             if self._is_there(index):
                 shards = [self._forged(index, shard) for shard in update.shards]
-                for other in others:
+                for other in self._targets(index, others):
                     self._send(index, other, shards)
         loop.merge()
         self.world.after(self._step_s(index), self._end_step, index)
+
+    def _targets(self, index: int, others: list[int]) -> list[int]:
+        by_id = {self.students[other].peer_id: other for other in others}
+        me = self.students[index].peer_id
+        drawn = push_targets(me, list(by_id), count=FAN_OUT, rng=self.target_rng)
+        return sorted(by_id[peer_id] for peer_id in drawn)
 
     def _send(self, index: int, other: int, shards: list[EncodedShard]) -> None:
         size = sum(len(shard.payload) + 90 for shard in shards)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.learning import METHODS
-from tools.bench.simulated_learning import Classroom, Curve, Size, all_reduce
+from tools.bench.simulated_learning import Classroom, Curve, Size
+from tools.bench.simulated_rounds import all_reduce
 from tools.bench.simulated_texts import TextsAndUpdates
 
 ALONE_RATE, ALL_REDUCE_RATE, OURS_RATE = (
