@@ -32,6 +32,7 @@ from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.pipeline.ends import EndsWorker
+from llmload.learn.pipeline.jump import JumpWatch
 from llmload.learn.pipeline.link import Guard, Link, Traffic
 from llmload.learn.pipeline.manifest import Manifest
 from llmload.learn.pipeline.part import ModelPart, units_of
@@ -158,6 +159,8 @@ class PipelineTrainer:
         failover_count: How often the training went back because a stage failed.
         redone_count: Steps that were made again for it.
         traffic: Bytes that this device has sent and received for it.
+        is_doubtful: The latest validation loss has jumped. Until the next one no state is kept, so
+            that one can go back to before it.
 
     Raises:
         ValueError: The model has one block, which stays here.
@@ -186,6 +189,7 @@ class PipelineTrainer:
         self.route: tuple[StageOffer, ...] = ()
         self.failover_count = self.redone_count = 0
         self.traffic = Traffic()
+        self.is_doubtful = False
         self.snapshots = Snapshots(folder, config, compute, self.traffic)
         self._node = node
         self._config = config
@@ -207,6 +211,7 @@ class PipelineTrainer:
         self._attempt: _Attempt | None = None
         self._attempt_count = 0
         self._is_stopping = False
+        self._jumps = JumpWatch()
         self._highest_step = 0
         self._longest_s = 0.0
 
@@ -215,7 +220,7 @@ class PipelineTrainer:
         self._is_stopping = True
 
     async def run(self, until: int | None = None) -> None:
-        """Train until so many steps are made, or `stop`; the last state is kept.
+        """Train until so many steps are made, or `stop`; the last state is kept if not doubtful.
 
         Raises:
             NoRoute: Too few devices offer to train the model, for `replica_s`.
@@ -276,6 +281,7 @@ class PipelineTrainer:
             states = await self.snapshots.load(units, self.kept_step)
             await self._compute(self._part.restore, states)
         self.step = self.kept_step
+        self.is_doubtful = False
 
     async def _keep(self, worker: EndsWorker) -> None:
         """Let all keep the state of this step, each on its disk.
@@ -443,7 +449,8 @@ class PipelineTrainer:
 
     async def _steps(self, worker: EndsWorker, until: int | None) -> None:
         """Make steps, and keep what they lead to, until done."""
-        due_at = self.step + self._settings.keep_every
+        every = self._settings.keep_every
+        due_at = (self.step // every + 1) * every
         collected = trio.Event()
         collected.set()
 
@@ -464,15 +471,29 @@ class PipelineTrainer:
                 seconds = trio.current_time() - started_at
                 self.step += 1
                 self._longest_s = max(self._longest_s, seconds)
-                validation = self._validation_at(self.step)
-                validation_loss = await worker.validate(validation) if validation else None
+                validation_loss = await self._validate(worker)
                 self._after_step(StepReport(self.step, loss, norm, seconds, validation_loss))
-                if self.step >= due_at and collected.is_set():
-                    due_at = self.step + self._settings.keep_every
+                if self.step >= due_at and collected.is_set() and not self.is_doubtful:
+                    due_at = (self.step // every + 1) * every
                     await self._keep(worker)
                     collected = trio.Event()
                     nursery.start_soon(collect, self.step, collected)
             await collected.wait()
-        if self.kept_step != self.step:
+        if self.kept_step != self.step and not self.is_doubtful:
             await self._keep(worker)
             await self._collect(self.step)
+
+    async def _validate(self, worker: EndsWorker) -> float | None:
+        """Return the loss of what is to be validated with now, if anything is."""
+        batches = self._validation_at(self.step)
+        if not batches:
+            return None
+        loss = await worker.validate(batches)
+        self.is_doubtful = self._jumps.is_jump(self.step, loss)
+        if self.is_doubtful:
+            self._tell(
+                f"the loss on text not learned from jumped to {loss:.4g} by step {self.step}: a "
+                "device may compute wrong numbers, or the learning rate is too high. No state is "
+                "kept before the next validation: stop until then to go on from the latest"
+            )
+        return loss

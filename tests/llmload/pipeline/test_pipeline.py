@@ -380,6 +380,34 @@ async def test_float16_learns_nearly_the_same(autojump_clock, training):
         assert np.linalg.norm(got[name] - values) <= 0.02 * moved, name
 
 
+async def test_wrong_numbers_show_in_the_validation_and_are_not_kept(autojump_clock, training):
+    """They are finite; who stops goes back to before them."""
+
+    async def lie(work, *arguments):
+        result = await compute_here(work, *arguments)
+        if len(training.reports) == 11 and work.__name__ in ("forward", "infer"):
+            result[-1] *= -1
+        return result
+
+    def one_text(_step):
+        return batches_at(0)
+
+    await training.add_stage("a", compute=lie)
+    await training.add_stage("b")
+    leader = training.leader(validation_at=one_text)
+    leader._batches_at = one_text
+    leader._rate_at = lambda _step: 1e-2
+    await leader.run(12)
+    assert leader.is_doubtful
+    assert sum("jumped" in words for words in training.told) == 1
+    assert (leader.step, leader.kept_step) == (12, 10)
+    leader = training.leader(validation_at=one_text)
+    await leader.run(12)
+    assert [report.step for report in training.reports] == [*range(1, 13), 11, 12]
+    assert training.reports[-1].validation_loss < training.reports[9].validation_loss
+    assert (leader.is_doubtful, leader.kept_step) == (False, 12)
+
+
 async def test_it_counts_what_it_sends_and_receives(autojump_clock, training):
     for name in ("a", "b"):
         await training.add_stage(name)
