@@ -8,6 +8,8 @@
               in the order of 1F1B, and one at a time
     memory    peak of a process that trains the whole model, a stage of it, or leads; GPT-2 124M
     codecs    loss after some steps where hidden states and gradients are rounded, and their bytes
+    jumps     hidden states of a stage that are wrong but finite: how often the leader's validation
+              tells, and how often it does where nothing is wrong
     kills     a stage vanishes or leaves at a random moment, carrier NATs, virtual time: does the
               training end with the bits of an undisturbed one, what was made again, how long it
               stood still
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tools.bench.pipeline_jumps import measure_jumps
 from tools.bench.pipeline_parts import (
     measure_bubble,
     measure_codecs,
@@ -36,6 +39,7 @@ from tools.bench.pipeline_parts import (
 
 # By the largest part of the layers that a stage of three holds, and what does not get smaller.
 STAGE_MEMORY_TARGET = 0.6
+FALSE_ALARMS_TARGET = 0.01
 
 
 def judge(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -60,6 +64,11 @@ def judge(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if "codecs" in figures:
         exact, half = (figures["codecs"][name]["loss"] for name in ("float32", "float16"))
         check("float16_loss_ratio", round(half / exact, 4), 1.005, at_most=True)
+    if "jumps" in figures:
+        rows = figures["jumps"]
+        count = sum(row["validations"] for row in rows)
+        false_alarms = sum(row["false_alarms"] for row in rows)
+        check("false_alarms", round(false_alarms / count, 4), FALSE_ALARMS_TARGET, at_most=True)
     return targets
 
 
@@ -93,6 +102,7 @@ def main() -> None:
         "bubble": measure_bubble,
         "memory": measure_memory,
         "codecs": measure_codecs,
+        "jumps": measure_jumps,
         "kills": measure_kills,
     }
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))

@@ -4,7 +4,7 @@ Numbers that are wrong but finite come through every check; what they do to the 
 two validations it falls by what was learned and wavers by a little; a jump is to rise above the
 largest of the latest by more than twice the largest change between two of them.
 
-So gross errors are seen (another sign, zeros, rows mixed up), and small ones are not; nor who made
+So gross errors are seen (another sign, zeros, much noise), and small ones are not; nor who made
 them. A jump may also be the training's own, of a learning rate that is too high.
 
 Pure: numbers.
