@@ -32,7 +32,7 @@ ASKED_EVERY = 4
 
 def measure_jumps(seed: int, is_quick: bool, _folder: Path) -> list[dict[str, Any]]:
     """Return for each learning rate how many validations jump, right and wrong ones."""
-    rates, count = (RATES[:1], 12) if is_quick else (RATES, 100)
+    rates, count = (RATES[:1], LATEST_MAX + 1) if is_quick else (RATES, 100)
     return [_watch(rate, count, np.random.default_rng(seed)) for rate in rates]
 
 
