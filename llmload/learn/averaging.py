@@ -226,12 +226,14 @@ class Averaging:
         """Average the parts that fall to us."""
         current = self._round(round_number)
         current.begin(members, before)
+        reductions: dict[int, _Reduction] = {}
         for part, values in before.items():
-            ours = self._encode(part, values, round_number)
+            ours = self._decode(self._encode(part, values, round_number))
             with suppress(RequestRefused):  # the others did not wait for us
-                reduction = current.offer(part, self._node.peer_id, self._decode(ours))
-                await self._take(values, await self._mean(current, part, reduction))
-                counts[part] = reduction.count
+                reductions[part] = current.offer(part, self._node.peer_id, ours)
+        for part, reduction in reductions.items():
+            await self._take(before[part], await self._mean(current, part, reduction))
+            counts[part] = reduction.count
 
     async def _serve(self, call: Call[Mean, ShardHeader]) -> None:
         peer_id = call.peer.peer_id
@@ -251,6 +253,7 @@ class Averaging:
             await reduction.is_complete.wait()
         if reduction.mean is None:
             if not current.members:
+                current.open.pop(part, None)
                 raise RequestRefused("we don't average in this round")
             current.end(part, reduction)
             ours = self._outer.anchor[self.layout.bounds(part)]

@@ -1,7 +1,7 @@
 """A learner on the mesh: trains here, and exchanges with whoever else learns the same model.
 
-    every `local_steps` steps   an update goes to up to `FAN_OUT` partners, each in a call of its
-                                own; the reply says how much of it was taken
+    every `local_steps` steps   an update goes to all partners, each in a call of its own; the reply
+                                says how much of it was taken
     soon after                  the model makes a step along the mean of what came in
     every `AVERAGE_EVERY_S`     groups that the clock has drawn average some parts of their models
     in the beginning            who joins takes over the model of those who learn already
@@ -20,7 +20,6 @@ This file does not know how updates are made, weighed or encoded (`outer.py`).
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from msgspec import structs
 from llmload.errors import LearningFailed
 from llmload.learn.averaging import Averaged, Averaging
 from llmload.learn.joining import StateFetch, StateServer
-from llmload.learn.mixing import group_of, push_targets
+from llmload.learn.mixing import group_of
 from llmload.learn.outer import OuterLoop, OuterSettings, Update
 from llmload.learn.protocol import (
     UPDATE,
@@ -57,8 +56,6 @@ __all__ = ["Batches", "Learner", "PartnerReport"]
 
 # A phone on a bad link carries an update of GPT-2 124M, some 3 MB, in a minute.
 UPDATE_TIMEOUT_S = 120.0
-# Each further partner costs the whole update once more.
-FAN_OUT = 8
 PARTNERS_MAX = 64
 REPORTS_MAX = 1024
 # Updates that wait for a partner; older ones are dropped, as is what is sent while it is away.
@@ -157,7 +154,6 @@ class Learner:
         reputation: What is known of a peer from elsewhere, 0..1; None for 1.
         between_steps: Called after each step, while nobody else touches the model: the place to
             evaluate, to save, and to stop by cancelling. What it raises ends `run`.
-        rng: Draws whom updates go to when there are more than `FAN_OUT`.
         utc: The wall clock, seconds; pairs are drawn by it.
 
     Attributes:
@@ -179,7 +175,6 @@ class Learner:
         parts: int = 1,
         reputation: Reputation | None = None,
         between_steps: Callable[[], Awaitable[None]] | None = None,
-        rng: random.Random | None = None,
         utc: Callable[[], float] = time.time,
     ) -> None:
         self.service = learner_service(model_hash)
@@ -202,7 +197,6 @@ class Learner:
         self._rate_at = rate_at
         self._parts = parts
         self._between_steps = between_steps
-        self._rng = rng or random.Random()
         self._utc = utc
         self._state = StateServer(self.outer.layout, lambda: (self.outer.anchor, self.step_count))
         # Kept: fresh memory for 124 million numbers costs a tenth of a second.
@@ -314,9 +308,8 @@ class Learner:
             raise LearningFailed(
                 f"our own update can't be sent ({error}); lower the learning rate"
             ) from error
-        me = self._node.peer_id
-        for target in push_targets(me, self.partners, count=FAN_OUT, rng=self._rng):
-            self._partners[target].post(update)
+        for found in self._partners.values():
+            found.post(update)
 
     # --- Ours to others ----------------------------------------------------------------------
 

@@ -8,8 +8,7 @@ How fast a scheme mixes is the share of the variance between peers that one roun
 expectation, when each averages what it has. For the schemes here it is known exactly, and the tests
 compare the schedules with it.
 
-Source: NoLoCo (arXiv 2506.10911) for seeded pairs, Moshpit SGD (2103.03239) for groups; Epidemic
-Learning (2310.01972) for pushes.
+Source: NoLoCo (arXiv 2506.10911) for seeded pairs, Moshpit SGD (2103.03239) for groups.
 
 This file does not know what is exchanged.
 """
@@ -17,7 +16,6 @@ This file does not know what is exchanged.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Sequence
 
 from natswarm import PeerId
@@ -25,10 +23,8 @@ from natswarm import PeerId
 __all__ = [
     "group_of",
     "groups",
-    "push_targets",
     "reducer",
     "variance_left_by_groups",
-    "variance_left_by_pushes",
 ]
 
 
@@ -77,22 +73,6 @@ def reducer(members: Sequence[PeerId], *, part: int, round_number: int) -> PeerI
     return min(members, key=rank)
 
 
-def push_targets(
-    me: PeerId, members: Sequence[PeerId], *, count: int, rng: random.Random
-) -> list[PeerId]:
-    """Draw up to `count` of the other members to send to, each as likely as the others."""
-    others = [member for member in members if member != me]
-    return rng.sample(others, min(count, len(others)))
-
-
 def variance_left_by_groups(n: int, size: int) -> float:
     """Return the share of variance left among n after averaging in random groups of `size`."""
     return (n / size - 1) / (n - 1)
-
-
-def variance_left_by_pushes(n: int, count: int) -> float:
-    """Return the share left when each pushes to `count` others and averages what came and its own.
-
-    The variance is that among all n, around the mean before the round.
-    """
-    return (1 - (1 - count / (n - 1)) ** n) / count - 1 / (n - 1)

@@ -5,7 +5,9 @@
     residual   gradients along the walk that were not published yet
 
 Every `local_steps` steps, a stretch, a peer adds the mean gradient of its walk to the residual and
-publishes the largest values of that; the rest stays for later (error feedback). What came in from
+publishes the largest values of that to all; the rest stays for later (error feedback). In a crowd
+that is fewer values, for whoever hears other peers than the others do drifts away from them by the
+noise of what it hears: to be heard by all is worth more than to be heard in full. What came in from
 the others and what we published are averaged, and the anchor makes one step of an AdamW that all
 have alike: along the mean gradient of everybody, with betas to the power of `local_steps`, at the
 sum of the stretch's rates / sqrt(local_steps), since a gradient over n batches has sqrt(n) times
@@ -64,6 +66,8 @@ from natswarm import DecodeError, PeerId
 
 __all__ = ["OuterLoop", "OuterSettings", "OuterStatistics", "Update"]
 
+# An uplink carries so many copies of an update of full density.
+COPIES = 8
 # Updates cross on the way; up to here that is no staleness. If each weighed those of the others
 # less than its own, models would drift apart by what they weigh differently.
 STALENESS_FREE = 4
@@ -84,7 +88,8 @@ class OuterSettings:
 
     Attributes:
         local_steps: Steps between two updates.
-        density: Share of the values that one update holds; 1 for all, as int8.
+        density: Share of the values that one update holds, with up to `COPIES` partners; with more
+            so much less that all copies together are as long. 1 for all, as int8.
         staleness_max: Updates whose sender had not taken so many of ours are too old.
     """
 
@@ -271,7 +276,7 @@ class OuterLoop:
         """End a stretch of local steps: return what others get. `merge` makes the anchor's step.
 
         Args:
-            partners: Who gets it; those who are new are waited for, too.
+            partners: Who gets it, all; those who are new are waited for, too.
 
         Raises:
             ValueError: The gradients hold NaN or infinity: training has failed.
@@ -280,6 +285,7 @@ class OuterLoop:
         for peer in partners:
             self._meet(peer)
         self.version += 1
+        density = self.settings.density * min(1.0, COPIES / max(1, len(partners)))
         shards = []
         for shard in range(self.layout.shard_count):
             bounds = self.layout.bounds(shard)
@@ -287,9 +293,9 @@ class OuterLoop:
                 self.layout,
                 shard,
                 self._residual[bounds],
-                codec=Codec.INT8X256 if self.settings.density == 1 else Codec.TOPK,
+                codec=Codec.INT8X256 if density == 1 else Codec.TOPK,
                 version=self.version,
-                density=self.settings.density,
+                density=density,
             )
             shards.append(encoded)
             # As the others see it, with the rounding of the codec. The rest stays for next time.

@@ -1,4 +1,4 @@
-"""Pairs, groups and pushes: fair, agreed on without a message, and as fast as the theory says."""
+"""Groups: fair, agreed on without a message, and as fast as the theory says."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import pytest
 from llmload.learn.mixing import (
     group_of,
     groups,
-    push_targets,
     reducer,
     variance_left_by_groups,
-    variance_left_by_pushes,
 )
 from natswarm import PeerId
 
@@ -58,28 +56,7 @@ def test_groups_mix_as_the_closed_form_says(size):
     )
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 7])
-def test_pushes_mix_as_the_closed_form_says(count):
-    peers = members(96)
-    row_of = {peer: row for row, peer in enumerate(peers)}
-    rng = random.Random(4)
-
-    def one_round(values, _index):
-        received = [[row] for row in range(96)]
-        for row, me in enumerate(peers):
-            for target in push_targets(me, peers, count=count, rng=rng):
-                received[row_of[target]].append(row)
-        return np.array([values[rows].mean(axis=0) for rows in received])
-
-    assert variance_left(96, one_round) == pytest.approx(
-        variance_left_by_pushes(96, count), rel=WITHIN
-    )
-
-
-def test_the_closed_forms_are_those_of_the_papers():
-    assert [round(variance_left_by_pushes(96, s), 3) for s in (1, 2, 4, 7)] == [
-        0.627, 0.425, 0.235, 0.132
-    ]  # fmt: skip
+def test_the_closed_form_is_that_of_the_paper():
     assert [round(variance_left_by_groups(96, m), 3) for m in (2, 4, 8, 16)] == [
         0.495, 0.242, 0.116, 0.053
     ]  # fmt: skip
@@ -127,7 +104,5 @@ def test_pairs_are_pinned():
 def test_small_and_wrong_sizes():
     peers = members(3)
     assert group_of(peers[0], peers[:1], round_number=0, size=8) == (peers[0],)
-    assert push_targets(peers[0], peers[:1], count=2, rng=random.Random(1)) == []
-    assert sorted(push_targets(peers[0], peers, count=9, rng=random.Random(1))) == sorted(peers[1:])
     with pytest.raises(ValueError, match="groups of 0"):
         groups(peers, round_number=0, size=0)

@@ -198,6 +198,19 @@ def test_what_was_not_published_is_kept_for_later():
     assert np.linalg.norm(published - gradient(1)) < 0.05 * np.linalg.norm(gradient(1))
 
 
+def test_in_a_crowd_all_copies_of_an_update_are_as_long_as_those_for_a_few():
+    crowd = [PeerId(hashlib.sha256(f"crowd {number}".encode()).digest()) for number in range(32)]
+
+    def bytes_for(partners):
+        parameters, outer = loop(density=0.1)
+        walk(parameters, outer, gradient(1), merge=False)
+        return len(partners) * outer.publish(partners).payload_bytes
+
+    assert bytes_for(crowd[:4]) == pytest.approx(bytes_for(crowd[:8]) / 2, rel=0.01)
+    assert bytes_for(crowd[:16]) == pytest.approx(bytes_for(crowd[:8]), rel=0.2)  # names cost more
+    assert bytes_for(crowd) == pytest.approx(bytes_for(crowd[:8]), rel=0.5)
+
+
 def decode(shard):
     return decode_shard_untrusted(LAYOUT, shard.header, shard.payload)
 

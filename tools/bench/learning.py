@@ -10,11 +10,10 @@
     ours         `llmload.learn.outer`, without rounds
 
 Then ours again with a peer that is ten times slower and one that comes and goes, and with peers
-that attack; and in a crowd, of which an update reaches only some. All go on from a model that has
-learned other text, or with `--scratch` (methods alone) begin with random weights.
-`tools/bench/simulated_learning.py` says how time, links and text are simulated;
-`tools/bench/texts.py` measures what exchange of texts adds. Learning rates were chosen for each
-method with `--rates`, by seeds 11 and 12.
+that attack; and in a crowd. All go on from a model that has learned other text, or with `--scratch`
+(methods alone) begin with random weights. `tools/bench/simulated_learning.py` says how time, links
+and text are simulated; `tools/bench/texts.py` measures what exchange of texts adds. Learning rates
+were chosen for each method with `--rates`, by seeds 11 and 12.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from llmload import AdamWSettings, GPT2Config, Trainer
 from llmload.learn.averaging import PART_VALUE_COUNT, pulled_mean
 from llmload.learn.codecs import Codec
-from llmload.learn.exchange import AVERAGE_EVERY_S, FAN_OUT, GROUP_SIZE
-from llmload.learn.mixing import group_of, push_targets
+from llmload.learn.exchange import AVERAGE_EVERY_S, GROUP_SIZE
+from llmload.learn.mixing import group_of
 from llmload.learn.optimizer import AdamW
 from llmload.learn.outer import OuterLoop, OuterSettings
 from llmload.learn.shards import (
@@ -274,7 +274,6 @@ class Ours:
             for student in self.students
         ]
         self.rng = self.world.stream("links")
-        self.target_rng = self.world.stream("targets")
         self.noise = np.random.default_rng([room.seed, 7])
         self.idle_from = [0.0] * len(room.texts)
         self.sent_bytes = [0.0] * len(room.texts)
@@ -321,16 +320,10 @@ class Ours:
             update = loop.publish([self.students[other].peer_id for other in others])
             if self._is_there(index):
                 shards = [self._forged(index, shard) for shard in update.shards]
-                for other in self._targets(index, others):
+                for other in others:
                     self._send(index, other, shards)
         loop.merge()
         self.world.after(self._step_s(index), self._end_step, index)
-
-    def _targets(self, index: int, others: list[int]) -> list[int]:
-        by_id = {self.students[other].peer_id: other for other in others}
-        me = self.students[index].peer_id
-        drawn = push_targets(me, list(by_id), count=FAN_OUT, rng=self.target_rng)
-        return sorted(by_id[peer_id] for peer_id in drawn)
 
     def _send(self, index: int, other: int, shards: list[EncodedShard]) -> None:
         size = sum(len(shard.payload) + 90 for shard in shards)
