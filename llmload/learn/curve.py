@@ -13,6 +13,7 @@ import csv
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ NEEDED = {
 def append_row(table: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
     """Append a line to a table; a new one gets a heading first.
 
+    A table with another heading, of another kind of learning or an earlier version, is set aside
+    under a free name: `curve-1.csv` for `curve.csv`.
+
     Args:
         table: CSV; its folder is made, too.
         columns: The heading.
@@ -41,6 +45,9 @@ def append_row(table: Path, columns: Sequence[str], row: Mapping[str, Any]) -> N
     Raises:
         OSError: It can't be written.
     """
+    if table.exists() and _heading(table) != list(columns):
+        names = (table.with_stem(f"{table.stem}-{number}") for number in count(1))
+        table.rename(next(name for name in names if not name.exists()))
     is_new = not table.exists()
     table.parent.mkdir(parents=True, exist_ok=True)
     with table.open("a", newline="") as file:
@@ -48,6 +55,11 @@ def append_row(table: Path, columns: Sequence[str], row: Mapping[str, Any]) -> N
         if is_new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def _heading(table: Path) -> list[str]:
+    with table.open(newline="") as file:
+        return next(csv.reader(file), [])
 
 
 def can_draw() -> bool:

@@ -63,3 +63,13 @@ def test_a_table_without_lines_is_drawn_too(tmp_path):
     table.write_text(TABLE.splitlines()[0])
     curve.draw_curve(table, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").exists()
+
+
+def test_a_table_with_another_heading_is_set_aside(tmp_path):
+    table = tmp_path / "curve.csv"
+    for columns in (("step", "loss"), ("step", "norm"), ("step", "loss")):
+        for step in (1, 2):
+            curve.append_row(table, columns, {"step": step, columns[1]: 7})
+    assert (tmp_path / "curve-1.csv").read_text().split() == ["step,loss", "1,7", "2,7"]
+    assert (tmp_path / "curve-2.csv").read_text().split() == ["step,norm", "1,7", "2,7"]
+    assert table.read_text().split() == ["step,loss", "1,7", "2,7"]
