@@ -7,6 +7,8 @@
     in the beginning            who joins takes over the model of those who learn already
                                 (`joining.py`)
 
+Updates of a partner that another one can't reach are passed on to it (`forwarding.py`).
+
 Nobody waits for anybody. A partner that is slow gets the latest update when it has read the one
 before; one that is silent, lies or is lost costs a call that fails. So does one of another model:
 every shard names its layout.
@@ -25,18 +27,21 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TypeAlias
 
 import trio
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from llmload.errors import LearningFailed
 from llmload.learn.averaging import Averaged, Averaging
+from llmload.learn.forwarding import Acquaintances
 from llmload.learn.joining import StateFetch, StateServer
 from llmload.learn.mixing import group_of
-from llmload.learn.outer import OuterLoop, OuterSettings, Update
+from llmload.learn.outer import OuterLoop, OuterSettings
 from llmload.learn.protocol import (
+    PARTNERS_MAX,
     UPDATE,
     UpdateTaken,
     learner_service,
@@ -56,10 +61,13 @@ __all__ = ["Batches", "Learner", "PartnerReport"]
 
 # A phone on a bad link carries an update of GPT-2 124M, some 3 MB, in a minute.
 UPDATE_TIMEOUT_S = 120.0
-PARTNERS_MAX = 64
+# Whoever was passed on to us within so many updates of ours is heard.
+PASSED_ON_VERSIONS = 3
 REPORTS_MAX = 1024
-# Updates that wait for a partner; older ones are dropped, as is what is sent while it is away.
-MAILBOX_SIZE = 2
+# Updates that wait for a partner, of one learner and of all; older ones are dropped, as is what is
+# sent while it is away.
+WAITING_OF_ONE = 2
+MAILBOX_SIZE = 8
 LOOK_EVERY_S = 10.0
 AVERAGE_EVERY_S = 60.0
 # A round leaves 1/8 of the variance between peers (`mixing.py`); each sends twice these parts.
@@ -99,34 +107,55 @@ class PartnerReport:
     averaged: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class _Parcel:
+    """An update on its way to a partner.
+
+    Attributes:
+        shards: As they were published.
+        origin: Who did that; None for ourselves.
+    """
+
+    shards: Sequence[EncodedShard]
+    origin: PeerId | None = None
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(len(shard.payload) for shard in self.shards)
+
+
 @dataclass(eq=False)
 class _Partner:
     """A peer that learns the same model.
 
     Attributes:
-        mailbox: What we have for it.
+        mailbox: What we have for it, ours and what we pass on.
         news: Something is in the mailbox.
         is_resting: A call to it has failed; it is left alone for a while.
         is_steady: It did its part when we averaged last, or has confirmed an update since.
-        has_all: Nothing is in the mailbox or on the way, or it rests.
+        has_all: Nothing of ours is in the mailbox or on the way, or it rests.
     """
 
     peer: Peer
-    mailbox: deque[Update] = field(default_factory=lambda: deque(maxlen=MAILBOX_SIZE))
+    mailbox: deque[_Parcel] = field(default_factory=lambda: deque(maxlen=MAILBOX_SIZE))
     news: trio.Event = field(default_factory=trio.Event)
     is_resting: bool = False
     is_steady: bool = True
     has_all: trio.Event = field(default_factory=trio.Event)
 
-    def post(self, update: Update) -> None:
-        self.mailbox.append(update)
+    def post(self, parcel: _Parcel) -> None:
+        same = [each for each in self.mailbox if each.origin == parcel.origin]
+        if len(same) >= WAITING_OF_ONE:
+            self.mailbox.remove(same[0])
+        self.mailbox.append(parcel)
         self.news.set()
-        if not self.is_resting:
+        if parcel.origin is None and not self.is_resting:
             self.has_all = trio.Event()
 
-    async def next_update(self) -> Update:
-        while not self.mailbox:
+    async def next_parcel(self) -> _Parcel:
+        if all(parcel.origin is not None for parcel in self.mailbox):
             self.has_all.set()
+        while not self.mailbox:
             self.news = trio.Event()
             await self.news.wait()
         return self.mailbox.popleft()
@@ -202,6 +231,8 @@ class Learner:
         # Kept: fresh memory for 124 million numbers costs a tenth of a second.
         self._gradient: Vector | None = None
         self._partners: dict[PeerId, _Partner] = {}
+        self._acquaintances = Acquaintances(node.peer_id)
+        self._passed_on: dict[PeerId, int] = {}  # at which version of ours the latest came
         self._nursery: trio.Nursery | None = None  # while training
         # Threads work on the same arrays: one lock for the parameters, one for what comes in. What
         # is done with one shard takes 2 ms, less than on a busy machine the way to a thread.
@@ -303,13 +334,23 @@ class Learner:
             await trio.to_thread.run_sync(self.outer.go_alone)
             return
         try:
-            update = await trio.to_thread.run_sync(self.outer.publish, self.partners)
+            update = await trio.to_thread.run_sync(
+                partial(self.outer.publish, self.partners, unheard=self._count_unheard())
+            )
         except ValueError as error:
             raise LearningFailed(
                 f"our own update can't be sent ({error}); lower the learning rate"
             ) from error
         for found in self._partners.values():
-            found.post(update)
+            found.post(_Parcel(update.shards))
+
+    def _count_unheard(self) -> int:
+        """Return how many learn the same, and neither reach us nor are passed on to us."""
+        oldest = self.outer.version - PASSED_ON_VERSIONS
+        self._passed_on = {
+            origin: version for origin, version in self._passed_on.items() if version > oldest
+        }
+        return self._acquaintances.unheard_count({*self._partners, *self._passed_on})
 
     # --- Ours to others ----------------------------------------------------------------------
 
@@ -318,7 +359,7 @@ class Learner:
             await self._node.publish(self.service, is_service=True)
         while True:
             for peer_id in await self._others():
-                if peer_id not in self._partners:
+                if peer_id not in self._partners and len(self._partners) < PARTNERS_MAX:
                     try:
                         self.meet(await self._node.connect(peer_id))
                     except NatswarmError as error:
@@ -326,7 +367,10 @@ class Learner:
             await trio.sleep(LOOK_EVERY_S)
 
     async def _others(self) -> list[PeerId]:
-        """Return who else learns this model: of our neighbourhood, and by routing."""
+        """Return who else learns this model: of our neighbourhood, and by routing.
+
+        The nearest by XOR come first: so where there are too many, groups form that stay.
+        """
         found = {
             record.peer_id
             for record in await self._node.find_peers()
@@ -334,7 +378,10 @@ class Learner:
         }
         with suppress(NatswarmError):  # this node takes no part in routing, or nobody answers
             found.update(await self._node.find_service(self.service))
-        return sorted(found - {self._node.peer_id})
+        me = int.from_bytes(self._node.peer_id.key)
+        return sorted(
+            found - {self._node.peer_id}, key=lambda other: int.from_bytes(other.key) ^ me
+        )
 
     def meet(self, peer: Peer) -> None:
         """Exchange with a peer from now on, if there is room; who is found needs no introduction.
@@ -354,27 +401,31 @@ class Learner:
         report = self._report(peer_id)
         try:
             while not found.peer.is_lost:
-                update = await found.next_update()
+                parcel = await found.next_parcel()
                 try:
-                    taken = await self._push(found.peer, update)
+                    taken = await self._push(found.peer, parcel)
                 except NatswarmError as error:
                     report.failures += 1
                     logger.info("an update for %s failed: %s", peer_id.short, error)
                     await found.rest()
                 else:
                     report.confirmed += 1
-                    report.sent_bytes += update.payload_bytes
+                    report.sent_bytes += parcel.payload_bytes
                     report.taken_weight = taken.weight
                     found.is_steady = True
+                    self._acquaintances.tell(peer_id, taken.partners)
         finally:
             found.has_all.set()
+            self._acquaintances.forget(peer_id)
             del self._partners[peer_id]
 
-    async def _push(self, peer: Peer, update: Update) -> UpdateTaken:
+    async def _push(self, peer: Peer, parcel: _Parcel) -> UpdateTaken:
+        # Whose update we pass on has taken about what we have.
         seen = self.outer.seen(peer.peer_id)
+        origin = UNSET if parcel.origin is None else parcel.origin.key
         first, *others = [
-            EncodedShard(structs.replace(shard.header, seen=seen), shard.payload)
-            for shard in update.shards
+            EncodedShard(structs.replace(shard.header, seen=seen, origin=origin), shard.payload)
+            for shard in parcel.shards
         ]
         async with peer.start_call(
             UPDATE, first.header, first.payload, timeout_s=UPDATE_TIMEOUT_S
@@ -389,18 +440,43 @@ class Learner:
 
     async def _serve_update(self, call: Call[UpdateTaken, ShardHeader]) -> None:
         self.meet(call.peer)  # it may know of us before we look
+        if call.peer.peer_id not in self._partners:
+            raise RequestRefused(f"we learn with {PARTNERS_MAX} others already")
         report = self._report(call.peer.peer_id)
         weights: list[float] = []
+        shards: list[EncodedShard] = []
+        origin: PeerId | None = call.peer.peer_id
         async for header, payload in call:
             self._check_shard(header.layout, header.shard)
+            origin = self._origin(call.peer.peer_id, header)
             report.received_bytes += len(payload)
+            shards.append(EncodedShard(header, payload))
             async with self._incoming_lock:
-                weights.append(self.outer.receive(call.peer.peer_id, header, payload))
+                taken = origin is not None and self.outer.receive(origin, header, payload)
+            weights.append(float(taken))
             if len(weights) > self.outer.layout.shard_count:
                 raise RequestRefused("an update has each shard once")
         mean = sum(weights) / max(len(weights), 1)
         report.given_weight = mean
-        await call.send(UpdateTaken(sum(weight > 0 for weight in weights), mean))
+        keys = tuple(peer_id.key for peer_id in self._partners)
+        await call.send(UpdateTaken(sum(weight > 0 for weight in weights), mean, keys))
+        if origin == call.peer.peer_id:
+            for target in self._acquaintances.targets(origin):
+                self._partners[target].post(_Parcel(shards, origin))
+
+    def _origin(self, sender: PeerId, header: ShardHeader) -> PeerId | None:
+        """Return whose update a shard is of; None for one that is passed on to us in vain.
+
+        That is no error: who passes it on may not know yet that we have met its learner.
+        """
+        if header.origin is UNSET:
+            return sender
+        origin = PeerId(header.origin)
+        is_full = origin not in self._passed_on and len(self._passed_on) >= PARTNERS_MAX
+        if origin in self._partners or origin == self._node.peer_id or is_full:
+            return None
+        self._passed_on[origin] = self.outer.version
+        return origin
 
     # --- Averaging ---------------------------------------------------------------------------
 

@@ -23,6 +23,10 @@ passed; what comes later is part of the next. If nobody is heard the walk is kep
 plain training. Who is slow makes steps of its anchor in the middle of a stretch, as soon as most
 others have sent two updates: so its gradients are not those of a model of yesterday.
 
+Where some pairs can't reach each other, who hears less takes its own update for those it misses: so
+the weights between peers, as a matrix, have no negative eigenvalues. With them, steps would drive
+apart those that they should bring together, and all would unlearn (docs/decisions/0010).
+
 An update is weighed by its staleness, which is how many of our own updates were not yet part of its
 sender's anchor (1 / sqrt(staleness / 4) beyond 4), and by `robust.Judge`, which compares it with
 those of the others in the same step. The sender never chooses its weight. Our own update is judged
@@ -272,11 +276,13 @@ class OuterLoop:
         self._rates += learning_rate
         self._learning_rate = learning_rate or self._learning_rate
 
-    def publish(self, partners: Sequence[PeerId]) -> Update:
+    def publish(self, partners: Sequence[PeerId], *, unheard: int = 0) -> Update:
         """End a stretch of local steps: return what others get. `merge` makes the anchor's step.
 
         Args:
             partners: Who gets it, all; those who are new are waited for, too.
+            unheard: How many others learn the same and are not heard at all. Our own update counts
+                once more for each, up to as many as there are partners.
 
         Raises:
             ValueError: The gradients hold NaN or infinity: training has failed.
@@ -286,6 +292,7 @@ class OuterLoop:
             self._meet(peer)
         self.version += 1
         density = self.settings.density * min(1.0, COPIES / max(1, len(partners)))
+        weight = 1.0 + min(unheard, len(partners))
         shards = []
         for shard in range(self.layout.shard_count):
             bounds = self.layout.bounds(shard)
@@ -301,7 +308,7 @@ class OuterLoop:
             # As the others see it, with the rounding of the codec. The rest stays for next time.
             values = decode_shard_untrusted(self.layout, encoded.header, encoded.payload)
             self._residual[bounds] -= values
-            self._inbox.put(Contribution(self._me, encoded, 1.0))
+            self._inbox.put(Contribution(self._me, encoded, weight))
         self._end_stretch()
         return Update(self.version, tuple(shards), sum(len(each.payload) for each in shards))
 

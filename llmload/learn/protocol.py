@@ -1,6 +1,6 @@
 """What learners ask of each other: the messages of four calls, and the name of the service.
 
-    update/2    shards of one update, each a `ShardHeader` and its payload  ->  UpdateTaken
+    update/3    shards of one update, each a `ShardHeader` and its payload  ->  UpdateTaken
     reduce/1    parts of a model  ->  `Mean`, each of one part, in the same order
     manifest/1  FetchManifest  ->  Manifest and the digests of all shards of a snapshot
     state/2     FetchShards  ->  shards of that snapshot
@@ -21,6 +21,7 @@ from natswarm import Message, Method
 __all__ = [
     "DIGEST_BYTES",
     "MANIFEST",
+    "PARTNERS_MAX",
     "REDUCE",
     "SHARDS_PER_FETCH",
     "STATE",
@@ -33,6 +34,10 @@ __all__ = [
     "learner_service",
 ]
 
+# With whom a learner exchanges at a time.
+PARTNERS_MAX = 64
+# Ed25519.
+KEY_BYTES = 32
 # Shards in one call for the model: progress is kept when a call fails.
 SHARDS_PER_FETCH = 16
 # SHA-256.
@@ -48,10 +53,15 @@ class UpdateTaken(Message, frozen=True):
     Attributes:
         shard_count: How many of its shards were made part of the model.
         weight: The mean factor over all shards that were sent, 0..1.
+        partners: Public keys of those who the receiver exchanges updates with.
     """
 
     shard_count: Annotated[int, Meta(ge=0, lt=2**31)]
     weight: Annotated[float, Meta(ge=0, le=1)]
+    partners: Annotated[
+        tuple[Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)], ...],
+        Meta(max_length=PARTNERS_MAX),
+    ] = ()
 
 
 class Mean(Message, frozen=True):
@@ -104,7 +114,7 @@ class FetchShards(Message, frozen=True):
 _PAYLOAD_BYTES_MAX = Codec.FP32.payload_bytes(SHARD_VALUE_COUNT_MAX)
 
 UPDATE = Method(
-    "llmload/update/2", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+    "llmload/update/3", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_PAYLOAD_BYTES_MAX
 )
 REDUCE = Method("llmload/reduce/1", (ShardHeader,), (Mean,), payload_bytes_max=_PAYLOAD_BYTES_MAX)
 MANIFEST = Method(

@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Annotated, TypeAlias
 
 import numpy as np
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from llmload.learn.codecs import Codec, decode_values_untrusted, encode_values
 from llmload.learn.space import ParameterSpace, Vector
@@ -122,6 +122,7 @@ class ShardHeader(Message, frozen=True):
         count: Values in the payload.
         exponent: The numbers of the payload are to be multiplied by 2^exponent.
         seen: The receiver's latest version that the sender had taken; 0 for none.
+        origin: The public key of whose it is, if the sender only passes it on.
     """
 
     version: Version
@@ -131,6 +132,7 @@ class ShardHeader(Message, frozen=True):
     count: Annotated[int, Meta(ge=1, le=SHARD_VALUE_COUNT_MAX)]
     exponent: Annotated[int, Meta(ge=EXPONENT_MIN, le=EXPONENT_MAX)] = 0
     seen: Version = 0
+    origin: Annotated[bytes, Meta(min_length=32, max_length=32)] | UnsetType = UNSET
 
 
 @dataclass(frozen=True)

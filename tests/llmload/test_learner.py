@@ -13,7 +13,7 @@ from msgspec import structs
 from llmload.adapter import AdapterSettings, fresh_adapter
 from llmload.config import GPT2Config
 from llmload.errors import LearningFailed
-from llmload.learn import exchange
+from llmload.learn import averaging, exchange
 from llmload.learn.averaging import AVERAGE_CODEC
 from llmload.learn.exchange import Learner
 from llmload.learn.optimizer import AdamWSettings
@@ -21,7 +21,7 @@ from llmload.learn.outer import OuterSettings
 from llmload.learn.protocol import UPDATE
 from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
 from llmload.learn.trainer import Trainer, batches
-from natswarm import RequestRefused
+from natswarm import ConnectFailed, PeerId, RequestRefused
 
 sys.path.append(str(Path(__file__).parent))
 from fake_mesh import FakeMesh
@@ -135,6 +135,45 @@ async def test_settling_takes_what_came_after_the_last_step(make_learner):
     assert a.trainer.parameters.tobytes() == a.outer.anchor.tobytes()
 
 
+async def test_updates_reach_those_whom_their_sender_cannot(mesh, make_learner):
+    a, b, c = [await make_learner(name, index) for index, name in enumerate("abc", 1)]
+
+    async def connect(peer_id, reach=a.node.connect):
+        if peer_id == c.node.peer_id:
+            raise ConnectFailed("both sit behind NATs that nobody gets through")
+        return await reach(peer_id)
+
+    a.node.connect = connect
+    c.node.connect = lambda peer_id, reach=c.node.connect: (
+        connect(c.node.peer_id) if peer_id == a.node.peer_id else reach(peer_id)
+    )
+    await run_all(a, b, c, step_count=40)
+    assert set(a.partners) <= {b.node.peer_id}
+    for ours, theirs in ((a, c), (c, a)):
+        assert ours.outer.seen(theirs.node.peer_id) > 0, "passed on by the one in the middle"
+    # Its own counts no more than once, since all are heard.
+    assert a._count_unheard() == c._count_unheard() == 0
+
+
+async def test_what_is_passed_on_of_those_whom_we_hear_ourselves_is_left_out(make_learner):
+    a, b, c = [await make_learner(name) for name in "abc"]
+    b.meet(await b.node.connect(c.node.peer_id))
+    peer = await a.node.connect(b.node.peer_id)
+    layout = a.outer.layout
+    values = np.ones(layout.value_count(0), dtype=np.float32)
+    shard = encode_shard(layout, 0, values, codec=AVERAGE_CODEC, version=1)
+    stranger = PeerId(bytes(32))
+    for origin, weight in ((a, 0), (b, 0), (c, 0), (None, 1)):
+        key = (stranger if origin is None else origin.node.peer_id).key
+        header = structs.replace(shard.header, origin=key)
+        async with peer.start_call(UPDATE, header, shard.payload) as call:
+            await call.end()
+            taken, _ = await call.receive()
+        # The sender itself is a partner by now, whom we hear directly.
+        assert taken.weight == weight
+    assert b.outer.statistics.taken == 1
+
+
 async def test_learners_of_adapters_teach_each_other(make_learner):
     settings = AdapterSettings(rank=4)
     a = await make_learner("a", 1, adapter=settings, parts=2)
@@ -173,6 +212,7 @@ async def test_averaging_all_gives_both_the_same_bits(make_learner):
 
 async def test_groups_average_by_the_clock(make_learner, monkeypatch):
     monkeypatch.setattr(exchange, "AVERAGE_EVERY_S", 0.05)
+    monkeypatch.setattr(averaging, "WINDOW_S", 0.05)
     a, b = await make_learner("a", 1), await make_learner("b", 2)
     with trio.fail_after(TIMEOUT_S):
         async with trio.open_nursery() as nursery:

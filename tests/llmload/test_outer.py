@@ -198,6 +198,23 @@ def test_what_was_not_published_is_kept_for_later():
     assert np.linalg.norm(published - gradient(1)) < 0.05 * np.linalg.norm(gradient(1))
 
 
+def test_who_hears_less_takes_its_own_update_for_those_it_misses():
+    """Two of three hear each other: to the first, its own counts twice."""
+    steps = []
+    for unheard in (0, 1, 50):
+        (parameters, outer), (other_parameters, other) = loop(ME), loop(A)
+        walk(parameters, outer, gradient(1), merge=False)
+        walk(other_parameters, other, gradient(2), merge=False)
+        outer.publish([A], unheard=unheard)
+        deliver(outer, A, other.publish([ME]))
+        outer.merge()
+        steps.append(outer._optimizer.vectors()["mean"].copy())
+    own, others = (gradient(seed) for seed in (1, 2))
+    for mean, weight in zip(steps, (1, 2, 2), strict=True):  # no more than there are partners
+        expected = (weight * own + others) / (weight + 1)
+        assert mean @ expected / np.linalg.norm(mean) / np.linalg.norm(expected) > 0.999
+
+
 def test_in_a_crowd_all_copies_of_an_update_are_as_long_as_those_for_a_few():
     crowd = [PeerId(hashlib.sha256(f"crowd {number}".encode()).digest()) for number in range(32)]
 

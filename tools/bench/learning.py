@@ -10,10 +10,11 @@
     ours         `llmload.learn.outer`, without rounds
 
 Then ours again with a peer that is ten times slower and one that comes and goes, and with peers
-that attack; and in a crowd. All go on from a model that has learned other text, or with `--scratch`
-(methods alone) begin with random weights. `tools/bench/simulated_learning.py` says how time, links
-and text are simulated; `tools/bench/texts.py` measures what exchange of texts adds. Learning rates
-were chosen for each method with `--rates`, by seeds 11 and 12.
+that attack; where some pairs never reach each other; and in a crowd. All go on from a model that
+has learned other text, or with `--scratch` (methods alone) begin with random weights.
+`tools/bench/simulated_learning.py` says how time, links and text are simulated;
+`tools/bench/texts.py` measures what exchange of texts adds. Learning rates were chosen for each
+method with `--rates`, by seeds 11 and 12.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import argparse
 import csv
 import json
 import platform
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,9 @@ RATES = (0.001, 0.002, 0.004, 0.008)
 # From random weights; the best of 0.008, 0.016 and 0.032 for all of them.
 SCRATCH_RATE = 0.008
 SLOW, FLAPPING = 6, 7
-PARTS = ("methods", "slow", "attacks", "crowd")
+PARTS = ("methods", "slow", "attacks", "cut", "crowd")
+# Of the 28 pairs of eight peers, how many never reach each other.
+CUTS = (3, 8)
 ATTACKS = ("flip", "scale", "random")
 
 FULL = Size(200, 1500, 20, (2, 3, 4))
@@ -106,6 +111,18 @@ def attack(seed: int, size: Size) -> dict[str, Any]:
         for kind in ATTACKS:
             loss = ours(Classroom(seed, size, rate), attackers=liars, attack=kind).loss
             row[kind] = round(loss / clean - 1, 4)
+    return figures
+
+
+def cut_off(seed: int, size: Size) -> dict[str, Any]:
+    """Learn where some pairs never reach each other."""
+    rate, method = METHODS["local"]
+    figures: dict[str, Any] = {"local": round(method(Classroom(seed, size, rate)).loss, 4)}
+    pairs = list(combinations(range(PEER_COUNT), 2))
+    for count in (0, *CUTS):
+        cut = frozenset(random.Random(seed).sample(pairs, count))
+        loss = ours(Classroom(seed, size, METHODS["ours"][0]), unreachable=cut).loss
+        figures[f"{count} of {len(pairs)} pairs"] = round(loss, 4)
     return figures
 
 
@@ -194,6 +211,8 @@ def main() -> None:
             report["slow"] = disturb(arguments.seed, size, curves)
         if arguments.only in (None, "attacks"):
             report["attacks"] = attack(arguments.seed, size)
+        if arguments.only in (None, "cut"):
+            report["cut"] = cut_off(arguments.seed, size)
         if arguments.only in (None, "crowd"):
             report["crowd"] = crowd(arguments.seed, size)
     if arguments.curves:

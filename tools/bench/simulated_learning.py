@@ -28,6 +28,7 @@ from llmload import AdamWSettings, GPT2Config, Trainer
 from llmload.learn.averaging import PART_VALUE_COUNT, pulled_mean
 from llmload.learn.codecs import Codec
 from llmload.learn.exchange import AVERAGE_EVERY_S, GROUP_SIZE
+from llmload.learn.forwarding import Acquaintances
 from llmload.learn.mixing import group_of
 from llmload.learn.optimizer import AdamW
 from llmload.learn.outer import OuterLoop, OuterSettings
@@ -244,6 +245,7 @@ class Setting:
         attackers: Send something else than what they learned.
         attack: "flip", "scale" or "random".
         absent: Take no part.
+        unreachable: Pairs that never reach each other.
         outer: How often and how much is published; None: nothing is.
     """
 
@@ -252,6 +254,7 @@ class Setting:
     attackers: tuple[int, ...] = ()
     attack: str = ""
     absent: tuple[int, ...] = ()
+    unreachable: frozenset[tuple[int, int]] = frozenset()
     outer: OuterSettings | None = field(default_factory=OuterSettings)
 
 
@@ -269,6 +272,8 @@ class Ours:
             if i not in (*setting.slow, *setting.flapping, *setting.attackers)
         ]  # fmt: skip
         self.students = room.students()
+        self.index_of = {student.peer_id: student.index for student in self.students}
+        self.acquaintances = [self._acquaintances(i) for i in range(len(self.students))]
         self.loops = [
             OuterLoop(self.layout, student.parameters, student.peer_id, setting.outer)
             for student in self.students
@@ -316,18 +321,30 @@ class Ours:
         if self.steps[index] % loop.settings.local_steps == 0 and self.setting.outer is None:
             loop.go_alone()
         elif self.steps[index] % loop.settings.local_steps == 0:
-            others = [other for other in self.present if other != index]
-            update = loop.publish([self.students[other].peer_id for other in others])
+            partners = self._partners(index)
+            update = loop.publish([self.students[other].peer_id for other in partners])
             if self._is_there(index):
                 shards = [self._forged(index, shard) for shard in update.shards]
-                for other in others:
-                    self._send(index, other, shards)
+                for other in partners:
+                    self._send(index, other, index, shards)
         loop.merge()
         self.world.after(self._step_s(index), self._end_step, index)
 
-    def _send(self, index: int, other: int, shards: list[EncodedShard]) -> None:
+    def _acquaintances(self, index: int) -> Acquaintances:
+        found = Acquaintances(self.students[index].peer_id)
+        for partner in self._partners(index):
+            keys = [self.students[other].peer_id.key for other in self._partners(partner)]
+            found.tell(self.students[partner].peer_id, keys)
+        return found
+
+    def _partners(self, index: int) -> list[int]:
+        cut = {a + b - index for a, b in self.setting.unreachable if index in (a, b)}
+        return [other for other in self.present if other != index and other not in cut]
+
+    def _send(self, index: int, other: int, origin: int, shards: list[EncodedShard]) -> None:
+        """Send somebody an update, ours or one that we pass on."""
         size = sum(len(shard.payload) + 90 for shard in shards)
-        self.world.at(self._arrival(index, size), self._receive, index, other, shards)
+        self.world.at(self._arrival(index, size), self._receive, index, other, origin, shards)
 
     def _arrival(self, index: int, size: int) -> float:
         self.sent_bytes[index] += size
@@ -335,12 +352,16 @@ class Ours:
         self.idle_from[index] = begin + size / UPLINK_BYTES_PER_S
         return self.idle_from[index] + one_way_s(self.rng)
 
-    def _receive(self, index: int, other: int, shards: list[EncodedShard]) -> None:
-        if self._is_there(other):
-            me, sender = self.loops[other], self.students[index].peer_id
-            seen = self.loops[index].seen(self.students[other].peer_id)
-            for shard in shards:
-                me.receive(sender, structs.replace(shard.header, seen=seen), shard.payload)
+    def _receive(self, index: int, other: int, origin: int, shards: list[EncodedShard]) -> None:
+        if not self._is_there(other):
+            return
+        me, sender = self.loops[other], self.students[origin].peer_id
+        seen = self.loops[index].seen(self.students[other].peer_id)
+        for shard in shards:
+            me.receive(sender, structs.replace(shard.header, seen=seen), shard.payload)
+        if origin == index:
+            for target in self.acquaintances[other].targets(sender):
+                self._send(other, self.index_of[target], origin, shards)
 
     def _average(self, index: int, round_number: int) -> None:
         """Average with the group of this round, which the first of its members collects."""
