@@ -98,6 +98,8 @@ def learn(
         typer.Option(
             "--out",
             metavar="DIR",
+            file_okay=False,
+            writable=True,
             help="Folder of the learned model or adapter, its checkpoints and curve.",
         ),
     ],
@@ -129,7 +131,7 @@ def learn(
     ] = "float32",
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, help="Stop after so many; else at an interrupt."),
+        typer.Option("--steps", min=1, help="Stop after so many in all; else at an interrupt."),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows in one step.")] = 4,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens in one window.")] = 128,
@@ -206,13 +208,19 @@ def learn(
     if cut <= window or len(tokens) - cut <= window:
         raise typer.BadParameter(
             f"{len(tokens)} tokens are too few for windows of {window}; {VALIDATION_SHARE:.0%} of "
-            "them are kept to validate with",
+            "them are kept to validate with. Give more text, or a smaller --window",
             param_hint="--data",
         )
     try:
         schedule = LearningRateSchedule(peak=rate, warmup_steps=warmup, decay_steps=decay)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--decay") from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # not only when there is something to lose
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{out} can't be made a folder ({error.strerror}); take another", param_hint="--out"
+        ) from error
     config = device_config(
         state,
         invites=invites,
@@ -289,7 +297,11 @@ def evaluate(
     window = min(window, loaded.config.n_ctx)
     tokens = _read_tokens(loaded, data)
     if len(tokens) <= window:
-        raise typer.BadParameter(f"fewer than {window + 1} tokens", param_hint="--data")
+        raise typer.BadParameter(
+            f"{len(tokens)} tokens are too few for a window of {window}. Give more text, or a "
+            "smaller --window",
+            param_hint="--data",
+        )
     beside = None
     if adapter is not None:
         beside = load_adapter(adapter, loaded.config, base=loaded.content_hash)
@@ -394,9 +406,10 @@ class _Course:
         self.texts.refresh()
         checkpoint = load_checkpoint(self._out)
         if checkpoint is not None:
-            if self.trainer.adapter is not None:  # refused if it is of another model
-                load_adapter(self._adapter_file, self.model.config, base=self.model.content_hash)
-            learner.step_count = resume(checkpoint, self.trainer, learner.outer, self.rng)
+            learner.step_count = resume(
+                checkpoint, self.trainer, learner.outer, self.rng, self.learned_hash
+            )
+            self.tell({"event": "resumed", "step": learner.step_count})
 
     async def between_steps(self) -> None:
         """Report and save, now and then."""
@@ -409,7 +422,9 @@ class _Course:
         learner = self._learner
         save_checkpoint(
             self._out,
-            take_checkpoint(self.trainer, learner.outer, self.rng, learner.step_count),
+            take_checkpoint(
+                self.trainer, learner.outer, self.rng, learner.step_count, self.learned_hash
+            ),
         )
         adapter = self.trainer.adapter
         if adapter is not None:
@@ -420,8 +435,10 @@ class _Course:
         copy_tokenizer(self.model, self._out)
 
     def finish(self) -> None:
-        """Save, and draw the curve where that is possible."""
+        """Save, say so, and draw the curve where that is possible."""
         self.save()
+        step = self._learner.step_count
+        self.tell({"event": "saved", "step": step, "folder": str(self._out)})
         if can_draw() and self._curve.exists():
             draw_curve(self._curve, self._curve.with_suffix(".png"))
 

@@ -245,7 +245,7 @@ class Learner:
     @property
     def partners(self) -> list[PeerId]:
         """With whom we exchange now."""
-        return list(self._partners)
+        return [peer_id for peer_id, found in self._partners.items() if not found.peer.is_lost]
 
     @property
     def round_number(self) -> int:
@@ -330,12 +330,13 @@ class Learner:
         self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
 
     async def _publish(self) -> None:
-        if not self._partners:
+        partners = self.partners
+        if not partners:
             await trio.to_thread.run_sync(self.outer.go_alone)
             return
         try:
             update = await trio.to_thread.run_sync(
-                partial(self.outer.publish, self.partners, unheard=self._count_unheard())
+                partial(self.outer.publish, partners, unheard=self._count_unheard())
             )
         except ValueError as error:
             raise LearningFailed(

@@ -21,7 +21,7 @@ __all__ = ["resume", "take_checkpoint"]
 
 
 def take_checkpoint(
-    trainer: Trainer, outer: OuterLoop, rng: np.random.Generator, step: int
+    trainer: Trainer, outer: OuterLoop, rng: np.random.Generator, step: int, learned_hash: str
 ) -> Checkpoint:
     """Return the state between two steps; its vectors are not copies.
 
@@ -30,9 +30,10 @@ def take_checkpoint(
         outer: The state of the exchange.
         rng: What draws the batches.
         step: Steps made.
+        learned_hash: By which those are known who learn the same; `resume` refuses another.
     """
     facts = {
-        "layout": outer.layout.hash.hex(),
+        "learned": learned_hash,
         "powers": list(trainer.optimizer.powers),
         "outer": outer.facts(),
         "rng": rng.bit_generator.state,
@@ -41,20 +42,23 @@ def take_checkpoint(
 
 
 def resume(
-    checkpoint: Checkpoint, trainer: Trainer, outer: OuterLoop, rng: np.random.Generator
+    checkpoint: Checkpoint,
+    trainer: Trainer,
+    outer: OuterLoop,
+    rng: np.random.Generator,
+    learned_hash: str,
 ) -> int:
     """Go on from a checkpoint; returns the steps made.
 
     Raises:
-        LearningFailed: It is of another model.
+        LearningFailed: It is of another model or adapter.
     """
-    targets = _vectors(trainer, outer)
-    if checkpoint.facts["layout"] != outer.layout.hash.hex():
+    if checkpoint.facts.get("learned") != learned_hash:
         raise LearningFailed(
-            "the checkpoint is of a model of another shape. Learn in another folder (--state), or "
-            "remove the checkpoints in this one"
+            "the checkpoints there are of another model or adapter. Learn in another folder "
+            "(--out), or remove them"
         )
-    for name, target in targets.items():
+    for name, target in _vectors(trainer, outer).items():
         target[:] = checkpoint.vectors[name]
     beta1_power, beta2_power = checkpoint.facts["powers"]
     trainer.optimizer.powers = (beta1_power, beta2_power)

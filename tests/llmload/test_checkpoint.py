@@ -116,11 +116,12 @@ def test_resuming_gives_the_bits_of_not_having_stopped(tmp_path):
     whole.train(20)
     first = Run()
     first.train(10)  # between two updates
-    save_checkpoint(tmp_path, take_checkpoint(first.trainer, first.outer, first.rng, first.step))
+    made = take_checkpoint(first.trainer, first.outer, first.rng, first.step, "a")
+    save_checkpoint(tmp_path, made)
     second = Run()
     second.train(2)
     found = load_checkpoint(tmp_path)
-    second.step = resume(found, second.trainer, second.outer, second.rng)
+    second.step = resume(found, second.trainer, second.outer, second.rng, "a")
     second.train(10)
     assert second.trainer.parameters.tobytes() == whole.trainer.parameters.tobytes()
     assert second.outer.anchor.tobytes() == whole.outer.anchor.tobytes()
@@ -128,7 +129,7 @@ def test_resuming_gives_the_bits_of_not_having_stopped(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused():
-    ours, other = Run(), Run(GPT2Config(vocab_size=40, n_ctx=16, n_embd=8, n_layer=1, n_head=2))
-    found = take_checkpoint(other.trainer, other.outer, other.rng, 0)
-    with pytest.raises(LearningFailed, match="another shape"):
-        resume(found, ours.trainer, ours.outer, ours.rng)
+    ours, other = Run(), Run()
+    found = take_checkpoint(other.trainer, other.outer, other.rng, 0, "b")
+    with pytest.raises(LearningFailed, match="another model"):
+        resume(found, ours.trainer, ours.outer, ours.rng, "a")

@@ -54,10 +54,12 @@ def test_learning_goes_on_where_it_stopped_and_helps(run, tmp_path, model_folder
     assert before.keys() == {"tokens", "loss", "perplexity", "bits_per_byte"}
     status, lines, _ = learn(run, tmp_path, 10)
     assert status == 0
-    assert [line["step"] for line in lines if "step" in line] == [5, 10]
+    assert [line["step"] for line in lines if "loss" in line] == [5, 10]
+    assert lines[-1] == {"event": "saved", "step": 10, "folder": str(tmp_path / "out")}
     status, lines, _ = learn(run, tmp_path, 20)
     assert status == 0
-    assert [line["step"] for line in lines if "step" in line] == [15, 20]
+    assert lines[0] == {"event": "resumed", "step": 10}
+    assert [line["step"] for line in lines if "loss" in line] == [15, 20]
     with (tmp_path / "out" / "curve.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["5", "10", "15", "20"]
     assert (tmp_path / "out" / "curve.png").exists() == can_draw()
@@ -75,7 +77,7 @@ def test_what_this_device_keeps_is_learned_from_too(run, tmp_path, monkeypatch):
     store.add([sign_record(me, record) for record in kept])
     status, lines, _ = learn(run, tmp_path, 5, "--no-texts")
     assert status == 0
-    row = lines[-1]
+    row = lines[-2]
     assert 0 < row["preference_loss"] < 0.5  # the text has taught what was marked as good
     assert (row["texts"], row["text_bytes_sent"], row["useless_sources"]) == (0, 0, 0)
 
@@ -84,7 +86,7 @@ def test_how_a_step_is_made_can_be_chosen(run, tmp_path):
     chosen = ["--parts", "2", "--batch", "2", "--recompute", "1", "--warmup", "2", "--decay", "4"]
     status, lines, _ = learn(run, tmp_path, 5, *chosen)
     assert status == 0
-    assert [line["step"] for line in lines if "step" in line] == [5]
+    assert [line["step"] for line in lines if "loss" in line] == [5]
     status, _, said = learn(run, tmp_path, 5, "--warmup", "4", "--decay", "4")
     assert status == 2
     assert "must be more than" in said
@@ -105,7 +107,7 @@ def test_an_adapter_is_learned_and_used(run, tmp_path, model_folder, monkeypatch
         chosen = ["--adapter", "4", "--rate", "0.02", "--precision", precision]
         status, lines, said = learn(run, tmp_path, steps, *chosen)
         assert status == 0, said
-        assert [line["step"] for line in lines if "step" in line] == [steps]
+        assert [line["step"] for line in lines if "loss" in line] == [steps]
     file = tmp_path / "out" / "adapter.safetensors"
     assert not (tmp_path / "out" / "model.safetensors").exists()
     _, [after], _ = run("eval", "--window", "16", "--adapter", str(file))
@@ -113,7 +115,7 @@ def test_an_adapter_is_learned_and_used(run, tmp_path, model_folder, monkeypatch
     # A checkpoint of another shape is no place to go on from.
     status, _, said = learn(run, tmp_path, 15, "--adapter", "5")
     assert status == 1
-    assert "another shape" in said
+    assert "another model or adapter" in said
     status, _, said = learn(run, tmp_path, 15, "--precision", "int8")
     assert status == 2
     assert "only with --adapter" in said
@@ -137,3 +139,10 @@ def test_a_text_that_is_too_short_or_no_text_is_a_usage_error(run, tmp_path):
     status, _, said = learn(run, tmp_path, 5)
     assert status == 2
     assert "UTF-8" in said
+
+
+@pytest.mark.parametrize("place", ["text.txt", "text.txt/inside"])
+def test_a_folder_that_can_not_be_is_told_before_anything_is_learned(run, tmp_path, place):
+    status, lines, said = learn(run, tmp_path, 5, "--out", str(tmp_path / place))
+    assert (status, lines) == (2, [])
+    assert "--out" in said

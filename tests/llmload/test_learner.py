@@ -196,6 +196,14 @@ async def test_alone_it_trains(make_learner):
     assert learner.partners == []
 
 
+async def test_who_is_lost_is_no_partner(mesh, make_learner):
+    a, b = await make_learner("a"), await make_learner("b")
+    a.meet(await a.node.connect(b.node.peer_id))
+    assert a.partners == [b.node.peer_id]
+    mesh.kill(b.node)
+    assert a.partners == []
+
+
 async def test_averaging_all_gives_both_the_same_bits(make_learner):
     a, b = await make_learner("a", 1), await make_learner("b", 2)
     await run_all(a, step_count=4)

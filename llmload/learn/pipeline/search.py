@@ -173,7 +173,7 @@ class StageSearch:
         if not rooms:
             return NoRoute(
                 "nobody we know of offers to train this model, or all are busy. Start "
-                "`llmload up --train` with it on other devices, and give one of them's --join.",
+                "`llmload up --train` with it on other devices, and give one's invite by --join.",
                 [self._blocks],
             )
         room = sum(sorted(rooms.values(), reverse=True)[:stage_count])
