@@ -196,11 +196,12 @@ async def test_alone_it_trains(make_learner):
     assert learner.partners == []
 
 
-async def test_who_is_lost_is_no_partner(mesh, make_learner):
+async def test_who_is_lost_is_no_partner(make_learner):
     a, b = await make_learner("a"), await make_learner("b")
-    a.meet(await a.node.connect(b.node.peer_id))
-    assert a.partners == [b.node.peer_id]
-    mesh.kill(b.node)
+    peer = await a.node.connect(b.node.peer_id)
+    a.meet(peer)
+    assert a.partners == [peer.peer_id]
+    peer.is_lost = True
     assert a.partners == []
 
 
