@@ -15,9 +15,9 @@ import typer
 from msgspec import structs
 
 from llmload.cli_mesh import DEFAULT_STATE, StateOption
-from llmload.cli_shared import JsonOption, output, print_json
+from llmload.cli_shared import JsonOption, output, print_json, remarks
 from llmload.data.record import FeedbackRecord, Record, TextRecord, cut_text, sign_record
-from llmload.data.store import RecordStore, StoredRecord
+from llmload.data.store import Added, RecordStore, StoredRecord
 from natswarm import Identity
 
 __all__ = ["app", "feedback", "open_store"]
@@ -68,9 +68,11 @@ def add(
     records: list[Record] = []
     for file in files:
         try:
-            pieces = cut_text(file.read_text("utf-8"))
+            pieces = list(cut_text(file.read_text("utf-8")))
         except UnicodeDecodeError as error:
             raise typer.BadParameter(f"{file} is no text in UTF-8", param_hint="FILE") from error
+        if not pieces:
+            raise typer.BadParameter(f"{file} holds no text", param_hint="FILE")
         records += [TextRecord(piece, licence, language, file.name[:200]) for piece in pieces]
     _keep(records, state, is_shared=share, as_json=as_json)
 
@@ -203,6 +205,12 @@ def _keep(records: Sequence[Record], state: Path, *, is_shared: bool, as_json: b
             print_json({"id": record_id, "result": result.name.lower()})
         else:
             output.print(f"{record_id[:SHOWN_CHARACTERS]}  {result.value}", markup=False)
+    if not as_json and any(result in (Added.REPEATED, Added.NEAR) for result in results):
+        remarks.print(
+            "What is there stays as it was, private or shared, and what was forgotten stays away: "
+            "see `llmload data list`.",
+            markup=False,
+        )
 
 
 def _check_licence(licence: str) -> None:

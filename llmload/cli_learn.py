@@ -156,7 +156,7 @@ def learn(
             help="Hold activations of so many blocks at once: less memory, more time.",
         ),
     ] = None,
-    rate: Annotated[float, typer.Option("--rate", min=1e-9, help="Learning rate.")] = 3e-4,
+    rate: Annotated[float, typer.Option("--rate", min=1e-9, max=1, help="Learning rate.")] = 3e-4,
     warmup: Annotated[
         int, typer.Option("--warmup", min=0, help="Steps until the learning rate is reached.")
     ] = 0,
@@ -201,7 +201,14 @@ def learn(
             param_hint="--stages",
         )
     invites = [Invite.parse(text) for text in join or ()]
-    loaded = load_model(model_folder(model))
+    folder = model_folder(model)
+    if out.resolve() == folder.resolve():
+        raise typer.BadParameter(
+            "what is learned would take the place of --model, and could not be gone on with; take "
+            "another folder",
+            param_hint="--out",
+        )
+    loaded = load_model(folder)
     window = min(window, loaded.config.n_ctx)
     tokens = _read_tokens(loaded, data)
     cut = int(len(tokens) * (1 - VALIDATION_SHARE))

@@ -185,6 +185,7 @@ def save_weights_in_parts(folder: Path, parts: Iterable[Weights], name: str) -> 
     index = {"metadata": {"total_size": byte_count}, "weight_map": weight_map}
     text = json.dumps(index, indent=2) + "\n"
     replace_file(folder / SHARDS_FILE_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    (folder / WEIGHTS_FILE_NAME).unlink(missing_ok=True)  # it would be read in place of the parts
     for old in folder.glob("model-*.safetensors"):
         if old.name not in weight_map.values():
             old.unlink(missing_ok=True)

@@ -125,8 +125,8 @@ class AdamW:
         norm = math.sqrt(self.squared_norm(gradient)) if norm is None else norm
         if not math.isfinite(norm):
             raise LearningFailed(
-                "The gradient holds NaN or infinity, or is nearly as long; the step was skipped. "
-                "If it happens again, lower the learning rate."
+                "The gradient holds NaN or infinity, or is nearly as long; the step was not made. "
+                "Lower the learning rate; if the loss had risen before, begin anew (another --out)"
             )
         clip = min(1.0, settings.gradient_norm_max / max(norm, 1e-30))
         self._beta1_power *= settings.beta1

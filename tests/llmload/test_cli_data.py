@@ -50,7 +50,9 @@ def test_files_are_cut_signed_kept_and_private(data, notes):
         (False, None, "")
     }
     assert len({each["author"] for each in records}) == 1
-    assert "there already" in data("add", str(notes))[1]
+    _, said, remark = data("add", str(notes), "--share", "--licence", "CC0-1.0")
+    assert "there already" in said
+    assert "stays as it was, private or shared" in remark
     assert "private ours" in data("list")[1]
 
 
@@ -83,6 +85,13 @@ def test_what_is_forgotten_is_gone_and_stays_away(data, notes):
 def test_ids_that_name_nothing_are_usage_errors(data, notes, prefix):
     data("add", str(notes))
     assert data("forget", prefix)[0] == 2
+
+
+def test_a_file_without_text_is_a_usage_error(data, tmp_path):
+    file = tmp_path / "empty.txt"
+    file.touch()
+    status, _, said = data("add", str(file))
+    assert (status, "holds no text" in said) == (2, True)
 
 
 def test_what_others_wrote_does_not_get_at_the_terminal(data, tmp_path):

@@ -141,7 +141,7 @@ def test_a_text_that_is_too_short_or_no_text_is_a_usage_error(run, tmp_path):
     assert "UTF-8" in said
 
 
-@pytest.mark.parametrize("place", ["text.txt", "text.txt/inside"])
+@pytest.mark.parametrize("place", ["text.txt", "text.txt/inside", "model"])
 def test_a_folder_that_can_not_be_is_told_before_anything_is_learned(run, tmp_path, place):
     status, lines, said = learn(run, tmp_path, 5, "--out", str(tmp_path / place))
     assert (status, lines) == (2, [])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import zipfile
+from itertools import islice
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +27,7 @@ from llmload.weights import (
     random_weights,
     replace_file,
     save_weights,
+    save_weights_in_parts,
 )
 
 
@@ -78,6 +80,14 @@ def test_weights_in_several_files_are_the_same_model(model_folder, config, weigh
     assert_same(
         load_model(model_folder, range(1, 2)).weights, load_weights(model_folder, range(1, 2))
     )
+
+
+def test_parts_take_the_place_of_one_file(model_folder, config, weights):
+    other = {name: values + 1 for name, values in weights.items()}
+    names = iter(other)
+    first = {name: other[name] for name in islice(names, 5)}
+    save_weights_in_parts(model_folder, [first, {name: other[name] for name in names}], "step1")
+    assert_same(load_weights(model_folder), other)
 
 
 def test_damaged_shards_are_named(model_folder, weights):
