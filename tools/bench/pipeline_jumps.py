@@ -32,11 +32,15 @@ ASKED_EVERY = 4
 
 def measure_jumps(seed: int, is_quick: bool, _folder: Path) -> list[dict[str, Any]]:
     """Return for each learning rate how many validations jump, right and wrong ones."""
-    rates, count = (RATES[:1], LATEST_MAX + 1) if is_quick else (RATES, 100)
-    return [_watch(rate, count, np.random.default_rng(seed)) for rate in rates]
+    rng = np.random.default_rng
+    if is_quick:
+        return [_watch(RATES[0], LATEST_MAX + 1, 1, rng(seed))]
+    return [_watch(rate, 100, STEPS_BETWEEN, rng(seed)) for rate in RATES]
 
 
-def _watch(rate: float, validation_count: int, rng: np.random.Generator) -> dict[str, Any]:
+def _watch(
+    rate: float, validation_count: int, steps_between: int, rng: np.random.Generator
+) -> dict[str, Any]:
     model = load_model(bundled_model_path())
     text = read_text("asyncio").tobytes().decode("utf-8", "replace")
     tokens = np.array(model.tokenizer.encode(text), dtype=np.int64)
@@ -58,7 +62,7 @@ def _watch(rate: float, validation_count: int, rng: np.random.Generator) -> dict
     seen: dict[str, list[bool]] = {name: [] for name in errors}
     rises: dict[str, list[float]] = {name: [] for name in errors}
     for index in range(validation_count):
-        for _ in range(STEPS_BETWEEN):
+        for _ in range(steps_between):
             _step(stage, last, next(drawing), rate)
         loss = _loss(stage, last, held_out)
         if index >= LATEST_MAX and index % ASKED_EVERY == 0:
