@@ -44,7 +44,16 @@ from llmload.learn.shards import (
     encode_shard,
 )
 from llmload.swarm.beside import beside
-from natswarm import Call, DecodeError, NatswarmError, Node, Peer, PeerId, RequestRefused
+from natswarm import (
+    Call,
+    CallFailed,
+    DecodeError,
+    NatswarmError,
+    Node,
+    Peer,
+    PeerId,
+    RequestRefused,
+)
 
 __all__ = ["AVERAGE_CODEC", "Averaged", "Averaging", "pulled_mean"]
 
@@ -181,6 +190,8 @@ class Averaging:
                     await self._ask(peer, share, round_number, counts)
             except NatswarmError as error:
                 failures[peer.peer_id] = error
+            except trio.EndOfChannel:
+                failures[peer.peer_id] = CallFailed("it ended the call before all means were there")
 
         async with trio.open_nursery() as nursery:
             for peer in peers:

@@ -183,7 +183,7 @@ class Learner:
         reputation: What is known of a peer from elsewhere, 0..1; None for 1.
         between_steps: Called after each step, while nobody else touches the model: the place to
             evaluate, to save, and to stop by cancelling. What it raises ends `run`.
-        utc: The wall clock, seconds; pairs are drawn by it.
+        utc: The wall clock, seconds; groups are drawn by it.
 
     Attributes:
         outer: The state of the exchange, and its counters.
@@ -405,7 +405,7 @@ class Learner:
                 parcel = await found.next_parcel()
                 try:
                     taken = await self._push(found.peer, parcel)
-                except NatswarmError as error:
+                except (NatswarmError, trio.EndOfChannel) as error:
                     report.failures += 1
                     logger.info("an update for %s failed: %s", peer_id.short, error)
                     await found.rest()
@@ -457,7 +457,9 @@ class Learner:
             weights.append(float(taken))
             if len(weights) > self.outer.layout.shard_count:
                 raise RequestRefused("an update has each shard once")
-        mean = sum(weights) / max(len(weights), 1)
+        if not shards:
+            raise RequestRefused("an update has shards")
+        mean = sum(weights) / len(weights)
         report.given_weight = mean
         keys = tuple(peer_id.key for peer_id in self._partners)
         await call.send(UpdateTaken(sum(weight > 0 for weight in weights), mean, keys))

@@ -45,10 +45,6 @@ class Acquaintances:
         """Forget what a partner has told, which is none any more."""
         self._partners_of.pop(peer, None)
 
-    def learns_with(self, peer: PeerId, other: PeerId) -> bool:
-        """Return whether a partner has told that it exchanges with somebody."""
-        return other in self._partners_of.get(peer, ())
-
     def targets(self, origin: PeerId) -> list[PeerId]:
         """Return to whom we are to pass the updates of a partner."""
         theirs = self._partners_of.get(origin)

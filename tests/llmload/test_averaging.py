@@ -141,6 +141,19 @@ async def test_parts_of_a_reducer_that_is_gone_stay_as_they_are(group, autojump_
         assert np.array_equal(others[0].parameters[bounds], before[bounds])
 
 
+async def test_a_reducer_that_ends_the_call_without_means_is_a_failure(group, autojump_clock):
+    mute, *others = group
+
+    async def end(call):
+        await call.receive()
+
+    mute.node.serve_calls(REDUCE, end)
+    await average(others, dict.fromkeys(others, group))
+    for member in others:
+        assert "ended the call" in str(member.found.failures[mute.node.peer_id])
+        assert {count for count in member.found.counts.values() if count} == {3}
+
+
 async def test_who_knows_of_fewer_members_spoils_no_more_than_the_parts_it_averages(
     group, autojump_clock
 ):

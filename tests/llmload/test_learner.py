@@ -18,10 +18,12 @@ from llmload.learn.averaging import AVERAGE_CODEC
 from llmload.learn.exchange import Learner
 from llmload.learn.optimizer import AdamWSettings
 from llmload.learn.outer import OuterSettings
-from llmload.learn.protocol import UPDATE
+from llmload.learn.protocol import UPDATE, UpdateTaken
 from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
 from llmload.learn.trainer import Trainer, batches
 from natswarm import ConnectFailed, PeerId, RequestRefused
+from natswarm.net.call import CallBegin
+from natswarm.net.message_stream import MessageStream
 
 sys.path.append(str(Path(__file__).parent))
 from fake_mesh import FakeMesh
@@ -250,6 +252,36 @@ async def test_a_peer_that_never_answers_costs_the_others_nothing(mesh, make_lea
     assert a.step_count == b.step_count == 40
     assert a.reports[b.node.peer_id].confirmed > 0
     assert a.reports[silent.peer_id].confirmed == 0
+
+
+async def test_a_peer_that_ends_calls_without_an_answer_stops_nobody(mesh, make_learner):
+    a, b = await make_learner("a", 1), await make_learner("b", 2)
+    mute = mesh.node("mute")
+    await mute.announce([a.service])
+
+    async def end(call):
+        await call.receive()
+
+    mute.serve_calls(UPDATE, end)
+    await run_all(a, b, step_count=10)
+    assert a.step_count == b.step_count == 10
+    assert a.reports[mute.peer_id].failures > 0
+
+
+async def test_an_update_without_shards_is_refused_and_not_passed_on(make_learner):
+    a, b, c = [await make_learner(name) for name in "abc"]
+    for other in (a, c):
+        b.meet(await b.node.connect(other.node.peer_id))
+        b._acquaintances.tell(other.node.peer_id, [b.node.peer_id.key])
+    assert b._acquaintances.targets(a.node.peer_id) == [c.node.peer_id]
+    peer = await a.node.connect(b.node.peer_id)
+    async with await peer.open_stream(UPDATE.name) as stream:
+        messages = MessageStream(stream)
+        await messages.send(CallBegin())
+        await messages.send_eof()
+        with pytest.raises(RequestRefused, match="has shards"):
+            await messages.receive(UpdateTaken)
+    assert not b._partners[c.node.peer_id].mailbox
 
 
 async def test_who_begins_anew_is_not_taken_for_a_repetition(make_learner):
