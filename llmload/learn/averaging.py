@@ -35,6 +35,7 @@ from llmload.learn.codecs import Codec
 from llmload.learn.mixing import reducer
 from llmload.learn.outer import OuterLoop
 from llmload.learn.protocol import REDUCE, Mean
+from llmload.learn.robust import length_of
 from llmload.learn.shards import (
     EncodedShard,
     ShardHeader,
@@ -301,7 +302,7 @@ def pulled_mean(ours: Vector, offered: Sequence[Vector], reach: float) -> Vector
     total = np.zeros_like(ours)
     for values in offered:
         difference = values - ours
-        distance = float(np.linalg.norm(difference.astype(np.float64))) / math.sqrt(ours.size)
+        distance = length_of(difference) / math.sqrt(ours.size)
         total += difference * np.float32(min(1.0, reach / distance) if distance > 0 else 1.0)
     mean: Vector = ours + total / np.float32(len(offered))
     return mean

@@ -57,7 +57,7 @@ import numpy as np
 from llmload.learn.codecs import Codec
 from llmload.learn.inbox import Contribution, Inbox, Partner, usual_waiting
 from llmload.learn.optimizer import AdamW, AdamWSettings
-from llmload.learn.robust import Judge, Reputation
+from llmload.learn.robust import Judge, Reputation, cosine, length_of
 from llmload.learn.shards import (
     EncodedShard,
     ShardHeader,
@@ -380,12 +380,12 @@ class OuterLoop:
         """
         contributions = sorted(contributions, key=lambda each: each.peer)
         decoded = [each.decode(self.layout) for each in contributions]
-        lengths = [_length(values) for values in decoded]
+        lengths = [length_of(values) for values in decoded]
         for values, factor in zip(decoded, self._judge.cut(shard, lengths), strict=True):
             values *= np.float32(factor)
         total: Vector = np.sum(decoded, axis=0, dtype=np.float32)
         for each, values in zip(contributions, decoded, strict=True):
-            self._judge.note(each.peer, _cosine(values, total - values))
+            self._judge.note(each.peer, cosine(values, total - values))
         out[:] = 0
         weights = 0.0
         for each, values in zip(contributions, decoded, strict=True):
@@ -453,7 +453,7 @@ class OuterLoop:
             The share of the way that was gone, up to 1.
         """
         difference = mean - before
-        distance = _length(difference) / math.sqrt(mean.size)
+        distance = length_of(difference) / math.sqrt(mean.size)
         clip = min(1.0, self.reach / distance) if distance > 0 else 1.0
         self._distances.append(distance * clip)
         anchor = self._anchor[bounds]
@@ -472,15 +472,3 @@ class OuterLoop:
         # Who is new counts as heard a stretch ago: it is waited for.
         step = self._step_count - self.settings.local_steps
         return self._inbox.meet(peer, version=self.version, step=step)
-
-
-def _length(values: Vector) -> float:
-    """Return the Euclidean length; of what a shard may hold the squares do not fit float32."""
-    return float(np.linalg.norm(values.astype(np.float64)))
-
-
-def _cosine(values: Vector, others: Vector) -> float:
-    """Return the cosine between an update and the others', where the update is not zero."""
-    there = others[values != 0]
-    both = _length(values) * _length(there)
-    return float(values @ others) / both if both > 0 else 0.0

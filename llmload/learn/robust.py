@@ -31,9 +31,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
+from llmload.learn.space import Vector
 from natswarm import PeerId
 
-__all__ = ["Judge", "Reputation"]
+__all__ = ["Judge", "Reputation", "cosine", "length_of"]
 
 # What is known of a peer from elsewhere: a factor in 0..1.
 Reputation: TypeAlias = Callable[[PeerId], float]
@@ -133,3 +136,19 @@ class Judge:
         ):
             return 1.0
         return min(1.0, max(0.0, standing.clarity / CLEAR))
+
+
+def length_of(values: Vector) -> float:
+    """Return the Euclidean length of what somebody sent, whose squares may not fit float32.
+
+    Not by BLAS: its sums depend on the processor, on which all must agree, and on a busy machine
+    its threads take thirty times as long for a shard.
+    """
+    return math.sqrt(float(np.square(values, dtype=np.float64).sum()))
+
+
+def cosine(values: Vector, others: Vector) -> float:
+    """Return the cosine between an update and the others', where the update is not zero."""
+    both = length_of(values) * length_of(others[values != 0])
+    product = float(np.multiply(values, others, dtype=np.float64).sum())
+    return product / both if both > 0 else 0.0
