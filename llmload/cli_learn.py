@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from llmload.adapter import (
     RANK_MAX,
-    Adapter,
     AdapterSettings,
     fresh_adapter,
     load_adapter,
@@ -44,12 +43,13 @@ from llmload.cli_mesh import (
     show_event,
     stay_joined,
 )
-from llmload.cli_pipeline import CodecOption, Lesson, StagesOption, lead
+from llmload.cli_pipeline import CodecOption, Lesson, StagesOption, check_blocks, lead
 from llmload.cli_shared import (
     AdapterOption,
     JsonOption,
     ModelOption,
     ThreadsOption,
+    make_out,
     model_folder,
     output,
     print_facts,
@@ -202,13 +202,9 @@ def learn(
         )
     invites = [Invite.parse(text) for text in join or ()]
     folder = model_folder(model)
-    if out.resolve() == folder.resolve():
-        raise typer.BadParameter(
-            "what is learned would take the place of --model, and could not be gone on with; take "
-            "another folder",
-            param_hint="--out",
-        )
     loaded = load_model(folder)
+    if stages is not None:
+        check_blocks(loaded.config)
     window = min(window, loaded.config.n_ctx)
     tokens = _read_tokens(loaded, data)
     cut = int(len(tokens) * (1 - VALIDATION_SHARE))
@@ -222,12 +218,7 @@ def learn(
         schedule = LearningRateSchedule(peak=rate, warmup_steps=warmup, decay_steps=decay)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--decay") from error
-    try:
-        out.mkdir(parents=True, exist_ok=True)  # not only when there is something to lose
-    except OSError as error:
-        raise typer.BadParameter(
-            f"{out} can't be made a folder ({error.strerror}); take another", param_hint="--out"
-        ) from error
+    make_out(out, folder)
     config = device_config(
         state,
         invites=invites,
@@ -266,10 +257,11 @@ def learn(
         run_async(lead, lesson, loaded, state, config, invites, as_json)
         return
     rng = np.random.default_rng(seed)
+    new = None if adapter is None else fresh_adapter(loaded.config, AdapterSettings(rank=adapter))
     trainer = Trainer(
         loaded.config,
         loaded.weights,
-        adapter=None if adapter is None else _new_adapter(loaded, adapter),
+        adapter=new,
         precision=precision,
         optimizer=AdamWSettings(learning_rate=rate),
         recompute=recompute,
@@ -401,10 +393,6 @@ class _Course:
         base, adapter = self.model.content_hash, self.trainer.adapter
         return base if adapter is None else adapter.settings.identity(base)
 
-    @property
-    def _adapter_file(self) -> Path:
-        return self._out / ADAPTER_FILE_NAME
-
     def begin(self, learner: Learner) -> None:
         """Go on from the latest checkpoint, if there is one."""
         self._learner = learner
@@ -435,7 +423,7 @@ class _Course:
         )
         adapter = self.trainer.adapter
         if adapter is not None:
-            save_adapter(self._adapter_file, adapter, base=self.model.content_hash)
+            save_adapter(self._out / ADAPTER_FILE_NAME, adapter, base=self.model.content_hash)
             return
         save_config(self._out, self.model.config)
         save_weights(self._out, self.trainer.weights())
@@ -482,10 +470,6 @@ class _Course:
             "text_bytes_received": sum(report.received_bytes for report in reports),
             **({} if marks is None else {"preference_loss": round(marks, 4)}),
         }
-
-
-def _new_adapter(model: Model, rank: int) -> Adapter:
-    return fresh_adapter(model.config, AdapterSettings(rank=rank))
 
 
 def _read_tokens(model: Model, files: Sequence[Path]) -> NDArray[np.int64]:

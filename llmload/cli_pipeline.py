@@ -37,7 +37,7 @@ from llmload.swarm.route import format_blocks
 from llmload.weights import open_weights
 from natswarm import Invite, NatswarmError, Node, NodeConfig, open_device
 
-__all__ = ["CodecOption", "Lesson", "StagesOption", "lead", "lend", "training_room"]
+__all__ = ["CodecOption", "Lesson", "StagesOption", "check_blocks", "lead", "lend", "training_room"]
 
 # The rest is for activations and the gradient of one micro-batch, of one block at a time.
 WEIGHTS_SHARE = 0.75
@@ -48,8 +48,8 @@ StagesOption = Annotated[
         "--stages",
         min=1,
         metavar="DEVICES",
-        help="Hold no more than the embeddings and one block here, and the others on so many "
-        "devices that run `llmload up --train`. Learned from is --data alone.",
+        help="Hold no more than the embeddings and one block here, and the others on at most so "
+        "many devices that run `llmload up --train`. Learned from is --data alone.",
         show_default=False,
     ),
 ]
@@ -78,12 +78,26 @@ COLUMNS = (
 # --- llmload up --train --------------------------------------------------------------------------
 
 
+def check_blocks(config: GPT2Config) -> None:
+    """Check that a model has a block besides the one that stays with who leads.
+
+    Raises:
+        typer.BadParameter: It has not.
+    """
+    if config.n_layer < 2:
+        raise typer.BadParameter(
+            "it has one block, which stays on the device that leads: learn without --stages",
+            param_hint="--model",
+        )
+
+
 def training_room(config: GPT2Config, memory_bytes: int) -> int:
     """Return how many blocks a device with so much memory can train.
 
     Raises:
-        typer.BadParameter: None.
+        typer.BadParameter: None, or there is none to lend.
     """
+    check_blocks(config)
     block_bytes = BYTES_PER_PARAMETER * parameter_count(config, 0)
     room = min(int(memory_bytes * WEIGHTS_SHARE) // block_bytes, config.n_layer - 1)
     if room < 1:

@@ -23,6 +23,7 @@ __all__ = [
     "JsonOption",
     "ModelOption",
     "ThreadsOption",
+    "make_out",
     "model_folder",
     "output",
     "print_facts",
@@ -69,6 +70,26 @@ remarks = Console(stderr=True, soft_wrap=True, highlight=False)
 def model_folder(model: Path | None) -> Path:
     """Return the folder of a model: one of this device, a path, or the shipped one."""
     return bundled_model_path() if model is None else ModelStore().find(str(model))
+
+
+def make_out(out: Path, model: Path) -> None:
+    """Make the folder for what is learned now, and not only when there is something to lose.
+
+    Raises:
+        typer.BadParameter: It can't be made, or is that of the model to begin with.
+    """
+    if out.resolve() == model.resolve():
+        raise typer.BadParameter(
+            "what is learned would take the place of --model, and could not be gone on with; take "
+            "another folder",
+            param_hint="--out",
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{out} can't be made a folder ({error.strerror}); take another", param_hint="--out"
+        ) from error
 
 
 def run_async(main: Callable[..., Awaitable[T]], *arguments: Any) -> T:

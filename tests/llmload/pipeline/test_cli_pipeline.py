@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from llmload import cli
+from llmload.config import GPT2Config
 from llmload.learn.curve import can_draw
-from llmload.model_folder import load_model
+from llmload.model_folder import load_model, save_config
+from llmload.weights import save_weights
 
 TEXT = "the mesh of the peers, the peers of the mesh. " * 60
 TIMEOUT_S = 60
@@ -94,6 +97,22 @@ def test_training_over_devices_stops_and_goes_on(place, tmp_path, monkeypatch, c
     assert (out / "curve.png").exists() == can_draw()
     assert {"event": "saved", "step": steps, "folder": str(out)} in lines
     assert load_model(out).content_hash != learned.content_hash
+
+
+@pytest.mark.parametrize(
+    "arguments", [["up", "--train"], ["learn", "--stages", "1", "--out", "out", "--data", __file__]]
+)
+def test_a_model_of_one_block_has_none_to_lend(
+    monkeypatch, capsys, model_folder, trained_looking_weights, arguments
+):
+    config = replace(GPT2Config.from_folder(model_folder), n_layer=1)
+    save_config(model_folder, config)
+    save_weights(model_folder, trained_looking_weights(config, 1))
+    monkeypatch.setattr(sys, "argv", ["llmload", *arguments, "--model", str(model_folder)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "one block" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
