@@ -7,9 +7,10 @@
 Each member sends each part to its reducer and gets the mean back, so it sends and receives about
 twice what it averages, however large the group is. All take the same bits.
 
-Nobody leads a group, and nobody has to agree on it beforehand. A reducer waits `WINDOW_S` for the
-members that it knows of, and leaves out who was silent from then on; a part whose reducer is silent
-stays as it is. Training goes on meanwhile, and what a step has changed since a part was sent stays
+Nobody leads a group, and nobody has to agree on it beforehand. Once a reducer averages itself, it
+waits `WINDOW_S` for the members that it knows of, and leaves out who was silent from then on; as
+long do those who came before wait for it to begin. A part whose reducer is silent stays as it is.
+Training goes on meanwhile, and what a step has changed since a part was sent stays
 (`OuterLoop.move`).
 
 A member that lies about its part pulls the mean no further than members usually are from it, and a
@@ -65,8 +66,10 @@ PART_VALUE_COUNT = 16 * 1024
 # Clocks differ by seconds, and so do the ends of long steps.
 WINDOW_S = 10.0
 CALL_TIMEOUT_S = 60.0
-# Rounds whose parts we average at once: ours, and those of clocks that are a little off.
-ROUNDS_MAX = 3
+# Clocks that are a little off may be in the round before or after ours.
+ROUND_OFF_MAX = 1
+# A member makes one in each round.
+CALLS_PER_PEER_MAX = 1 + 2 * ROUND_OFF_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +100,15 @@ class _Round:
     """The parts of one round.
 
     Attributes:
-        members: Whose parts are waited for; empty until we take part ourselves.
+        begun: We take part ourselves.
+        members: Whose parts are waited for.
         ours: Parts that fall to us. Others come from who takes others for members: they are given
             the mean of what is there.
-        open: What is being averaged, by part.
+        open: What is being averaged, by part; held while somebody waits for it.
         over: Parts that were averaged.
     """
 
+    begun: trio.Event = field(default_factory=trio.Event)
     members: set[PeerId] = field(default_factory=set)
     ours: frozenset[int] = frozenset()
     open: dict[int, _Reduction] = field(default_factory=dict)
@@ -119,10 +124,18 @@ class _Round:
         self._look()
         return reduction
 
+    def withdraw(self, part: int, peer_id: PeerId) -> None:
+        """Forget what somebody sent of a part, if that is not averaged yet."""
+        if (reduction := self.open.get(part)) is not None:
+            reduction.offered.pop(peer_id, None)
+            if not reduction.offered:
+                del self.open[part]
+
     def begin(self, members: Iterable[PeerId], ours: Iterable[int]) -> None:
         """Say of whom which parts are expected."""
         self.members.update(members)
         self.ours = frozenset(ours)
+        self.begun.set()
         self._look()
 
     def end(self, part: int, reduction: _Reduction) -> None:
@@ -135,7 +148,7 @@ class _Round:
 
     def _look(self) -> None:
         """Wake who waits for what is complete now."""
-        for part, reduction in self.open.items() if self.members else ():
+        for part, reduction in self.open.items() if self.begun.is_set() else ():
             if part not in self.ours or self.members <= reduction.offered.keys():
                 reduction.is_complete.set()
 
@@ -169,7 +182,7 @@ class Averaging:
 
     def start(self) -> None:
         """Average for others from now on, in tasks of the node."""
-        self._node.serve_calls(REDUCE, self._serve)
+        self._node.serve_calls(REDUCE, self._serve, calls_per_peer_max=CALLS_PER_PEER_MAX)
 
     async def average(
         self, peers: Sequence[Peer], parts: Sequence[int], round_number: int
@@ -181,14 +194,14 @@ class Averaging:
         for part in parts:
             shares[reducer(members, part=part, round_number=round_number)].append(part)
         before = {part: self._outer.anchor[self.layout.bounds(part)].copy() for part in parts}
-        counts = dict.fromkeys(parts, 0)
+        means: dict[int, tuple[Vector, int]] = {}
         failures: dict[PeerId, NatswarmError] = {}
 
         async def ask(peer: Peer) -> None:
             share = {part: before[part] for part in shares[peer.peer_id]}
             try:
                 if share:
-                    await self._ask(peer, share, round_number, counts)
+                    await self._ask(peer, share, round_number, means)
             except NatswarmError as error:
                 failures[peer.peer_id] = error
             except trio.EndOfChannel:
@@ -198,14 +211,23 @@ class Averaging:
             for peer in peers:
                 nursery.start_soon(ask, peer)
             await self._reduce_ours(
-                members, {part: before[part] for part in shares[me]}, round_number, counts
+                members, {part: before[part] for part in shares[me]}, round_number, means
             )
-        return Averaged(counts, failures)
+        # Not while calls go on: a step of training, which may take minutes, holds the lock.
+        async with self._model_lock:
+            for part, (mean, _) in means.items():
+                self._outer.move(self.layout.bounds(part), before[part], mean)
+        counts = {part: count for part, (_, count) in means.items()}
+        return Averaged(dict.fromkeys(parts, 0) | counts, failures)
 
     async def _ask(
-        self, peer: Peer, before: Mapping[int, Vector], round_number: int, counts: dict[int, int]
+        self,
+        peer: Peer,
+        before: Mapping[int, Vector],
+        round_number: int,
+        means: dict[int, tuple[Vector, int]],
     ) -> None:
-        """Send a reducer its parts, and take the means as they come back."""
+        """Send a reducer its parts, and note the means, and of how many, as they come back."""
         first, *others = before
         ours = self._encode(first, before[first], round_number)
         async with peer.start_call(
@@ -220,20 +242,19 @@ class Averaging:
                     await call.end()
 
             async with beside(send_others):
-                for part, values in before.items():
+                for part in before:
                     mean, payload = await call.receive()
                     if mean.shard.shard != part:
                         raise DecodeError(f"part {mean.shard.shard} in place of {part}")
                     self._note_traffic(peer.peer_id, len(payload), len(payload))
-                    await self._take(values, EncodedShard(mean.shard, payload))
-                    counts[part] = mean.count
+                    means[part] = self._decode(EncodedShard(mean.shard, payload)), mean.count
 
     async def _reduce_ours(
         self,
         members: Sequence[PeerId],
         before: Mapping[int, Vector],
         round_number: int,
-        counts: dict[int, int],
+        means: dict[int, tuple[Vector, int]],
     ) -> None:
         """Average the parts that fall to us."""
         current = self._round(round_number)
@@ -244,29 +265,33 @@ class Averaging:
             with suppress(RequestRefused):  # the others did not wait for us
                 reductions[part] = current.offer(part, self._node.peer_id, ours)
         for part, reduction in reductions.items():
-            await self._take(before[part], await self._mean(current, part, reduction))
-            counts[part] = reduction.count
+            mean = await self._mean(current, part, reduction)
+            means[part] = self._decode(mean), reduction.count
 
     async def _serve(self, call: Call[Mean, ShardHeader]) -> None:
         peer_id = call.peer.peer_id
         async for header, payload in call:
             number = header.version
-            if abs(number - self._round_number()) > 1:
+            if abs(number - self._round_number()) > ROUND_OFF_MAX:
                 raise RequestRefused(f"round {number} is not now: set the clock")
             current, values = self._round(number), self._decode(EncodedShard(header, payload))
             reduction = current.offer(header.shard, peer_id, values)
-            mean = await self._mean(current, header.shard, reduction)
+            try:
+                mean = await self._mean(current, header.shard, reduction)
+            finally:
+                current.withdraw(header.shard, peer_id)  # nothing is held for who has left
             self._note_traffic(peer_id, len(mean.payload), len(payload))
             await call.send(Mean(mean.header, reduction.count), mean.payload)
 
     async def _mean(self, current: _Round, part: int, reduction: _Reduction) -> EncodedShard:
         """Wait for the members of a part, and average what has come then."""
         with trio.move_on_after(WINDOW_S):
+            await current.begun.wait()
+        if not current.begun.is_set():
+            raise RequestRefused("we don't average in this round")
+        with trio.move_on_after(WINDOW_S):
             await reduction.is_complete.wait()
         if reduction.mean is None:
-            if not current.members:
-                current.open.pop(part, None)
-                raise RequestRefused("we don't average in this round")
             current.end(part, reduction)
             ours = self._outer.anchor[self.layout.bounds(part)]
             offered = [values for _, values in sorted(reduction.offered.items())]
@@ -274,14 +299,11 @@ class Averaging:
             reduction.mean = self._encode(part, pulled_mean(ours, offered, self._outer.reach), 0)
         return reduction.mean
 
-    async def _take(self, before: Vector, mean: EncodedShard) -> None:
-        values = self._decode(mean)
-        async with self._model_lock:
-            self._outer.move(self.layout.bounds(mean.header.shard), before, values)
-
     def _round(self, number: int) -> _Round:
-        if number not in self._rounds and len(self._rounds) >= ROUNDS_MAX:
-            del self._rounds[min(self._rounds)]
+        now = self._round_number()
+        self._rounds = {
+            each: found for each, found in self._rounds.items() if abs(each - now) <= ROUND_OFF_MAX
+        }
         return self._rounds.setdefault(number, _Round())
 
     def _encode(self, part: int, values: Vector, version: int) -> EncodedShard:

@@ -109,8 +109,8 @@ class FakeNode:
     def answer(self, method, answer) -> None:
         self.serve_calls(method, answering(answer))
 
-    def serve_calls(self, method, serve) -> None:
-        self.serve(method.name, CallHandler(method, serve).handle)
+    def serve_calls(self, method, serve, **bounds) -> None:
+        self.serve(method.name, CallHandler(method, serve, **bounds).handle)
 
     async def announce(self, services) -> None:
         self.services = tuple(services)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import trio
 
 from llmload.learn.averaging import (
     AVERAGE_CODEC,
+    CALL_TIMEOUT_S,
+    CALLS_PER_PEER_MAX,
     PART_VALUE_COUNT,
     WINDOW_S,
     Averaging,
@@ -47,8 +51,10 @@ class Member:
             optimizer=AdamWSettings(learning_rate=RATE),
         )
         self.traffic = 0
+        self.round_number = round_number
+        self.lock = trio.Lock()
         self.averaging = Averaging(
-            self.node, self.outer, trio.Lock(), lambda: round_number, self.note_traffic
+            self.node, self.outer, self.lock, lambda: self.round_number, self.note_traffic
         )
         self.averaging.start()
         self.found = None
@@ -72,8 +78,18 @@ def group(nursery):
     return members
 
 
-async def average(members, views=None):
-    with trio.fail_after(60):
+async def offer(member, target, part=0):
+    """Send a part of a member's model, and wait for the mean."""
+    peer = await member.node.connect(target.node.peer_id)
+    layout = member.averaging.layout
+    values = member.parameters[layout.bounds(part)]
+    ours = encode_shard(layout, part, values, codec=AVERAGE_CODEC, version=ROUND)
+    async with peer.start_call(REDUCE, ours.header, ours.payload) as call:
+        await call.receive()
+
+
+async def average(members, views=None, *, timeout_s=60):
+    with trio.fail_after(timeout_s):
         async with trio.open_nursery() as nursery:
             for member in members:
                 nursery.start_soon(member.average, (views or {}).get(member, members))
@@ -218,3 +234,85 @@ def test_a_pulled_mean_is_the_mean_of_those_who_are_near():
     assert np.array_equal(pulled_mean(ours, [ours, near], 1.0), [0.25] * 4)
     assert np.allclose(pulled_mean(ours, [ours, far], 1.0), 0.5)
     assert np.array_equal(pulled_mean(ours, [ours], 0.0), ours)
+
+
+# --- Clocks, and those who come and go -----------------------------------------------------------
+
+
+async def test_whose_clock_is_ahead_does_not_shorten_the_wait_for_the_others(group, autojump_clock):
+    early, *usual, late = group
+    begin_at = {early: 0, late: WINDOW_S + 2} | dict.fromkeys(usual, WINDOW_S - 2)
+
+    async def average_then(member):
+        await trio.sleep_until(begin_at[member])
+        await member.average(group)
+
+    async with trio.open_nursery() as nursery:
+        for member in group:
+            nursery.start_soon(average_then, member)
+    parts = [part for member in usual for part in parts_of(member, group)]
+    assert parts
+    for member in group:
+        assert {member.found.counts[part] for part in parts} == {4}
+
+
+async def test_parts_that_came_long_before_we_begin_spoil_nothing(group, autojump_clock):
+    a, b, *strangers = group
+    part = parts_of(a, [a, b])[0]
+
+    async def ask_too_early(stranger, at):
+        await trio.sleep_until(at)
+        with suppress(RequestRefused):
+            await offer(stranger, a, part)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask_too_early, strangers[0], 0)
+        nursery.start_soon(ask_too_early, strangers[1], WINDOW_S / 2)
+        await trio.sleep_until(WINDOW_S + 1)
+        await average([a, b])
+    for member in (a, b):
+        assert not member.found.failures
+        assert min(member.found.counts.values()) == 2
+
+
+async def test_nothing_is_held_for_who_has_left(group, autojump_clock):
+    stranger, target = group[:2]
+    for part in range(PARTS):
+        with trio.move_on_after(1):
+            await offer(stranger, target, part)
+    await stranger.mesh.wait_quiet()
+    assert not target.averaging._rounds[ROUND].open
+
+
+async def test_a_peer_has_few_calls_at_once(group, autojump_clock):
+    stranger, target = group[:2]
+    async with trio.open_nursery() as nursery:
+        for part in range(CALLS_PER_PEER_MAX):
+            nursery.start_soon(offer, stranger, target, part)
+        await trio.sleep(1)
+        with pytest.raises(RequestRefused, match="no room"):
+            await offer(stranger, target, CALLS_PER_PEER_MAX)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_clock_that_was_set_back_ends_no_round(group):
+    member = group[0]
+    member.round_number = 105
+    for number in (104, 105, 106):
+        member.averaging._round(number)
+    member.round_number = 5
+    ours = member.averaging._round(5)
+    for number in (4, 6):
+        member.averaging._round(number)
+    assert member.averaging._round(5) is ours
+    assert len(member.averaging._rounds) == 3
+
+
+async def test_a_step_that_takes_long_costs_no_calls(group, autojump_clock):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(average, group, timeout_s=4 * CALL_TIMEOUT_S))
+        async with group[0].lock:
+            await trio.sleep(2 * CALL_TIMEOUT_S)
+    for member in group:
+        assert not member.found.failures
+        assert member.parameters.tobytes() == group[0].parameters.tobytes()
