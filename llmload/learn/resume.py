@@ -55,8 +55,8 @@ def resume(
     """
     if checkpoint.facts.get("learned") != learned_hash:
         raise LearningFailed(
-            "the checkpoints there are of another model or adapter. Learn in another folder "
-            "(--out), or remove them"
+            "the checkpoints there are of another model or adapter, or of an earlier version. "
+            "Learn in another folder (--out), or remove them"
         )
     for name, target in _vectors(trainer, outer).items():
         target[:] = checkpoint.vectors[name]
