@@ -15,7 +15,13 @@ from typing import Annotated, TypeAlias
 from msgspec import Meta
 
 from llmload.learn.codecs import Codec
-from llmload.learn.shards import SHARD_VALUE_COUNT_MAX, LayoutHash, ShardHeader, Version
+from llmload.learn.shards import (
+    SHARD_VALUE_COUNT,
+    SHARD_VALUE_COUNT_MAX,
+    LayoutHash,
+    ShardHeader,
+    Version,
+)
 from natswarm import Message, Method
 
 __all__ = [
@@ -112,11 +118,13 @@ class FetchShards(Message, frozen=True):
 
 
 _PAYLOAD_BYTES_MAX = Codec.FP32.payload_bytes(SHARD_VALUE_COUNT_MAX)
+# Of what anybody may send us: no update is longer, nor any part. Updates that wait are held.
+_GIVEN_BYTES_MAX = Codec.INT8X256.payload_bytes(SHARD_VALUE_COUNT)
 
 UPDATE = Method(
-    "llmload/update/3", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_PAYLOAD_BYTES_MAX
+    "llmload/update/3", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_GIVEN_BYTES_MAX
 )
-REDUCE = Method("llmload/reduce/1", (ShardHeader,), (Mean,), payload_bytes_max=_PAYLOAD_BYTES_MAX)
+REDUCE = Method("llmload/reduce/1", (ShardHeader,), (Mean,), payload_bytes_max=_GIVEN_BYTES_MAX)
 MANIFEST = Method(
     "llmload/manifest/1", (FetchManifest,), (Manifest,), payload_bytes_max=_PAYLOAD_BYTES_MAX
 )

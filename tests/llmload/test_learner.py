@@ -21,7 +21,7 @@ from llmload.learn.outer import OuterSettings
 from llmload.learn.protocol import UPDATE, UpdateTaken
 from llmload.learn.shards import ParameterSpace, ShardLayout, encode_shard
 from llmload.learn.trainer import Trainer, batches
-from natswarm import ConnectFailed, PeerId, RequestRefused
+from natswarm import ConnectFailed, Method, PeerId, RequestRefused
 from natswarm.net.call import CallBegin
 from natswarm.net.message_stream import MessageStream
 
@@ -282,6 +282,18 @@ async def test_an_update_without_shards_is_refused_and_not_passed_on(make_learne
         with pytest.raises(RequestRefused, match="has shards"):
             await messages.receive(UpdateTaken)
     assert not b._partners[c.node.peer_id].mailbox
+
+
+async def test_no_shard_is_longer_than_one_of_an_update(make_learner):
+    a, b = await make_learner("a"), await make_learner("b")
+    peer = await a.node.connect(b.node.peer_id)
+    layout = a.outer.layout
+    values = np.ones(layout.value_count(0), dtype=np.float32)
+    shard = encode_shard(layout, 0, values, codec=AVERAGE_CODEC, version=1)
+    unbounded = Method(UPDATE.name, UPDATE.requests, UPDATE.replies, payload_bytes_max=2**24)
+    async with peer.start_call(unbounded, shard.header, bytes(2**18)) as call:
+        with pytest.raises(RequestRefused, match="over the bounds"):
+            await call.receive()
 
 
 async def test_who_begins_anew_is_not_taken_for_a_repetition(make_learner):
