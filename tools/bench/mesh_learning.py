@@ -197,7 +197,7 @@ def _learn_together(
         for name, process in running.items():
             with process:
                 process.wait(timeout_s=STOPPED_S, expected_status=INTERRUPTED)
-            last = [row for line in process.lines if "step" in (row := json.loads(line))][-1]
+            last = [row for line in process.lines if "taken" in (row := json.loads(line))][-1]
             found[name] = {
                 "weights": load_model(folder / f"{name} model").weights,
                 "steps": last["step"],
