@@ -23,10 +23,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TypeAlias
@@ -38,6 +37,7 @@ from llmload.errors import LearningFailed
 from llmload.learn.averaging import Averaged, Averaging
 from llmload.learn.forwarding import Acquaintances
 from llmload.learn.joining import StateFetch, StateServer
+from llmload.learn.mailbox import Mailbox, Parcel
 from llmload.learn.mixing import group_of
 from llmload.learn.outer import OuterLoop, OuterSettings
 from llmload.learn.protocol import (
@@ -64,17 +64,11 @@ UPDATE_TIMEOUT_S = 120.0
 # Whoever was passed on to us within so many updates of ours is heard.
 PASSED_ON_VERSIONS = 3
 REPORTS_MAX = 1024
-# Updates that wait for a partner, of one learner and of all; older ones are dropped, as is what is
-# sent while it is away.
-WAITING_OF_ONE = 2
-MAILBOX_SIZE = 8
 LOOK_EVERY_S = 10.0
 AVERAGE_EVERY_S = 60.0
 # A round leaves 1/8 of the variance between peers (`mixing.py`); each sends twice these parts.
 GROUP_SIZE = 8
 PARTS_PER_ROUND = 8
-# A partner that failed is left alone for so long.
-REST_S = 30.0
 # At the end of a run it is waited for so long until partners have our last update.
 LAST_UPDATE_S = 30.0
 
@@ -105,66 +99,6 @@ class PartnerReport:
     given_weight: float = 0.0
     failures: int = 0
     averaged: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Parcel:
-    """An update on its way to a partner.
-
-    Attributes:
-        shards: As they were published.
-        origin: Who did that; None for ourselves.
-    """
-
-    shards: Sequence[EncodedShard]
-    origin: PeerId | None = None
-
-    @property
-    def payload_bytes(self) -> int:
-        return sum(len(shard.payload) for shard in self.shards)
-
-
-@dataclass(eq=False)
-class _Partner:
-    """A peer that learns the same model.
-
-    Attributes:
-        mailbox: What we have for it, ours and what we pass on.
-        news: Something is in the mailbox.
-        is_resting: A call to it has failed; it is left alone for a while.
-        is_steady: It did its part when we averaged last, or has confirmed an update since.
-        has_all: Nothing of ours is in the mailbox or on the way, or it rests.
-    """
-
-    peer: Peer
-    mailbox: deque[_Parcel] = field(default_factory=lambda: deque(maxlen=MAILBOX_SIZE))
-    news: trio.Event = field(default_factory=trio.Event)
-    is_resting: bool = False
-    is_steady: bool = True
-    has_all: trio.Event = field(default_factory=trio.Event)
-
-    def post(self, parcel: _Parcel) -> None:
-        same = [each for each in self.mailbox if each.origin == parcel.origin]
-        if len(same) >= WAITING_OF_ONE:
-            self.mailbox.remove(same[0])
-        self.mailbox.append(parcel)
-        self.news.set()
-        if parcel.origin is None and not self.is_resting:
-            self.has_all = trio.Event()
-
-    async def next_parcel(self) -> _Parcel:
-        if all(parcel.origin is not None for parcel in self.mailbox):
-            self.has_all.set()
-        while not self.mailbox:
-            self.news = trio.Event()
-            await self.news.wait()
-        return self.mailbox.popleft()
-
-    async def rest(self) -> None:
-        self.is_resting = True
-        self.has_all.set()
-        await trio.sleep(REST_S)
-        self.is_resting = False
 
 
 class Learner:
@@ -230,7 +164,7 @@ class Learner:
         self._state = StateServer(self.outer.layout, lambda: (self.outer.anchor, self.step_count))
         # Kept: fresh memory for 124 million numbers costs a tenth of a second.
         self._gradient: Vector | None = None
-        self._partners: dict[PeerId, _Partner] = {}
+        self._partners: dict[PeerId, Mailbox] = {}
         self._acquaintances = Acquaintances(node.peer_id)
         self._passed_on: dict[PeerId, int] = {}  # at which version of ours the latest came
         self._nursery: trio.Nursery | None = None  # while training
@@ -343,7 +277,7 @@ class Learner:
                 f"our own update can't be sent ({error}); lower the learning rate"
             ) from error
         for found in self._partners.values():
-            found.post(_Parcel(update.shards))
+            found.post(Parcel(update.shards))
 
     def _count_unheard(self) -> int:
         """Return how many learn the same, and neither reach us nor are passed on to us."""
@@ -392,11 +326,11 @@ class Learner:
         """
         if peer.peer_id in self._partners or len(self._partners) >= PARTNERS_MAX:
             return
-        self._partners[peer.peer_id] = found = _Partner(peer)
+        self._partners[peer.peer_id] = found = Mailbox(peer)
         if self._nursery is not None:
             self._nursery.start_soon(self._push_to, found)
 
-    async def _push_to(self, found: _Partner) -> None:
+    async def _push_to(self, found: Mailbox) -> None:
         """Send one partner what we have for it, until it is lost."""
         peer_id = found.peer.peer_id
         report = self._report(peer_id)
@@ -420,7 +354,7 @@ class Learner:
             self._acquaintances.forget(peer_id)
             del self._partners[peer_id]
 
-    async def _push(self, peer: Peer, parcel: _Parcel) -> UpdateTaken:
+    async def _push(self, peer: Peer, parcel: Parcel) -> UpdateTaken:
         # Whose update we pass on has taken about what we have.
         seen = self.outer.seen(peer.peer_id)
         origin = UNSET if parcel.origin is None else parcel.origin.key
@@ -465,7 +399,7 @@ class Learner:
         await call.send(UpdateTaken(sum(weight > 0 for weight in weights), mean, keys))
         if origin == call.peer.peer_id:
             for target in self._acquaintances.targets(origin):
-                self._partners[target].post(_Parcel(shards, origin))
+                self._partners[target].post(Parcel(shards, origin))
 
     def _origin(self, sender: PeerId, header: ShardHeader) -> PeerId | None:
         """Return whose update a shard is of; None for one that is passed on to us in vain.

@@ -281,7 +281,7 @@ async def test_an_update_without_shards_is_refused_and_not_passed_on(make_learne
         await messages.send_eof()
         with pytest.raises(RequestRefused, match="has shards"):
             await messages.receive(UpdateTaken)
-    assert not b._partners[c.node.peer_id].mailbox
+    assert not b._partners[c.node.peer_id].waiting
 
 
 async def test_no_shard_is_longer_than_one_of_an_update(make_learner):
