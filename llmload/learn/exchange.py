@@ -69,6 +69,8 @@ AVERAGE_EVERY_S = 60.0
 # A round leaves 1/8 of the variance between peers (`mixing.py`); each sends twice these parts.
 GROUP_SIZE = 8
 PARTS_PER_ROUND = 8
+# A partner makes one at a time; of one that it gave up we may not know yet.
+CALLS_PER_PEER_MAX = 4
 # At the end of a run it is waited for so long until partners have our last update.
 LAST_UPDATE_S = 30.0
 
@@ -199,7 +201,7 @@ class Learner:
 
     def start(self) -> None:
         """Answer others from now on, in tasks of the node."""
-        self._node.serve_calls(UPDATE, self._serve_update)
+        self._node.serve_calls(UPDATE, self._serve_update, calls_per_peer_max=CALLS_PER_PEER_MAX)
         self._averaging.start()
         self._state.start(self._node)
 
@@ -377,6 +379,10 @@ class Learner:
         self.meet(call.peer)  # it may know of us before we look
         if call.peer.peer_id not in self._partners:
             raise RequestRefused(f"we learn with {PARTNERS_MAX} others already")
+        if self._passed_on.pop(call.peer.peer_id, None) is not None:
+            async with self._incoming_lock:
+                # What others have sent in its name need not have been its own.
+                self.outer.forget(call.peer.peer_id)
         report = self._report(call.peer.peer_id)
         weights: list[float] = []
         shards: list[EncodedShard] = []

@@ -89,6 +89,12 @@ class Inbox:
             self._partners[peer] = Partner(versions, waiting, version, step)
         return self._partners[peer]
 
+    def forget(self, peer: PeerId) -> None:
+        """Forget a peer, and what waits of it."""
+        if self._partners.pop(peer, None) is not None:
+            for shard, waiting in enumerate(self._waiting):
+                self._waiting[shard] = [each for each in waiting if each.peer != peer]
+
     def heard_since(self, step: float) -> list[Partner]:
         """Return those whose latest update came after a step of ours."""
         return [partner for partner in self._partners.values() if partner.heard_at > step]

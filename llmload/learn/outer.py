@@ -468,6 +468,10 @@ class OuterLoop:
         self.statistics.averaged += 1
         return clip
 
+    def forget(self, peer: PeerId) -> None:
+        """Forget what came of a peer and is not part of our model, and its versions."""
+        self._inbox.forget(peer)
+
     def _meet(self, peer: PeerId) -> Partner:
         # Who is new counts as heard a stretch ago: it is waited for.
         step = self._step_count - self.settings.local_steps

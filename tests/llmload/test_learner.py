@@ -176,6 +176,22 @@ async def test_what_is_passed_on_of_those_whom_we_hear_ourselves_is_left_out(mak
     assert b.outer.statistics.taken == 1
 
 
+async def test_whoever_speaks_for_others_cannot_silence_them(make_learner):
+    a, b, c = [await make_learner(name, index) for index, name in enumerate("abc", 1)]
+    peer = await a.node.connect(b.node.peer_id)
+    layout = a.outer.layout
+    values = np.ones(layout.value_count(0), dtype=np.float32)
+    shard = encode_shard(layout, 0, values, codec=AVERAGE_CODEC, version=2**61)
+    header = structs.replace(shard.header, origin=c.node.peer_id.key)
+    async with peer.start_call(UPDATE, header, shard.payload) as call:
+        await call.end()
+        await call.receive()
+    c.meet(await c.node.connect(b.node.peer_id))
+    await run_all(c, step_count=SETTINGS.local_steps)
+    assert c.reports[b.node.peer_id].taken_weight == 1
+    assert b.outer.statistics.repeated == 0
+
+
 async def test_learners_of_adapters_teach_each_other(make_learner):
     settings = AdapterSettings(rank=4)
     a = await make_learner("a", 1, adapter=settings, parts=2)
