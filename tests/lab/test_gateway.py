@@ -128,7 +128,7 @@ def start_gateway(_capable_machine: None, lab: Lab, tmp_path: Path) -> Iterator[
         deadline = time.monotonic() + START_TIMEOUT_S
         while "Listening for NAT-PMP/PCP" not in process.error_text():
             assert time.monotonic() < deadline, process.error_text()
-            time.sleep(0.02)
+            time.sleep(0.02)  # another process starts; its words are all that tells
         return Gateway(f"{network}.1", host.ip)
 
     yield start
@@ -187,7 +187,7 @@ def wait_until_closed(
     deadline = time.monotonic() + EXPIRY_TIMEOUT_S
     while strangers_get_in(open_socket, stranger, udp, mapping):
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.1)  # miniupnpd lets it go on its own clock
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ while True:
     if ip == publisher:
         session.dht_put_mutable_item(bytes(private), bytes.fromhex(theirs), b"from them", b"salt")
     session.dht_get_mutable_item(bytes.fromhex(ours), b"salt")
-    time.sleep(1)
+    time.sleep(1)  # in a process of its own: libtorrent is asked again until it has found it
     for alert in session.pop_alerts():
         if alert.what() == "dht_mutable_item" and b"from us" in str(alert.item).encode():
             print("got", flush=True)

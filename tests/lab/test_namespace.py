@@ -30,7 +30,7 @@ with Lab() as lab:
     process = client.namespace.spawn(["sh", "-c", "echo there; exec sleep 600"])
     process.wait_line(str.isalpha, timeout_s=30)
     print(lab.prefix, process.pid, flush=True)
-    time.sleep(600)
+    time.sleep(600)  # until the test kills it
 """
 
 WAITS_FOR_INTERRUPT = """

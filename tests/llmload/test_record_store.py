@@ -219,7 +219,7 @@ for crash in range(crashes):
     while chunk := os.read(hear, 65536):
         told += chunk
         if mode == "kill" and len(told) >= 32 * count:
-            time.sleep(delay_s)
+            time.sleep(delay_s)  # the child works on: killed at a moment drawn at random
             os.kill(child, signal.SIGKILL)
     os.close(hear)
     os.waitpid(child, 0)

@@ -32,6 +32,7 @@ def carrier(allocation: Allocation, **changes: object) -> Preset:
     """An APDM/APDF carrier with the access link of 4G."""
     behaviour = NatBehaviour(mapping=Mapping.APDM, filtering=Filtering.APDF, allocation=allocation)
     return Preset(
+        # Names of fields, which mypy can't match with their types.
         replace(behaviour, **changes),  # type: ignore[arg-type]
         Site.CARRIER,
         LinkConditions(delay_s=0.025, jitter_s=0.020),
@@ -41,6 +42,7 @@ def carrier(allocation: Allocation, **changes: object) -> Preset:
 
 
 def run_many(kinds: tuple[Kind, Kind], seeds: int, **conditions: float) -> list[Outcome]:
+    # As above.
     return [simulate(kinds, seed, **conditions) for seed in range(seeds)]  # type: ignore[arg-type]
 
 
