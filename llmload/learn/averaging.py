@@ -13,8 +13,9 @@ long do those who came before wait for it to begin. A part whose reducer is sile
 Training goes on meanwhile, and what a step has changed since a part was sent stays
 (`OuterLoop.move`).
 
-A member that lies about its part pulls the mean no further than members usually are from it, and a
-reducer that lies moves nobody further than that (ClippedGossip, `OuterLoop.reach`).
+A member whose part lies far from those of the others is left out of the mean: it was away, is too
+slow, or lies. What it gets moves it towards the others. A reducer that lies moves nobody further
+than members usually are apart (ClippedGossip, `OuterLoop.reach`).
 
 Source: Ryabinin et al. 2021, "Moshpit SGD" (arXiv 2103.03239) for groups that change and the
 butterfly; He, Karimireddy and Jaggi 2022 (2202.01545) for ClippedGossip.
@@ -25,6 +26,7 @@ This file does not know who should be in a group, or when.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,7 +36,7 @@ import trio
 
 from llmload.learn.codecs import Codec
 from llmload.learn.mixing import reducer
-from llmload.learn.outer import OuterLoop
+from llmload.learn.outer import DISTANCE_FACTOR, OuterLoop
 from llmload.learn.protocol import REDUCE, Mean
 from llmload.learn.robust import length_of
 from llmload.learn.shards import (
@@ -57,7 +59,7 @@ from natswarm import (
     RequestRefused,
 )
 
-__all__ = ["AVERAGE_CODEC", "Averaged", "Averaging", "pulled_mean"]
+__all__ = ["AVERAGE_CODEC", "Averaged", "Averaging", "mean_of_near"]
 
 # 0.05 % of each weight is much less than a step.
 AVERAGE_CODEC = Codec.FP16
@@ -295,8 +297,9 @@ class Averaging:
             current.end(part, reduction)
             ours = self._outer.anchor[self.layout.bounds(part)]
             offered = [values for _, values in sorted(reduction.offered.items())]
-            reduction.count = len(offered)
-            reduction.mean = self._encode(part, pulled_mean(ours, offered, self._outer.reach), 0)
+            outer = self._outer
+            mean, reduction.count = mean_of_near(ours, offered, outer.stride, outer.reach)
+            reduction.mean = self._encode(part, mean, 0)
         return reduction.mean
 
     def _round(self, number: int) -> _Round:
@@ -313,18 +316,32 @@ class Averaging:
         return decode_shard_untrusted(self.layout, encoded.header, encoded.payload)
 
 
-def pulled_mean(ours: Vector, offered: Sequence[Vector], reach: float) -> Vector:
-    """Return the mean of vectors, where those further than `reach` from ours are pulled in.
+def mean_of_near(
+    ours: Vector, offered: Sequence[Vector], stride: float, reach: float
+) -> tuple[Vector, int]:
+    """Return the mean of those vectors that lie near the middle, and of how many it is.
+
+    The middle is that one which is nearest to half of them: ours may be what lies apart. Who is
+    further away than twice what is usual among them was away, is too slow, or lies.
 
     Args:
         ours: float32 (count,).
         offered: The same, at least one.
-        reach: Root mean square of the difference that is believed.
+        stride: Who is not further away than this, as root mean square, is near in any case.
+        reach: Who is further away than this is not, whatever is usual.
     """
-    total = np.zeros_like(ours)
-    for values in offered:
-        difference = values - ours
-        distance = length_of(difference) / math.sqrt(ours.size)
-        total += difference * np.float32(min(1.0, reach / distance) if distance > 0 else 1.0)
-    mean: Vector = ours + total / np.float32(len(offered))
-    return mean
+
+    def distances(values: Vector) -> list[float]:
+        return [length_of(other - values) / math.sqrt(values.size) for other in offered]
+
+    # Ours where it is as near as any.
+    middle = min([ours, *offered], key=lambda each: statistics.median(distances(each)))
+    found = distances(middle)
+    bound = min(reach, DISTANCE_FACTOR * max(stride, statistics.median(found)))
+    near = [each for each, distance in zip(offered, found, strict=True) if distance <= bound]
+    total: Vector = np.zeros_like(middle)
+    for values in near:
+        total += values - middle
+    # Of equal ones, their very bits.
+    mean: Vector = middle + total / np.float32(max(1, len(near)))
+    return mean, len(near)

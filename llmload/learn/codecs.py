@@ -6,21 +6,25 @@
     int8x256  the same with blocks of 256 values (the last block may be shorter)
     int4x64   blocks of 64 x float16 scale | ceil(count / 2) bytes, two values each, the first in
               the lower half; value = (half - 8) * scale, half in 1..15
-    topk      kept uint32 | which, as an Elias-Fano code | the kept values as int4x64
+    topk2     kept uint32 | which, as an Elias-Fano code | for each 128 of the kept values two
+              magnitudes float16, the lower and the higher | 2 bits a kept value, four in a byte
+              from the lowest on: 1 if it is negative, 2 if its magnitude is the higher
 
 All but fp32 are for values whose largest is near 2^14: `shards.py` multiplies by a power of two on
 the way and back. All numbers are little-endian.
 
-`topk` keeps the values of largest magnitude; the others are zero for the receiver, and whoever
-sends has to keep them for the next time (error feedback), or they are lost. Naming 3 % of the
-indices takes 7.2 bits each, 1 % 8.7, within half a bit of their entropy; so a kept value costs some
-11.5 bits in all, and 3 % of a vector 0.35 bits a value in place of 32.
+`topk2` keeps the values of largest magnitude; the others are zero for the receiver, and whoever
+sends has to keep them, and what rounding took, for the next time (error feedback), or they are
+lost. Naming 3 % of the indices takes 7.2 bits each, 1 % 8.7, within half a bit of their entropy; so
+a kept value costs some 9.5 bits in all, and 3 % of a vector 0.28 bits a value in place of 32.
 
 Blocks, because one scale for a whole row is ruined by its largest number: a few channels of GPT-2
 are two orders of magnitude above the rest.
 
-Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization"; Elias 1974 and Fano
-1971 for the code of increasing integers, as Vigna 2013, "Quasi-succinct indices", explains it.
+Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization"; SparseLoCo
+(2508.15706) for 2 bits; Lloyd 1982, "Least squares quantization in PCM", for the magnitudes;
+Elias 1974 and Fano 1971 for the code of increasing integers, as Vigna 2013, "Quasi-succinct
+indices", explains it.
 
 This file does not know shards, models or peers.
 """
@@ -40,6 +44,9 @@ __all__ = ["Codec", "decode_values_untrusted", "encode_values"]
 INT8_MAX = 127
 INT4_MAX = 7
 KEPT_BYTES = 4
+# Kept values that share two magnitudes.
+LEVELS_BLOCK_SIZE = 128
+LEVELS_ROUNDS = 3
 
 
 class Codec(StrEnum):
@@ -50,7 +57,7 @@ class Codec(StrEnum):
     INT8X64 = "int8x64"
     INT8X256 = "int8x256"
     INT4X64 = "int4x64"
-    TOPK = "topk"
+    TOPK = "topk2"
 
     @property
     def block_size(self) -> int:
@@ -58,7 +65,7 @@ class Codec(StrEnum):
         return {Codec.FP32: 0, Codec.FP16: 0, Codec.INT8X256: 256}.get(self, 64)
 
     def payload_bytes(self, count: int, kept_count: int | None = None) -> int:
-        """Return the size of `count` values; `topk` of them depends on how many are kept."""
+        """Return the size of `count` values; `topk2` of them depends on how many are kept."""
         match self:
             case Codec.FP32:
                 return 4 * count
@@ -71,7 +78,7 @@ class Codec(StrEnum):
         kept = count if kept_count is None else kept_count
         low_bits, high_bits = _elias_fano_bits(count, kept)
         index_bytes = (kept * low_bits + 7) // 8 + (high_bits + 7) // 8
-        return KEPT_BYTES + index_bytes + Codec.INT4X64.payload_bytes(kept)
+        return KEPT_BYTES + index_bytes + _levels_bytes(kept)
 
 
 def encode_values(values: NDArray[np.float32], codec: Codec, *, density: float = 1.0) -> bytes:
@@ -80,7 +87,7 @@ def encode_values(values: NDArray[np.float32], codec: Codec, *, density: float =
     Args:
         values: float32 (count,), finite, below 2^15 unless the codec is fp32.
         codec: How.
-        density: Share of the values that `topk` keeps, at least one; others keep all.
+        density: Share of the values that `topk2` keeps, at least one; others keep all.
     """
     match codec:
         case Codec.FP32:
@@ -161,7 +168,7 @@ def _topk(values: NDArray[np.float32], density: float) -> bytes:
         (
             np.array(kept, dtype="<u4").tobytes(),
             _elias_fano(indices, values.size),
-            encode_values(values[indices], Codec.INT4X64),
+            _as_levels(values[indices]),
         )
     )
 
@@ -170,12 +177,45 @@ def _from_topk_untrusted(payload: bytes, count: int) -> NDArray[np.float32]:
     kept = int.from_bytes(payload[:KEPT_BYTES], "little")
     # Before anything of that size is made.
     if not 1 <= kept <= count or len(payload) != Codec.TOPK.payload_bytes(count, kept):
-        raise DecodeError(f"{len(payload)} bytes are not {kept} of {count} values as topk")
-    values_bytes = Codec.INT4X64.payload_bytes(kept)
-    indices = _from_elias_fano_untrusted(payload[KEPT_BYTES:-values_bytes], count, kept)
+        raise DecodeError(f"{len(payload)} bytes are not {kept} of {count} values as topk2")
+    values_at = len(payload) - _levels_bytes(kept)
+    indices = _from_elias_fano_untrusted(payload[KEPT_BYTES:values_at], count, kept)
     values = np.zeros(count, dtype=np.float32)
-    values[indices] = decode_values_untrusted(payload[-values_bytes:], Codec.INT4X64, kept)
+    values[indices] = _from_levels(payload[values_at:], kept)
     return values
+
+
+def _levels_bytes(count: int) -> int:
+    return 4 * math.ceil(count / LEVELS_BLOCK_SIZE) + math.ceil(count / 4)
+
+
+def _as_levels(values: NDArray[np.float32]) -> bytes:
+    """Round magnitudes to two for each block, which are the means of those below and above."""
+    magnitudes = np.abs(_in_blocks(values, LEVELS_BLOCK_SIZE))  # (blocks, block_size)
+    is_there = np.arange(magnitudes.size).reshape(magnitudes.shape) < values.size
+    middle = magnitudes.sum(axis=1, keepdims=True) / is_there.sum(axis=1, keepdims=True)
+    for _ in range(LEVELS_ROUNDS):
+        is_high = magnitudes > middle
+        lows, highs = (
+            np.where(which, magnitudes, 0).sum(axis=1) / np.maximum(which.sum(axis=1), 1)
+            for which in (is_there & ~is_high, is_high)
+        )
+        middle = (lows + highs)[:, None] / 2
+    levels = np.stack([lows, highs], axis=1).astype("<f2")  # (blocks, 2)
+    codes = np.zeros(values.size + -values.size % 4, dtype=np.uint8)
+    codes[: values.size] = (values < 0) | is_high.reshape(-1)[: values.size] << 1
+    fours = codes.reshape(-1, 4) << np.arange(0, 8, 2, dtype=np.uint8)  # (ceil(count / 4), 4)
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(fours, axis=1)
+    return levels.tobytes() + packed.tobytes()
+
+
+def _from_levels(code: bytes, count: int) -> NDArray[np.float32]:
+    block_count = math.ceil(count / LEVELS_BLOCK_SIZE)
+    levels = np.frombuffer(code, dtype="<f2", count=2 * block_count).astype(np.float32)
+    fours = np.frombuffer(code, dtype=np.uint8, offset=4 * block_count)
+    codes = (fours[:, None] >> np.arange(0, 8, 2, dtype=np.uint8)).reshape(-1)[:count] & 3
+    magnitudes = levels[np.arange(count) // LEVELS_BLOCK_SIZE * 2 + (codes >> 1)]
+    return np.where(codes & 1, -magnitudes, magnitudes)
 
 
 def _elias_fano_bits(count: int, kept: int) -> tuple[int, int]:

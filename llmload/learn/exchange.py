@@ -5,7 +5,7 @@
     soon after                  the model makes a step along the mean of what came in
     every `AVERAGE_EVERY_S`     groups that the clock has drawn average some parts of their models
     in the beginning            who joins takes over the model of those who learn already
-                                (`joining.py`)
+                                (`joining.py`); so does who comes back after it was away
 
 Updates of a partner that another one can't reach are passed on to it (`forwarding.py`).
 
@@ -22,6 +22,7 @@ This file does not know how updates are made, weighed or encoded (`outer.py`).
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -71,6 +72,11 @@ GROUP_SIZE = 8
 PARTS_PER_ROUND = 8
 # A partner makes one at a time; of one that it gave up we may not know yet.
 CALLS_PER_PEER_MAX = 4
+# A model is fetched no more often than this, however often we are away.
+CATCH_UP_EVERY_S = 300.0
+# Who was away may have learned its own text by heart, and the others may have forgotten it: their
+# model may be worse than ours, and this much worse than ours was when we began.
+AWAY_FACTOR = 1.25
 # At the end of a run it is waited for so long until partners have our last update.
 LAST_UPDATE_S = 30.0
 
@@ -168,6 +174,8 @@ class Learner:
         self._gradient: Vector | None = None
         self._partners: dict[PeerId, Mailbox] = {}
         self._acquaintances = Acquaintances(node.peer_id)
+        self._caught_up_at = -math.inf
+        self._first_loss = -math.inf
         self._passed_on: dict[PeerId, int] = {}  # at which version of ours the latest came
         self._nursery: trio.Nursery | None = None  # while training
         # Threads work on the same arrays: one lock for the parameters, one for what comes in. What
@@ -238,6 +246,8 @@ class Learner:
     async def _train(self, step_count: int | None) -> None:
         made_count = 0
         while step_count is None or made_count < step_count:
+            if self.outer.is_behind:
+                await self._catch_up()
             parts = list(islice(self._batches, self._parts))
             if len(parts) < self._parts:
                 raise LearningFailed("our own text has ended")
@@ -263,7 +273,9 @@ class Learner:
             self._gradient, trainer.apply(self._gradient, learning_rate=rate), rate
         )
         self.step_count += 1
-        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+        if self.loss is None:
+            self.loss = self._first_loss = loss
+        self.loss = 0.9 * self.loss + 0.1 * loss
 
     async def _publish(self) -> None:
         partners = self.partners
@@ -479,24 +491,36 @@ class Learner:
         Returns:
             Shards that were taken over: all or none.
         """
+        return await self._fetch_model()
+
+    async def _catch_up(self) -> None:
+        """Take over the model of those who went on while we were away."""
+        if trio.current_time() - self._caught_up_at < CATCH_UP_EVERY_S:
+            return
+        self._caught_up_at = trio.current_time()
+        shard_count = await self._fetch_model(AWAY_FACTOR * self._first_loss)
+        logger.info("we were away; took over %d shards of others' model", shard_count)
+
+    async def _fetch_model(self, good_loss: float = -math.inf) -> int:
+        """Take over a model that on our text is no worse than ours, or than a loss."""
         fetch = StateFetch(self._node, self.outer.layout, await self._others())
         batch: Batch | None = None
         while (found := await fetch.next_model()) is not None:
             batch = batch or next(self._batches, None)
             if batch is None:
                 raise LearningFailed("our own text has ended")
-            if await self._take_over(found, batch):
+            if await self._take_over(found, batch, good_loss):
                 await self._state.renew()  # for others who come now
                 return self.outer.layout.shard_count
         return 0
 
-    async def _take_over(self, found: Vector, batch: Batch) -> bool:
-        """Go on from other parameters if they are no worse on a batch of ours."""
+    async def _take_over(self, found: Vector, batch: Batch, good_loss: float) -> bool:
         async with self._model_lock:
             before = await trio.to_thread.run_sync(self._trainer.loss, *batch)
             kept = self._trainer.parameters.copy()
             self._trainer.parameters[:] = found
-            if not await trio.to_thread.run_sync(self._trainer.loss, *batch) <= before:
+            after = await trio.to_thread.run_sync(self._trainer.loss, *batch)
+            if not after <= max(before, good_loss):
                 self._trainer.parameters[:] = kept
                 return False
             self.outer.restart()

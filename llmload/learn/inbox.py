@@ -30,6 +30,9 @@ __all__ = ["WAITING_MAX", "Contribution", "Inbox", "Partner", "usual_waiting"]
 # Updates of one peer that wait for a step: more are a flood, or its device is too fast for ours.
 WAITING_MAX = 4
 PARTNER_COUNT_MAX = 1024
+# Who misses more updates in a row than a bad link costs was away. Versions that rise by thousands
+# are of a peer that began anew (`OuterLoop`).
+MISSED_MIN, MISSED_MAX = 16, 100_000
 
 
 @dataclass(slots=True)
@@ -42,6 +45,7 @@ class Partner:
         met_at: Our version when we met: it could not have seen earlier ones.
         heard_at: Our step when its latest was whole, or what counts as that for one just met.
         seen: The latest version of it that is part of our anchor.
+        missed_at: Our step when one came after many that did not; None for never.
     """
 
     versions: NDArray[np.int64]
@@ -49,6 +53,7 @@ class Partner:
     met_at: int
     heard_at: int
     seen: int = 0
+    missed_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,9 @@ class Inbox:
         shard = header.shard
         if header.version <= partner.versions[shard] or partner.waiting[shard] >= WAITING_MAX:
             return False
+        latest = int(partner.versions[shard])
+        if latest and MISSED_MIN < header.version - latest < MISSED_MAX:
+            partner.missed_at = step
         partner.versions[shard] = header.version
         if partner.versions.min() == header.version:
             partner.heard_at = step
@@ -122,6 +130,7 @@ class Inbox:
             waiting.clear()
         for partner in self._partners.values():
             partner.waiting[:] = 0
+            partner.missed_at = None
 
     def take(self, most: int = WAITING_MAX) -> list[list[Contribution]]:
         """Take out the earliest updates of everybody, at most so many of each, by shard."""

@@ -68,7 +68,7 @@ from llmload.learn.shards import (
 )
 from natswarm import DecodeError, PeerId
 
-__all__ = ["OuterLoop", "OuterSettings", "OuterStatistics", "Update"]
+__all__ = ["DISTANCE_FACTOR", "OuterLoop", "OuterSettings", "OuterStatistics", "Update"]
 
 # An uplink carries so many copies of an update of full density.
 COPIES = 8
@@ -98,7 +98,7 @@ class OuterSettings:
     """
 
     local_steps: int = 8
-    density: float = 0.06
+    density: float = 0.07
     staleness_max: int = 64
 
     def __post_init__(self) -> None:
@@ -257,6 +257,14 @@ class OuterLoop:
         """Return the latest version of a peer that is in our anchor; 0 for none."""
         return self._inbox.seen(peer)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether most of those who are heard lately were not for long: they went on without us."""
+        since = self._step_count - LATELY_STRETCHES * self.settings.local_steps
+        active = self._inbox.heard_since(since)
+        missed = [each for each in active if each.missed_at is not None and each.missed_at > since]
+        return 2 * len(missed) > len(active)
+
     def agreement(self, peer: PeerId) -> float:
         """Return how far a peer's updates point where those of the others point, -1..1."""
         return self._judge.agreement(peer)
@@ -333,8 +341,8 @@ class OuterLoop:
         stretch = self.settings.local_steps
         active = self._inbox.heard_since(self._step_count - LATELY_STRETCHES * stretch)
         if self._due_rates is None:
-            # We are slow: others have made another stretch. So that ours begins where they are.
-            if usual_waiting(active) > 1:
+            # We are slow: others have made more stretches. So that ours begins where they are.
+            while usual_waiting(active) > 1:
                 rates = stretch * self._learning_rate
                 self._advance(self._inbox.take(1), rates, self._anchor)
             return
@@ -429,15 +437,20 @@ class OuterLoop:
     # --- Averaging ---------------------------------------------------------------------------
 
     @property
+    def stride(self) -> float:
+        """How far a step of the anchor leads at most, as root mean square."""
+        # A step of AdamW moves values by the rate at most.
+        return math.sqrt(self.settings.local_steps) * self._local.learning_rate
+
+    @property
     def reach(self) -> float:
         """How far a mean of anchors may be from ours and is believed, as root mean square."""
-        # A step of AdamW moves values by the rate at most.
-        rate, steps = self._local.learning_rate, self.settings.local_steps
         if len(self._distances) >= DISTANCES_MIN:
             # One step of the anchor away is never far: that is what somebody has missed.
-            usual = max(math.sqrt(steps) * rate, statistics.median(self._distances))
+            usual = max(self.stride, statistics.median(self._distances))
         else:
-            usual = DISTANCES_MIN * steps * rate  # as far as several stretches lead
+            # As far as several stretches lead.
+            usual = DISTANCES_MIN * math.sqrt(self.settings.local_steps) * self.stride
         return DISTANCE_FACTOR * usual
 
     def move(self, bounds: slice, before: Vector, mean: Vector) -> float:

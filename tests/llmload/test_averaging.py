@@ -18,7 +18,7 @@ from llmload.learn.averaging import (
     PART_VALUE_COUNT,
     WINDOW_S,
     Averaging,
-    pulled_mean,
+    mean_of_near,
 )
 from llmload.learn.mixing import reducer
 from llmload.learn.optimizer import AdamWSettings
@@ -228,12 +228,24 @@ async def test_other_rounds_and_other_models_are_refused(group, autojump_clock):
         await ask(foreign)
 
 
-def test_a_pulled_mean_is_the_mean_of_those_who_are_near():
+def test_a_mean_is_of_those_who_are_near():
     ours = np.zeros(4, dtype=np.float32)
     near, far = ours + np.float32(0.5), ours + np.float32(1e30)
-    assert np.array_equal(pulled_mean(ours, [ours, near], 1.0), [0.25] * 4)
-    assert np.allclose(pulled_mean(ours, [ours, far], 1.0), 0.5)
-    assert np.array_equal(pulled_mean(ours, [ours], 0.0), ours)
+
+    def mean(offered, stride=1e-3, reach=1.0):
+        found, count = mean_of_near(ours, offered, stride, reach)
+        assert np.array_equal(found, [found[0]] * 4)
+        return found[0], count
+
+    assert mean([ours, near]) == (0.25, 2)
+    assert mean([ours, far]) == (0, 1)
+    assert mean([ours], reach=0.0) == (0, 1)
+    # Who reduces and is apart from the others does not draw them to itself.
+    assert mean([ours, far, far, far]) == (far[0], 3)
+    assert mean([ours, near, near, near]) == (0.5, 3)
+    # One step away is near, even where all others are equal.
+    assert mean([ours, ours, ours, near], stride=0.25) == (0.125, 4)
+    assert mean([ours, ours, ours, near], stride=0.2) == (0, 3)
 
 
 # --- Clocks, and those who come and go -----------------------------------------------------------

@@ -400,6 +400,31 @@ async def test_a_model_that_is_worse_is_not_taken_and_the_next_one_is(mesh, make
     assert np.allclose(newcomer.trainer.parameters, learned.trainer.parameters, atol=2**-10)
 
 
+async def test_who_was_away_takes_over_what_the_others_have_learned_meanwhile(mesh, make_learner):
+    a, b, away = [await make_learner(name, seed) for name, seed in (("a", 1), ("b", 1), ("c", 1))]
+    await run_all(a, b, away, step_count=10)
+    mesh.kill(away.node)
+    await run_all(a, b, step_count=60)
+    await run_all(away, step_count=30)  # meanwhile it learns alone
+
+    def distance():
+        return np.linalg.norm(away.outer.anchor - a.outer.anchor)
+
+    apart = distance()
+    taken_over = []
+    restart = away.outer.restart
+
+    def noted():
+        restart()
+        taken_over.append(distance())
+
+    away.outer.restart = noted
+    mesh.nodes[away.node.peer_id] = away.node
+    await run_all(a, b, away, step_count=20)
+    assert len(taken_over) == 1
+    assert taken_over[0] < 0.5 * apart, (taken_over, apart)
+
+
 async def test_with_nobody_there_nothing_is_taken_over(make_learner):
     learner = await make_learner("a")
     assert await learner.join() == 0

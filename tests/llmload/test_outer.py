@@ -98,6 +98,28 @@ class Crowd:
         return [outer.anchor.tobytes() for _, outer in self.loops]
 
 
+# --- Away ----------------------------------------------------------------------------------------
+
+
+def test_who_was_away_knows_it_when_most_are_heard_again():
+    parameters, outer = loop()
+    others = {peer_id: loop(peer_id)[1] for peer_id in (A, B, C)}
+
+    def hear(**missed):
+        for name, peer_id in (("a", A), ("b", B), ("c", C)):
+            others[peer_id].version += missed.get(name, 0)
+            deliver(outer, peer_id, others[peer_id].publish([ME]))
+        walk(parameters, outer, gradient(1))
+        return outer.is_behind
+
+    assert not hear()
+    assert not hear(a=20, b=10)
+    assert hear(b=20)
+    outer.restart()
+    assert not hear()
+    assert not hear(a=200_000, b=200_000, c=200_000)  # they began anew
+
+
 # --- Ours ----------------------------------------------------------------------------------------
 
 
@@ -224,8 +246,9 @@ def test_in_a_crowd_all_copies_of_an_update_are_as_long_as_those_for_a_few():
         return len(partners) * outer.publish(partners).payload_bytes
 
     assert bytes_for(crowd[:4]) == pytest.approx(bytes_for(crowd[:8]) / 2, rel=0.01)
-    assert bytes_for(crowd[:16]) == pytest.approx(bytes_for(crowd[:8]), rel=0.2)  # names cost more
-    assert bytes_for(crowd) == pytest.approx(bytes_for(crowd[:8]), rel=0.5)
+    # Names cost more, and so do magnitudes where a block is not full.
+    assert bytes_for(crowd[:16]) == pytest.approx(bytes_for(crowd[:8]), rel=0.3)
+    assert bytes_for(crowd) == pytest.approx(bytes_for(crowd[:8]), rel=0.7)
 
 
 def decode(shard):

@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from msgspec import structs
 from numpy.typing import NDArray
 
 from llmload import AdamWSettings, GPT2Config, Trainer
-from llmload.learn.averaging import PART_VALUE_COUNT, pulled_mean
+from llmload.learn.averaging import PART_VALUE_COUNT, mean_of_near
 from llmload.learn.codecs import Codec
 from llmload.learn.exchange import AVERAGE_EVERY_S, GROUP_SIZE
 from llmload.learn.forwarding import Acquaintances
@@ -91,15 +92,22 @@ class Curve:
     Attributes:
         drift: Of ours, at each point: how far models lie from their mean (root mean square), over
             how far that has come from the start.
+        by_text: Of ours, at each point: the loss on the text of each peer, (peers,).
     """
 
     points: list[tuple[int, float, float, float]] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
+    by_text: list[NDArray[np.float64]] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
         """The mean of the last three points: single ones are noisy."""
         return float(np.mean([point[3] for point in self.points[-3:]]))
+
+    def on_texts_of(self, peers: Sequence[int]) -> Curve:
+        """Return the curve of the loss on the text of some peers alone."""
+        losses = [float(by_text[list(peers)].mean()) for by_text in self.by_text]
+        return Curve([(*p[:3], loss) for p, loss in zip(self.points, losses, strict=True)])
 
     def time_to(self, loss: float) -> float:
         """Return the virtual time at which the curve first is at `loss`, between two points.
@@ -120,7 +128,7 @@ class Classroom:
     def __init__(self, seed: int, size: Size, rate: float, *, peer_count: int = PEER_COUNT) -> None:
         self.size = size
         self.seed = seed
-        self._rate = rate
+        self.adamw = AdamWSettings(learning_rate=rate)
         self.trainer = Trainer(CONFIG, random_weights(CONFIG, seed))
         self.start = begin(seed, size.before)
         self.space = self.trainer.space
@@ -139,7 +147,7 @@ class Classroom:
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step."""
-        return self._rate * share_of_rate(step, self.size.steps)
+        return self.adamw.learning_rate * share_of_rate(step, self.size.steps)
 
     def gradient(self, parameters: Vector, batch: tuple[Any, Any]) -> Vector:
         """Return the gradient at some parameters."""
@@ -148,8 +156,12 @@ class Classroom:
 
     def loss(self, parameters: Vector) -> float:
         """Return the loss on held-out text of all peers."""
+        return float(self.losses(parameters).mean())
+
+    def losses(self, parameters: Vector) -> NDArray[np.float64]:
+        """Return the loss on held-out text of each peer, (peers,)."""
         self.trainer.parameters[:] = parameters
-        return float(np.mean([self.trainer.loss(*windows) for windows in self._validation]))
+        return np.array([self.trainer.loss(*windows) for windows in self._validation])
 
 
 class Student:
@@ -159,7 +171,7 @@ class Student:
         self.room = room
         self.index = index
         self.parameters = room.start.copy()
-        self.optimizer = AdamW(room.space, AdamWSettings())
+        self.optimizer = AdamW(room.space, room.adamw)
         self.rng = np.random.default_rng([room.seed, index])
         self.texts = [room.texts[index]]
         self.peer_id = PeerId(hashlib.sha256(f"{room.seed}/{index}".encode()).digest())
@@ -275,7 +287,13 @@ class Ours:
         self.index_of = {student.peer_id: student.index for student in self.students}
         self.acquaintances = [self._acquaintances(i) for i in range(len(self.students))]
         self.loops = [
-            OuterLoop(self.layout, student.parameters, student.peer_id, setting.outer)
+            OuterLoop(
+                self.layout,
+                student.parameters,
+                student.peer_id,
+                setting.outer,
+                optimizer=room.adamw,
+            )
             for student in self.students
         ]
         self.rng = self.world.stream("links")
@@ -283,6 +301,7 @@ class Ours:
         self.idle_from = [0.0] * len(room.texts)
         self.sent_bytes = [0.0] * len(room.texts)
         self.steps = [0] * len(room.texts)
+        self.fetching: set[int] = set()
         self.curve = Curve()
 
     def run(self) -> Curve:
@@ -294,12 +313,22 @@ class Ours:
         every_s = self.room.size.measure_every * STEP_S
         for number in range(1, self.room.size.steps // self.room.size.measure_every + 1):
             self.world.run_until(number * every_s + STEP_S / 2)
-            losses = [self.room.loss(self.loops[i].anchor) for i in self.watched]
+            by_text = self._losses()
             sent = float(np.mean([self.sent_bytes[i] for i in self.watched]))
             point = (number * self.room.size.measure_every, self.world.now, sent)
-            self.curve.points.append((*point, float(np.mean(losses))))
+            self.curve.points.append((*point, float(by_text.mean())))
             self.curve.drift.append(self._drift())
+            self.curve.by_text.append(by_text)
         return self.curve
+
+    def _losses(self) -> NDArray[np.float64]:
+        """Return the loss on each text, (peers,): the mean over the models of the watched."""
+        anchors = [self.loops[i].anchor for i in self.watched]
+        if all(np.array_equal(anchors[0], each) for each in anchors):
+            anchors = anchors[:1]
+        losses = np.stack([self.room.losses(anchor) for anchor in anchors])  # (models, peers)
+        mean: NDArray[np.float64] = losses.mean(axis=0)
+        return mean
 
     def _drift(self) -> float:
         anchors = np.stack([self.loops[i].anchor for i in self.watched])
@@ -316,7 +345,8 @@ class Ours:
     def _end_step(self, index: int) -> None:
         """End a step that began one step ago, with the parameters of then."""
         loop, student = self.loops[index], self.students[index]
-        loop.note_step(*student.step(self.steps[index]))
+        # The schedule is by the clock, which all have.
+        loop.note_step(*student.step(int(self.world.now / STEP_S) - 1))
         self.steps[index] += 1
         if self.steps[index] % loop.settings.local_steps == 0 and self.setting.outer is None:
             loop.go_alone()
@@ -328,7 +358,22 @@ class Ours:
                 for other in partners:
                     self._send(index, other, index, shards)
         loop.merge()
+        if loop.is_behind and index not in self.fetching:
+            self._catch_up(index)
         self.world.after(self._step_s(index), self._end_step, index)
+
+    def _catch_up(self, index: int) -> None:
+        """Fetch the model of somebody who is there, as `Learner` does, without its tries."""
+        there = [other for other in self._partners(index) if self._is_there(other)]
+        source = self.rng.choice(there)
+        model = self.loops[source].anchor.copy()
+        self.fetching.add(index)
+        self.world.at(self._arrival(source, 2 * model.size), self._take_over, index, model)
+
+    def _take_over(self, index: int, model: Vector) -> None:
+        self.fetching.discard(index)
+        self.students[index].parameters[:] = model
+        self.loops[index].restart()
 
     def _acquaintances(self, index: int) -> Acquaintances:
         found = Acquaintances(self.students[index].peer_id)
@@ -378,7 +423,8 @@ class Ours:
         part = round_number % self.parts.shard_count
         bounds = self.parts.bounds(part)
         before = [self.loops[i].anchor[bounds].copy() for i in group]
-        mean = pulled_mean(before[0], before, self.loops[group[0]].reach)
+        first = self.loops[group[0]]
+        mean, _ = mean_of_near(before[0], before, first.stride, first.reach)
         size = int(2 * (len(group) - 1) / len(group) * 2 * mean.size) + 180
         for i, own in zip(group, before, strict=True):
             arrival = self._arrival(i, size) + one_way_s(self.rng)
