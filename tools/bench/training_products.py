@@ -101,6 +101,8 @@ def _open(product: _Product, threads: int) -> tuple[Any, Any, list[Any]]:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads of the other sessions would spin beside those that work.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
