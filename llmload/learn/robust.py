@@ -44,8 +44,9 @@ Reputation: TypeAlias = Callable[[PeerId], float]
 LENGTHS_KEPT = 32
 # An update of twice the median length is rare among honest peers; there is no need to shorten it.
 LENGTH_FACTOR = 1.5
-# Weight of the newest agreement in its mean: the memory of about 30 updates.
-MEMORY = 1 / 30
+# Weight of the newest agreement in its mean: the memory of about 100 shards. Honest updates agree
+# little late in training, and with 30 random numbers passed too often.
+MEMORY = 1 / 100
 PROBATION_COUNT = 4
 # Who disagrees may have other text. It is suspect only where most of at least so many others agree.
 JURY_MIN = 3
