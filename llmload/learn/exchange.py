@@ -72,8 +72,10 @@ GROUP_SIZE = 8
 PARTS_PER_ROUND = 8
 # A partner makes one at a time; of one that it gave up we may not know yet.
 CALLS_PER_PEER_MAX = 4
-# A model is fetched no more often than this, however often we are away.
-CATCH_UP_EVERY_S = 300.0
+# Who was away fetches a model, and then none for a minute, and for four times as long as that took:
+# on a link on which it is outdated once it is there, most of the time is for learning.
+CATCH_UP_REST_S = 60.0
+CATCH_UP_REST_FACTOR = 4
 # Who was away may have learned its own text by heart, and the others may have forgotten it: their
 # model may be worse than ours, and this much worse than ours was when we began.
 AWAY_FACTOR = 1.25
@@ -174,7 +176,7 @@ class Learner:
         self._gradient: Vector | None = None
         self._partners: dict[PeerId, Mailbox] = {}
         self._acquaintances = Acquaintances(node.peer_id)
-        self._caught_up_at = -math.inf
+        self._next_catch_up_at = -math.inf
         self._first_loss = -math.inf
         self._passed_on: dict[PeerId, int] = {}  # at which version of ours the latest came
         self._nursery: trio.Nursery | None = None  # while training
@@ -495,10 +497,13 @@ class Learner:
 
     async def _catch_up(self) -> None:
         """Take over the model of those who went on while we were away."""
-        if trio.current_time() - self._caught_up_at < CATCH_UP_EVERY_S:
+        begun_at = trio.current_time()
+        if begun_at < self._next_catch_up_at:
             return
-        self._caught_up_at = trio.current_time()
         shard_count = await self._fetch_model(AWAY_FACTOR * self._first_loss)
+        ended_at = trio.current_time()
+        rest_s = max(CATCH_UP_REST_S, CATCH_UP_REST_FACTOR * (ended_at - begun_at))
+        self._next_catch_up_at = ended_at + rest_s
         logger.info("we were away; took over %d shards of others' model", shard_count)
 
     async def _fetch_model(self, good_loss: float = -math.inf) -> int:

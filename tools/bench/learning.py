@@ -36,7 +36,7 @@ from tools.bench.simulated_rounds import all_reduce, di_lo_co, fed_avg, local, n
 
 Method = Callable[[Classroom], Curve]
 
-# With the best of RATES for each, by the mean loss of seeds 11 and 12 (`--rates`).
+# With the best rate of those tried (docs/learning.md), by the mean loss of seeds 11 and 12.
 METHODS: dict[str, tuple[float, Method]] = {
     "all-reduce": (0.008, all_reduce),
     "local": (0.001, local),
