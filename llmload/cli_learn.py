@@ -56,6 +56,7 @@ from llmload.cli_shared import (
     print_json,
     run_async,
 )
+from llmload.config import GPT2Config
 from llmload.graph.quantize import Precision
 from llmload.learn.checkpoint import load_checkpoint, save_checkpoint
 from llmload.learn.curve import append_row, can_draw, draw_curve
@@ -73,6 +74,8 @@ from natswarm import DhtOptions, Invite, NodeConfig, device_config, open_device
 
 __all__ = ["evaluate", "learn"]
 
+# Tokens of a window, where the model sees so many.
+WINDOW = 128
 # The end of the text is not learned from: by it one sees whether learning helps.
 VALIDATION_SHARE = 0.05
 VALIDATION_WINDOWS_MAX = 16
@@ -80,13 +83,24 @@ VALIDATION_WINDOWS_MAX = 16
 SOURCE_WINDOWS = 8
 ADAPTER_FILE_NAME = "adapter.safetensors"
 COLUMNS = ("step", "loss", "validation_loss", "partners", "crowd", "taken", "stale", "doubted",
-           "sent_bytes", "received_bytes", "texts", "useless_sources", "text_bytes_sent",
-           "text_bytes_received", "preference_loss")  # fmt: skip
+           "sent_bytes", "received_bytes", "caught_up", "texts", "useless_sources",
+           "text_bytes_sent", "text_bytes_received", "preference_loss")  # fmt: skip
 
 DataOption = Annotated[
     list[Path],
     typer.Option(
         "--data", metavar="FILE", exists=True, dir_okay=False, help="Text in UTF-8; more than once."
+    ),
+]
+
+
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        min=2,
+        help="Tokens in one window, at most the model's context; without it 128 or that.",
+        show_default=False,
     ),
 ]
 
@@ -134,7 +148,7 @@ def learn(
         typer.Option("--steps", min=1, help="Stop after so many in all; else at an interrupt."),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows in one step.")] = 4,
-    window: Annotated[int, typer.Option("--window", min=2, help="Tokens in one window.")] = 128,
+    window: WindowOption = None,
     parts: Annotated[
         int | None,
         typer.Option(
@@ -146,7 +160,7 @@ def learn(
         ),
     ] = None,
     stages: StagesOption = None,
-    codec: CodecOption = "float16",
+    codec: CodecOption = None,
     recompute: Annotated[
         int | None,
         typer.Option(
@@ -194,6 +208,11 @@ def learn(
     """
     if adapter is None and precision != "float32":
         raise typer.BadParameter("only with --adapter", param_hint="--precision")
+    if stages is None and codec is not None:
+        raise typer.BadParameter(
+            "only with --stages; what learners of whole models exchange has a codec of its own",
+            param_hint="--codec",
+        )
     if stages is not None and (adapter is not None or recompute is not None):
         raise typer.BadParameter(
             "stages hold the activations of one block at a time, and train no adapters: leave out "
@@ -205,7 +224,7 @@ def learn(
     loaded = load_model(folder)
     if stages is not None:
         check_blocks(loaded.config)
-    window = min(window, loaded.config.n_ctx)
+    window = _window_of(loaded.config, window)
     tokens = _read_tokens(loaded, data)
     cut = int(len(tokens) * (1 - VALIDATION_SHARE))
     if cut <= window or len(tokens) - cut <= window:
@@ -249,7 +268,7 @@ def learn(
             schedule=schedule,
             steps=steps,
             stages=stages,
-            codec=codec,
+            codec=codec or "float16",
             report_every=report_every,
             out=out,
             threads=threads,
@@ -287,13 +306,13 @@ def learn(
 def evaluate(
     data: DataOption,
     model: ModelOption = None,
-    window: Annotated[int, typer.Option("--window", min=2, help="Tokens in one window.")] = 128,
+    window: WindowOption = None,
     adapter: AdapterOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say how well a model predicts text: loss a token, perplexity, bits a byte."""
     loaded = load_model(model_folder(model))
-    window = min(window, loaded.config.n_ctx)
+    window = _window_of(loaded.config, window)
     tokens = _read_tokens(loaded, data)
     if len(tokens) <= window:
         raise typer.BadParameter(
@@ -451,6 +470,7 @@ class _Course:
             "doubted": counts.doubted,
             "sent_bytes": sum(report.sent_bytes for report in learner.reports.values()),
             "received_bytes": sum(report.received_bytes for report in learner.reports.values()),
+            "caught_up": learner.caught_up_count,
             **self._texts_report(),
         }
         self.save()
@@ -470,6 +490,15 @@ class _Course:
             "text_bytes_received": sum(report.received_bytes for report in reports),
             **({} if marks is None else {"preference_loss": round(marks, 4)}),
         }
+
+
+def _window_of(config: GPT2Config, window: int | None) -> int:
+    if window is not None and window > config.n_ctx:
+        raise typer.BadParameter(
+            f"the model sees {config.n_ctx} tokens at once; give at most that",
+            param_hint="--window",
+        )
+    return min(WINDOW, config.n_ctx) if window is None else window
 
 
 def _read_tokens(model: Model, files: Sequence[Path]) -> NDArray[np.int64]:

@@ -54,8 +54,12 @@ StagesOption = Annotated[
     ),
 ]
 CodecOption = Annotated[
-    Codec,
-    typer.Option("--codec", help="With --stages: how hidden states and gradients travel."),
+    Codec | None,
+    typer.Option(
+        "--codec",
+        help="With --stages: how hidden states and gradients travel; without it as float16.",
+        show_default=False,
+    ),
 ]
 
 COLUMNS = (

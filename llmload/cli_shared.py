@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -124,6 +125,10 @@ def print_facts(as_json: bool, facts: dict[str, Any]) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print one object on one line, at once."""
-    sys.stdout.write(json.dumps(value) + "\n")
+    """Print one object on one line, at once; NaN and infinity, which JSON lacks, as null."""
+    facts = {
+        name: None if isinstance(fact, float) and not math.isfinite(fact) else fact
+        for name, fact in value.items()
+    }
+    sys.stdout.write(json.dumps(facts, allow_nan=False) + "\n")
     sys.stdout.flush()

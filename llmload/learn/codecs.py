@@ -6,25 +6,26 @@
     int8x256  the same with blocks of 256 values (the last block may be shorter)
     int4x64   blocks of 64 x float16 scale | ceil(count / 2) bytes, two values each, the first in
               the lower half; value = (half - 8) * scale, half in 1..15
-    topk2     kept uint32 | which, as an Elias-Fano code | for each 128 of the kept values two
+    topk3     kept uint32 | which, deflated: how many values are left out before each, in octets to
+              be summed up to the first that is not 255 | for each 128 of the kept values two
               magnitudes float16, the lower and the higher | 2 bits a kept value, four in a byte
               from the lowest on: 1 if it is negative, 2 if its magnitude is the higher
 
 All but fp32 are for values whose largest is near 2^14: `shards.py` multiplies by a power of two on
 the way and back. All numbers are little-endian.
 
-`topk2` keeps the values of largest magnitude; the others are zero for the receiver, and whoever
+`topk3` keeps the values of largest magnitude; the others are zero for the receiver, and whoever
 sends has to keep them, and what rounding took, for the next time (error feedback), or they are
-lost. Naming 3 % of the indices takes 7.2 bits each, 1 % 8.7, within half a bit of their entropy; so
-a kept value costs some 9.5 bits in all, and 3 % of a vector 0.28 bits a value in place of 32.
+lost. Of 7 %, naming one takes 4.5 to 5.0 bits in the updates of `tools/bench/learning.py`, below
+the 5.2 of random ones, since some matrices have more of them than others: so a kept value costs
+some 7 bits in all, and 7 % of a vector half a bit a value in place of 32.
 
 Blocks, because one scale for a whole row is ruined by its largest number: a few channels of GPT-2
 are two orders of magnitude above the rest.
 
 Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization"; SparseLoCo
 (2508.15706) for 2 bits; Lloyd 1982, "Least squares quantization in PCM", for the magnitudes;
-Elias 1974 and Fano 1971 for the code of increasing integers, as Vigna 2013, "Quasi-succinct
-indices", explains it.
+RFC 1951 for deflate.
 
 This file does not know shards, models or peers.
 """
@@ -32,6 +33,7 @@ This file does not know shards, models or peers.
 from __future__ import annotations
 
 import math
+import zlib
 from enum import StrEnum
 
 import numpy as np
@@ -44,6 +46,10 @@ __all__ = ["Codec", "decode_values_untrusted", "encode_values"]
 INT8_MAX = 127
 INT4_MAX = 7
 KEPT_BYTES = 4
+# An octet of a gap that goes on in the next one.
+GAP_GOES_ON = 255
+# A deflate stream without zlib's header.
+DEFLATE_BITS = -15
 # Kept values that share two magnitudes.
 LEVELS_BLOCK_SIZE = 128
 LEVELS_ROUNDS = 3
@@ -57,15 +63,15 @@ class Codec(StrEnum):
     INT8X64 = "int8x64"
     INT8X256 = "int8x256"
     INT4X64 = "int4x64"
-    TOPK = "topk2"
+    TOPK = "topk3"
 
     @property
     def block_size(self) -> int:
         """Values that share one scale; 0 for codecs without scales."""
         return {Codec.FP32: 0, Codec.FP16: 0, Codec.INT8X256: 256}.get(self, 64)
 
-    def payload_bytes(self, count: int, kept_count: int | None = None) -> int:
-        """Return the size of `count` values; `topk2` of them depends on how many are kept."""
+    def payload_bytes(self, count: int) -> int:
+        """Return the size of `count` values; that of `topk3` depends on the values (ValueError)."""
         match self:
             case Codec.FP32:
                 return 4 * count
@@ -75,10 +81,7 @@ class Codec(StrEnum):
                 return 2 * math.ceil(count / self.block_size) + count
             case Codec.INT4X64:
                 return 2 * math.ceil(count / self.block_size) + (count + 1) // 2
-        kept = count if kept_count is None else kept_count
-        low_bits, high_bits = _elias_fano_bits(count, kept)
-        index_bytes = (kept * low_bits + 7) // 8 + (high_bits + 7) // 8
-        return KEPT_BYTES + index_bytes + _levels_bytes(kept)
+        raise ValueError(f"how long {self} is depends on the values")
 
 
 def encode_values(values: NDArray[np.float32], codec: Codec, *, density: float = 1.0) -> bytes:
@@ -87,7 +90,7 @@ def encode_values(values: NDArray[np.float32], codec: Codec, *, density: float =
     Args:
         values: float32 (count,), finite, below 2^15 unless the codec is fp32.
         codec: How.
-        density: Share of the values that `topk2` keeps, at least one; others keep all.
+        density: Share of the values that `topk3` keeps, at least one; others keep all.
     """
     match codec:
         case Codec.FP32:
@@ -167,7 +170,7 @@ def _topk(values: NDArray[np.float32], density: float) -> bytes:
     return b"".join(
         (
             np.array(kept, dtype="<u4").tobytes(),
-            _elias_fano(indices, values.size),
+            _deflated(_as_gaps(indices)),
             _as_levels(values[indices]),
         )
     )
@@ -175,14 +178,49 @@ def _topk(values: NDArray[np.float32], density: float) -> bytes:
 
 def _from_topk_untrusted(payload: bytes, count: int) -> NDArray[np.float32]:
     kept = int.from_bytes(payload[:KEPT_BYTES], "little")
+    levels_at = len(payload) - _levels_bytes(kept)
     # Before anything of that size is made.
-    if not 1 <= kept <= count or len(payload) != Codec.TOPK.payload_bytes(count, kept):
-        raise DecodeError(f"{len(payload)} bytes are not {kept} of {count} values as topk2")
-    values_at = len(payload) - _levels_bytes(kept)
-    indices = _from_elias_fano_untrusted(payload[KEPT_BYTES:values_at], count, kept)
+    if not 1 <= kept <= count or levels_at < KEPT_BYTES:
+        raise DecodeError(f"{len(payload)} bytes are not {kept} of {count} values as topk3")
+    octets_max = kept + (count - kept) // GAP_GOES_ON
+    octets = _inflated_untrusted(payload[KEPT_BYTES:levels_at], octets_max)
     values = np.zeros(count, dtype=np.float32)
-    values[indices] = _from_levels(payload[values_at:], kept)
+    values[_from_gaps_untrusted(octets, count, kept)] = _from_levels(payload[levels_at:], kept)
     return values
+
+
+def _as_gaps(indices: NDArray[np.intp]) -> bytes:
+    gaps = np.diff(indices, prepend=-1) - 1  # (kept,)
+    longer = gaps // GAP_GOES_ON
+    octets = np.full(gaps.size + longer.sum(), GAP_GOES_ON, dtype=np.uint8)
+    octets[np.cumsum(longer + 1) - 1] = gaps % GAP_GOES_ON
+    return octets.tobytes()
+
+
+def _from_gaps_untrusted(octets: bytes, count: int, kept: int) -> NDArray[np.intp]:
+    gaps = np.frombuffer(octets, dtype=np.uint8)
+    ends = np.flatnonzero(gaps != GAP_GOES_ON)
+    indices = np.cumsum(gaps, dtype=np.intp)[ends] + np.arange(ends.size)
+    if ends.size != kept or ends[-1] != gaps.size - 1 or indices[-1] >= count:
+        raise DecodeError(f"{gaps.size} octets do not name {kept} of {count} values")
+    return indices
+
+
+def _deflated(octets: bytes) -> bytes:
+    # Without a search for repetitions: gaps have none, and those found by chance would cost bits.
+    deflate = zlib.compressobj(wbits=DEFLATE_BITS, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return deflate.compress(octets) + deflate.flush()
+
+
+def _inflated_untrusted(code: bytes, octets_max: int) -> bytes:
+    inflate = zlib.decompressobj(wbits=DEFLATE_BITS)
+    try:
+        octets = inflate.decompress(code, octets_max + 1)
+    except zlib.error as error:
+        raise DecodeError(f"bytes that name values can't be inflated: {error}") from error
+    if len(octets) > octets_max or not inflate.eof or inflate.unused_data:
+        raise DecodeError(f"bytes that name values are not a whole stream of {octets_max} octets")
+    return octets
 
 
 def _levels_bytes(count: int) -> int:
@@ -216,41 +254,3 @@ def _from_levels(code: bytes, count: int) -> NDArray[np.float32]:
     codes = (fours[:, None] >> np.arange(0, 8, 2, dtype=np.uint8)).reshape(-1)[:count] & 3
     magnitudes = levels[np.arange(count) // LEVELS_BLOCK_SIZE * 2 + (codes >> 1)]
     return np.where(codes & 1, -magnitudes, magnitudes)
-
-
-def _elias_fano_bits(count: int, kept: int) -> tuple[int, int]:
-    """Return the bits of the lower part of each index, and of the upper parts of all.
-
-    The lower bits of an index stand as they are. The upper parts rise from 0 to count / 2^low, so
-    they are written in unary: a one for each index, a zero for each time that they rise by one.
-    """
-    low_bits = max(0, (count // kept).bit_length() - 1) if kept else 0
-    return low_bits, kept + ((count - 1) >> low_bits) + 1
-
-
-def _elias_fano(indices: NDArray[np.intp], count: int) -> bytes:
-    low_bits, high_bits = _elias_fano_bits(count, indices.size)
-    lows = indices[:, None] >> np.arange(low_bits) & 1  # (kept, low_bits)
-    unary = np.zeros(high_bits, dtype=np.uint8)
-    unary[(indices >> low_bits) + np.arange(indices.size)] = 1
-    return _packed(lows.astype(np.uint8).reshape(-1)) + _packed(unary)
-
-
-def _from_elias_fano_untrusted(code: bytes, count: int, kept: int) -> NDArray[np.intp]:
-    low_bits, high_bits = _elias_fano_bits(count, kept)
-    octets = np.frombuffer(code, dtype=np.uint8)
-    low_octets = (kept * low_bits + 7) // 8
-    lows = np.unpackbits(octets[:low_octets], count=kept * low_bits, bitorder="little")
-    unary = np.unpackbits(octets[low_octets:], count=high_bits, bitorder="little")
-    ones = np.flatnonzero(unary)
-    if ones.size != kept:
-        raise DecodeError(f"{ones.size} indices in place of {kept}")
-    highs = ones - np.arange(kept)
-    indices = (highs << low_bits) + lows.reshape(kept, low_bits) @ (1 << np.arange(low_bits))
-    if indices[-1] >= count or np.any(np.diff(indices) <= 0):
-        raise DecodeError(f"indices do not rise, or reach beyond {count}")
-    return indices.astype(np.intp)
-
-
-def _packed(bits: NDArray[np.uint8]) -> bytes:
-    return np.packbits(bits, bitorder="little").tobytes()

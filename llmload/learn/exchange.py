@@ -134,6 +134,7 @@ class Learner:
         reports: What we had to do with each partner so far.
         step_count: Steps made.
         loss: Mean over the latest batches, nats a token; None before the first.
+        caught_up_count: How often we took over others' model because we had been away.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Learner:
         self.reports: dict[PeerId, PartnerReport] = {}
         self.step_count = 0
         self.loss: float | None = None
+        self.caught_up_count = 0
         self._node = node
         self._trainer = trainer
         self._batches = batches
@@ -501,6 +503,7 @@ class Learner:
         if begun_at < self._next_catch_up_at:
             return
         shard_count = await self._fetch_model(AWAY_FACTOR * self._first_loss)
+        self.caught_up_count += shard_count > 0
         ended_at = trio.current_time()
         rest_s = max(CATCH_UP_REST_S, CATCH_UP_REST_FACTOR * (ended_at - begun_at))
         self._next_catch_up_at = ended_at + rest_s

@@ -1,6 +1,6 @@
 """What learners ask of each other: the messages of four calls, and the name of the service.
 
-    update/4    shards of one update, each a `ShardHeader` and its payload  ->  UpdateTaken
+    update/5    shards of one update, each a `ShardHeader` and its payload  ->  UpdateTaken
     reduce/1    parts of a model  ->  `Mean`, each of one part, in the same order
     manifest/1  FetchManifest  ->  Manifest and the digests of all shards of a snapshot
     state/2     FetchShards  ->  shards of that snapshot
@@ -122,7 +122,7 @@ _PAYLOAD_BYTES_MAX = Codec.FP32.payload_bytes(SHARD_VALUE_COUNT_MAX)
 _GIVEN_BYTES_MAX = Codec.INT8X256.payload_bytes(SHARD_VALUE_COUNT)
 
 UPDATE = Method(
-    "llmload/update/4", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_GIVEN_BYTES_MAX
+    "llmload/update/5", (ShardHeader,), (UpdateTaken,), payload_bytes_max=_GIVEN_BYTES_MAX
 )
 REDUCE = Method("llmload/reduce/1", (ShardHeader,), (Mean,), payload_bytes_max=_GIVEN_BYTES_MAX)
 MANIFEST = Method(

@@ -157,7 +157,7 @@ def encode_shard(
     The decoded value differs from the true one by at most, with `largest` of the shard and `peak`
     of the value's block: nothing (fp32); |value| * 2^-11 + largest * 2^-39 (fp16);
     peak * 0.501 / 127 + largest * 2^-39 (int8, that is 0.4 % of the peak); peak * 0.501 / 7 +
-    largest * 2^-39 (int4). Of topk2 the values that are kept get one of two magnitudes of their
+    largest * 2^-39 (int4). Of topk3 the values that are kept get one of two magnitudes of their
     block, with an error below the block's largest; the others become zero.
 
     Args:
@@ -166,7 +166,7 @@ def encode_shard(
         values: The values of this shard, float32 (count,).
         codec: How to encode them.
         version: Goes into the header.
-        density: Share of the values that `topk2` keeps.
+        density: Share of the values that `topk3` keeps.
 
     Raises:
         ValueError: A value is NaN, infinite or beyond 2^96, or there is no such shard.

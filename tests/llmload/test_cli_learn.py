@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 
 import pytest
 
 from llmload import cli, cli_learn
+from llmload.cli_shared import print_facts
 from llmload.data.record import FeedbackRecord, TextRecord, sign_record
 from llmload.data.store import RecordStore
 from llmload.learn import texts
@@ -139,6 +141,29 @@ def test_a_text_that_is_too_short_or_no_text_is_a_usage_error(run, tmp_path):
     status, _, said = learn(run, tmp_path, 5)
     assert status == 2
     assert "UTF-8" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--window", "100000"), "tokens at once"),
+        (("--codec", "int8"), "only with --stages"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(run, tmp_path, options, why):
+    status, lines, errors = learn(run, tmp_path, 10, *options)
+    assert (status, lines) == (2, [])
+    assert why in " ".join(errors.split())
+
+
+def test_a_loss_that_is_no_number_is_null_in_json(capsys):
+    print_facts(True, {"step": 3, "loss": math.nan, "norm": math.inf, "rate": 0.5})
+    assert json.loads(capsys.readouterr().out) == {
+        "step": 3,
+        "loss": None,
+        "norm": None,
+        "rate": 0.5,
+    }
 
 
 @pytest.mark.parametrize("place", ["text.txt", "text.txt/inside", "model"])

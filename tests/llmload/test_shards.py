@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import msgspec
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from llmload.learn.codecs import Codec
+from llmload.learn.codecs import Codec, decode_values_untrusted
 from llmload.learn.shards import (
     EXPONENT_MAX,
     EXPONENT_MIN,
@@ -135,7 +136,8 @@ def test_round_trip_stays_within_the_bound(values, codec):
     encoded = encode(values, codec)
     decoded = decode(encoded)
     assert decoded.dtype == np.float32
-    assert len(encoded.payload) == codec.payload_bytes(300)  # topk2 keeps all
+    if codec is not Codec.TOPK:
+        assert len(encoded.payload) == codec.payload_bytes(300)
     assert np.all(np.abs(decoded.astype(np.float64) - values) <= error_bound(values, codec))
 
 
@@ -170,7 +172,8 @@ def test_zeros_stay_zeros(codec):
 def test_the_last_shard_is_shorter(codec):
     values = np.linspace(-1, 1, 100, dtype=np.float32)
     encoded = encode(values, codec, shard=2)
-    assert len(encoded.payload) == codec.payload_bytes(100)
+    if codec is not Codec.TOPK:
+        assert len(encoded.payload) == codec.payload_bytes(100)
     assert np.all(np.abs(decode(encoded) - values) <= error_bound(values, codec))
 
 
@@ -203,23 +206,88 @@ def test_the_largest_values_are_kept_and_their_names_cost_little(density):
         assert truth[:128][kept[:128] == level].mean() == pytest.approx(level, rel=1e-3)
     error = np.linalg.norm(kept - truth) / np.linalg.norm(truth)
     assert error < 0.5
-    assert len(encoded.payload) == Codec.TOPK.payload_bytes(20_000, kept_count)
-    # The index within 0.6 bits a kept value of the entropy of which those are.
+    # The index within 0.2 bits a kept value of the entropy of which those are, and the description
+    # of the code. Gaps of more than an octet take a little more.
     entropy = -math.log2(density) - (1 - density) / density * math.log2(1 - density)
     value_bytes = 4 * math.ceil(kept_count / 128) + math.ceil(kept_count / 4)
     index_bits = 8 * (len(encoded.payload) - value_bytes) / kept_count
-    assert index_bits < entropy + 0.6 + 50 / kept_count
+    assert index_bits < entropy + 0.2 + 8 * 80 / kept_count
 
 
-@pytest.mark.parametrize("position", [0, 2, 5])
-def test_spoilt_indices_are_refused(position):
+def test_kept_values_that_lie_together_are_named_in_fewer_bits():
+    rng = np.random.default_rng(3)
+    layout = ShardLayout(ParameterSpace.of({"w": (20_000,)}), 20_000)
+    values = rng.standard_t(3, 20_000).astype(np.float32)
+    even = encode_shard(layout, 0, values, codec=Codec.TOPK, version=1, density=0.07)
+    values[:5_000] *= 8
+    uneven = encode_shard(layout, 0, values, codec=Codec.TOPK, version=1, density=0.07)
+    assert len(uneven.payload) < 0.85 * len(even.payload)
+
+
+@pytest.mark.parametrize("octet", range(24))
+def test_spoilt_names_of_values_are_refused_or_name_as_many_others(octet):
     encoded = encode_shard(
         LAYOUT, 0, np.arange(300, dtype=np.float32), codec=Codec.TOPK, version=1, density=0.1
     )
     payload = bytearray(encoded.payload)
-    payload[position] ^= 0xFF
-    with pytest.raises(DecodeError, match=r"indices|topk"):
-        decode_shard_untrusted(LAYOUT, encoded.header, bytes(payload))
+    payload[octet] ^= 0xFF
+    try:
+        decoded = decode_shard_untrusted(LAYOUT, encoded.header, bytes(payload))
+    except DecodeError:
+        return
+    assert octet >= 4
+    assert np.count_nonzero(decoded) <= 30
+
+
+def topk(kept, gaps):
+    """Return a payload that names values by these octets, and their levels, as a stranger could."""
+    deflate = zlib.compressobj(wbits=-15)
+    names = deflate.compress(bytes(gaps)) + deflate.flush()
+    levels = b"\x00\x70" * 2 * math.ceil(kept / 128) + bytes(math.ceil(kept / 4))
+    return kept.to_bytes(4, "little") + names + levels
+
+
+def read_topk(payload, count=300):
+    return decode_values_untrusted(payload, Codec.TOPK, count)
+
+
+def test_gaps_longer_than_an_octet():
+    layout = ShardLayout(ParameterSpace.of({"w": (3000,)}), 3000)
+    indices = [0, 1, 256, 257 + 255, 513 + 510, 2999]
+    values = np.zeros(3000, dtype=np.float32)
+    values[indices] = 1 + np.arange(6)
+    encoded = encode_shard(layout, 0, values, codec=Codec.TOPK, version=1, density=6 / 3000)
+    assert np.flatnonzero(decode(encoded, layout)).tolist() == indices
+    gaps = [0, 0, 254, 255, 0, 255, 255, 0, *[255] * 7, 190]
+    assert read_topk(topk(6, gaps), 3000).nonzero()[0].tolist() == indices
+
+
+@pytest.mark.parametrize(
+    ("kept", "gaps", "why"),
+    [
+        (2, [0, 255], "do not name 2"),  # the last gap does not end
+        (2, [255, 44, 0], "do not name 2"),  # 299, and 300
+        (2, [0], "do not name 2"),
+        (1, [0, 0], "do not name 1"),
+        (1, [], "do not name 1"),
+        (2, [0] * 1_000_000, "not a whole"),  # a thousand bytes that would grow
+    ],
+)
+def test_names_that_do_not_fit_are_refused(kept, gaps, why):
+    with pytest.raises(DecodeError, match=why):
+        read_topk(topk(kept, gaps))
+
+
+@pytest.mark.parametrize("kept", [0, 301, 2**32 - 1])
+def test_more_or_fewer_values_than_there_can_be_are_refused(kept):
+    payload = kept.to_bytes(4, "little") + topk(1, [0])[4:]
+    with pytest.raises(DecodeError, match="bytes are not"):
+        read_topk(payload)
+
+
+def test_names_that_are_no_deflate_stream_are_refused():
+    with pytest.raises(DecodeError, match="inflated"):
+        read_topk(b"\x01\0\0\0" + b"\xff" * 20)
 
 
 def test_a_vector_of_another_size_is_not_sent():
@@ -285,16 +353,21 @@ WIRE_VALUES = np.array([1.0, -0.5, 0.001], dtype=np.float32)
             Codec.TOPK,
             (
                 "88a474797065ab5368617264486561646572a776657273696f6e07a5736861726400a5636f64"
-                "6563a5746f706b32a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f756e"
+                "6563a5746f706b33a66c61796f7574c41032bf2b439606ae57b148bff082421bbaa5636f756e"
                 "7403a86578706f6e656e74f2a47365656e00"
             ),
-            "0300000015026c007406",
+            "030000006360600000026c007406",
         ),
     ],
 )
 def test_wire_format(codec, header, payload):
     encoded = encode(WIRE_VALUES, codec, layout=WIRE_LAYOUT)
-    assert (encode_message(encoded.header).hex(), encoded.payload.hex()) == (header, payload)
+    assert encode_message(encoded.header).hex() == header
+    # Deflate leaves it open how something is written: other versions of zlib may do it otherwise.
+    if codec is not Codec.TOPK:
+        assert encoded.payload.hex() == payload
+    written = decode_shard_untrusted(WIRE_LAYOUT, encoded.header, bytes.fromhex(payload))
+    assert np.array_equal(written, decode(encoded, WIRE_LAYOUT))
     read = decode_message_untrusted(bytes.fromhex(header), ShardHeader)
     assert read == encoded.header
 
@@ -376,8 +449,9 @@ def test_any_payload_of_the_right_size_is_decoded_or_refused(payload, codec, exp
     header = ShardHeader(
         version=0, shard=0, codec=codec.value, layout=LAYOUT.hash, count=300, exponent=exponent
     )
+    fitting = payload if codec is Codec.TOPK else payload[: codec.payload_bytes(300)]
     try:
-        decoded = decode_shard_untrusted(LAYOUT, header, payload[: codec.payload_bytes(300)])
+        decoded = decode_shard_untrusted(LAYOUT, header, fitting)
     except DecodeError:
         return
     assert np.all(np.abs(decoded) <= 2 * MAGNITUDE_MAX)
