@@ -97,8 +97,8 @@ class OuterSettings:
         staleness_max: Updates whose sender had not taken so many of ours are too old.
     """
 
-    local_steps: int = 8
-    density: float = 0.07
+    local_steps: int = 6
+    density: float = 0.055
     staleness_max: int = 64
 
     def __post_init__(self) -> None:
@@ -391,9 +391,15 @@ class OuterLoop:
         lengths = [length_of(values) for values in decoded]
         for values, factor in zip(decoded, self._judge.cut(shard, lengths), strict=True):
             values *= np.float32(factor)
-        total: Vector = np.sum(decoded, axis=0, dtype=np.float32)
-        for each, values in zip(contributions, decoded, strict=True):
-            self._judge.note(each.peer, cosine(values, total - values))
+        # Who is not believed has no say in whether others are: flipped signs make a sum point where
+        # honest updates of unusual text do not.
+        believed = [
+            np.float32(self._judge.belief(each.peer)) * values
+            for each, values in zip(contributions, decoded, strict=True)
+        ]
+        total: Vector = np.sum(believed, axis=0, dtype=np.float32)
+        for each, values, part in zip(contributions, decoded, believed, strict=True):
+            self._judge.note(each.peer, cosine(values, total - part))
         out[:] = 0
         weights = 0.0
         for each, values in zip(contributions, decoded, strict=True):

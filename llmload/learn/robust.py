@@ -5,19 +5,22 @@ Four tests, from the cheapest on:
     NaN, infinity   never get here: a shard that holds one is not decoded
     length          updates are cut to 1.5 times the median length of the latest from everybody
                     (CenteredClip around zero): who scales its updates up gains nothing
-    direction       how far an update points where those of the others in the same step point, over
-                    many: honest peers agree, random numbers do not, flipped signs disagree
+    direction       how far an update points where those of the others in the same step point, each
+                    as far as it is believed, over many: honest peers agree, random numbers do not,
+                    flipped signs disagree
     hook            what anybody else knows of the peer, a factor in 0..1
 
 The weight is the product. Single directions say little, since much of each update is noise: so a
-peer is judged by the mean of many, against its own spread. Who is new counts in full, because its
-length is cut already and doubt would hold back every newcomer; who does not agree over
-`PROBATION_COUNT` shards fades out, and comes back if its later ones agree. But text may differ so
-much that honest peers disagree: so nobody is doubted unless most of the others clearly agree.
-Between two or three peers, and where liars are the majority, there is no such test.
+peer is judged by the mean of many, against its own spread, by a sequential test of whether it
+agrees a quarter as clearly as most do, or not at all, or less. Who is new counts in full, because its length
+is cut already and doubt would hold back every newcomer, and first of all those whose text is
+unusual; who does not agree fades out, flipped signs after some `PROBATION_COUNT` shards, random
+numbers after dozens, and comes back if later ones agree. But text may differ so much that honest
+peers disagree: so nobody is doubted unless most of the others clearly agree. Between two or three
+peers, and where liars are the majority, there is no such test.
 
 Source: Karimireddy, He and Jaggi 2021, "Learning from History for Byzantine Robust Optimization"
-(CenteredClip).
+(CenteredClip); Wald 1945, "Sequential Tests of Statistical Hypotheses".
 
 This file does not know shards, models or the network.
 """
@@ -52,6 +55,10 @@ PROBATION_COUNT = 4
 JURY_MIN = 3
 # Standard errors above zero at which agreement is clear.
 CLEAR = 2.0
+# Who agrees at least so clearly, of what is usual, is honest for all we know.
+HONEST_SHARE = 0.25
+# Logarithm of the odds against that at which nothing is believed any more, 1 in 20.
+DOUBT_MAX = 3.0
 # More than anybody exchanges with in the time that a standing lasts.
 PEERS_MAX = 1024
 
@@ -72,10 +79,19 @@ class _Standing:
         self.variance += share * (difference * difference - self.variance)
 
     @property
+    def remembered(self) -> float:
+        """How many shards the mean is of."""
+        return min(self.count, 1 / MEMORY)
+
+    @property
+    def contrast(self) -> float:
+        """The mean agreement in standard deviations of a single one."""
+        return self.mean / (math.sqrt(self.variance) + 1e-12)
+
+    @property
     def clarity(self) -> float:
         """How many standard errors the mean agreement is above zero."""
-        error = math.sqrt(self.variance * max(MEMORY, 1 / self.count))
-        return self.mean / (error + 1e-12)
+        return self.contrast * math.sqrt(self.remembered)
 
 
 class Judge:
@@ -126,17 +142,23 @@ class Judge:
     def _trust(self, peer: PeerId, standing: _Standing) -> float:
         """Return 1 where nothing speaks against a peer, 0 where it alone surely does not agree."""
         jury = [
-            other.clarity
+            other
             for other_id, other in self._standings.items()
             if other_id != peer and other.count >= PROBATION_COUNT
         ]
         if (
             standing.count < PROBATION_COUNT
             or len(jury) < JURY_MIN
-            or statistics.median(jury) < CLEAR
+            or statistics.median(other.clarity for other in jury) < CLEAR
         ):
             return 1.0
-        return min(1.0, max(0.0, standing.clarity / CLEAR))
+        honest = HONEST_SHARE * statistics.median(other.contrast for other in jury)
+        seen = standing.contrast
+        lying = min(0.0, seen)
+        # The logarithm of the odds that normal agreements of the one contrast were drawn, not of
+        # the other.
+        odds = standing.remembered * ((seen - lying) ** 2 - (seen - honest) ** 2) / 2
+        return min(1.0, max(0.0, 1 + odds / DOUBT_MAX))
 
 
 def length_of(values: Vector) -> float:

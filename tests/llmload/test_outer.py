@@ -429,11 +429,8 @@ def test_reputation_is_a_factor():
         assert deliver(outer, B, update) == [weight] * 3
 
 
-@pytest.mark.parametrize("lie", [-1.0, -100.0])
-def test_liars_are_found_out_by_all_alike(lie):
-    rng = np.random.default_rng(1)
-    truth = gradient(99, length=0.3)
-    liars = IDS[6:]
+def forging(liars, lie):
+    """Return what makes the updates of some a multiple of what they learned."""
 
     def forge(sender, update):
         if sender not in liars:
@@ -450,6 +447,15 @@ def test_liars_are_found_out_by_all_alike(lie):
         ]
         return Update(update.version, tuple(shards), update.payload_bytes)
 
+    return forge
+
+
+@pytest.mark.parametrize("lie", [-1.0, -100.0])
+def test_liars_are_found_out_by_all_alike(lie):
+    rng = np.random.default_rng(1)
+    truth = gradient(99, length=0.3)
+    liars = IDS[6:]
+    forge = forging(liars, lie)
     crowd = Crowd(IDS)
     for _ in range(8):
         crowd.stretch([truth + gradient(rng.integers(2**32), length=0.6) for _ in crowd.ids], forge)
@@ -460,6 +466,21 @@ def test_liars_are_found_out_by_all_alike(lie):
     # And the honest got where the truth is.
     moved = crowd.loops[0][1].anchor - loop()[0]
     assert moved @ truth < -0.3 * np.linalg.norm(moved) * np.linalg.norm(truth)
+
+
+def test_liars_do_not_make_unusual_text_look_wrong():
+    rng = np.random.default_rng(1)
+    truth, own = gradient(99, length=0.3), gradient(98, length=0.5)
+    unusual = IDS[4]
+    forge = forging(IDS[5:], -1.0)
+    crowd = Crowd(IDS)
+    for _ in range(20):
+        gradients = [truth + gradient(rng.integers(2**32), length=0.6) for _ in crowd.ids]
+        gradients[4] = np.float32(0.5) * gradients[4] + own
+        crowd.stretch(gradients, forge)
+    _, outer = crowd.loops[0]
+    # As if nobody had lied; with the liars in the sum it would be a third of that.
+    assert outer.agreement(unusual) > 0.1
 
 
 # --- Averages ------------------------------------------------------------------------------------
@@ -512,7 +533,11 @@ def test_who_agrees_counts_and_who_does_not_fades_out():
     assert min(honest[20:]) > 0.9
     assert flipped[: PROBATION_COUNT - 1] == [1.0] * (PROBATION_COUNT - 1)
     assert max(flipped[20:]) == 0
-    assert np.mean(noise[20:]) < 0.4
+    # It takes dozens to tell honest text that agrees little from what agrees by chance.
+    unusual = judged(judge, IDS[7], 0.04 + 0.1 * rng.standard_normal(300))
+    assert min(unusual) > 0.3
+    assert np.mean(unusual) > 0.95
+    assert np.mean(noise[100:]) < 0.1
     assert judge.agreement(A) > 0.05 > 0 > judge.agreement(B)
 
 

@@ -6,7 +6,7 @@
 Two models with random weights: one in the shape of the small model that is shipped, and GPT-2 124M.
 Each side is a process of its own, and they take turns: in a round, each computes the gradients of
 one batch, and later does whole steps (gradients, clipping, AdamW). Our side runs a second time with
-`recompute`, activations of three blocks at once; and twice with an adapter of rank 8 that is
+`recompute`, activations of one block at once; and twice with an adapter of rank 8 that is
 trained in the place of the model, which is held in float32 and in 4 bits. `products` are the matrix
 products of the gradients alone, at the speed of the same runtime: what no trainer on it can beat.
 

@@ -13,7 +13,7 @@ from llmload.learn.space import Vector
 
 __all__ = ["OwnSide"]
 
-RECOMPUTE = 3
+RECOMPUTE = 1
 RANK = 8
 
 
