@@ -12,12 +12,12 @@ Four tests, from the cheapest on:
 
 The weight is the product. Single directions say little, since much of each update is noise: so a
 peer is judged by the mean of many, against its own spread, by a sequential test of whether it
-agrees a quarter as clearly as most do, or not at all, or less. Who is new counts in full, because its length
-is cut already and doubt would hold back every newcomer, and first of all those whose text is
-unusual; who does not agree fades out, flipped signs after some `PROBATION_COUNT` shards, random
-numbers after dozens, and comes back if later ones agree. But text may differ so much that honest
-peers disagree: so nobody is doubted unless most of the others clearly agree. Between two or three
-peers, and where liars are the majority, there is no such test.
+agrees a quarter as clearly as most do, or not at all, or less. Who is new counts in full, because
+its length is cut already and doubt would hold back every newcomer, and first of all those whose
+text is unusual; who does not agree fades out, flipped signs after some five shards, random numbers
+after dozens, and comes back if later ones agree. But text may differ so much that honest peers
+disagree: so nobody is doubted unless most of the others clearly agree. Between two or three peers,
+and where liars are the majority, there is no such test.
 
 Source: Karimireddy, He and Jaggi 2021, "Learning from History for Byzantine Robust Optimization"
 (CenteredClip); Wald 1945, "Sequential Tests of Statistical Hypotheses".
