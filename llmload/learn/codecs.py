@@ -16,9 +16,9 @@ the way and back. All numbers are little-endian.
 
 `topk3` keeps the values of largest magnitude; the others are zero for the receiver, and whoever
 sends has to keep them, and what rounding took, for the next time (error feedback), or they are
-lost. Of 7 %, naming one takes 4.5 to 5.0 bits in the updates of `tools/bench/learning.py`, below
-the 5.2 of random ones, since some matrices have more of them than others: so a kept value costs
-some 7 bits in all, and 7 % of a vector half a bit a value in place of 32.
+lost. Naming one of 5.5 % takes 5.3 bits in the updates of `tools/bench/learning.py`, below the 5.6
+of random ones, since some matrices have more of them than others: so a kept value costs 7.6 bits in
+all, and 5.5 % of a vector 0.4 bits a value in place of 32.
 
 Blocks, because one scale for a whole row is ruined by its largest number: a few channels of GPT-2
 are two orders of magnitude above the rest.
