@@ -72,7 +72,8 @@ def draw_curve(table: Path, picture: Path) -> None:
 
     Args:
         table: CSV with a heading; drawn are the columns `NEEDED`. Lines that are not complete are
-            left out: a device that lost power may have cut one off.
+            left out: a device that lost power may have cut one off. Of lines of one step the last
+            is drawn: who went back to a checkpoint makes steps again.
         picture: PNG, overwritten.
 
     Raises:
@@ -81,15 +82,16 @@ def draw_curve(table: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = _read(table)
-    steps = columns["step"]
+    last = _last_of_each(columns["step"])
+    steps = columns["step"][last]
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, transfers = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    losses.plot(steps, columns["loss"], label="own batches")
-    losses.plot(steps, columns["validation_loss"], label="text not learned from")
+    losses.plot(steps, columns["loss"][last], label="own batches")
+    losses.plot(steps, columns["validation_loss"][last], label="text not learned from")
     losses.set(ylabel="loss, nats a token")
     for label, names in (("sent", SENT), ("received", RECEIVED)):
-        total = sum(_over_all_runs(columns[name]) for name in names)
-        transfers.plot(steps, total / 1e6, label=label)
+        total = np.sum([_over_all_runs(columns[name]) for name in names], axis=0)
+        transfers.plot(steps, total[last] / 1e6, label=label)
     transfers.set(xlabel="steps", ylabel="MB", ylim=(0, None))
     for axes in (losses, transfers):
         axes.legend()
@@ -108,6 +110,13 @@ def _read(table: Path) -> dict[str, NDArray[np.float64]]:
     kept = [values for values in rows if None not in values]
     grid = np.array(kept, dtype=np.float64).reshape(-1, len(NEEDED))
     return dict(zip(NEEDED, grid.T, strict=True))
+
+
+def _last_of_each(steps: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return where each step stands last, in the order of steps."""
+    _, from_the_end = np.unique(steps[::-1], return_index=True)
+    places: NDArray[np.intp] = steps.size - 1 - from_the_end
+    return places
 
 
 def _number(text: Any) -> float | None:

@@ -39,6 +39,11 @@ def test_only_complete_lines_are_read(tmp_path):
     assert np.isnan(columns["loss"][1])
 
 
+def test_of_steps_that_were_made_twice_the_last_ones_are_drawn():
+    assert curve._last_of_each(np.array([20.0, 40, 60, 40, 60, 80])).tolist() == [0, 3, 4, 5]
+    assert curve._last_of_each(np.array([])).tolist() == []
+
+
 def test_bytes_are_added_up_over_all_runs():
     # The second run counts from 0 again, with its first line at 50.
     counts = np.array([100.0, 300.0, 50.0, 80.0])

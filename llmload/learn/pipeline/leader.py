@@ -234,6 +234,7 @@ class PipelineTrainer:
         if manifest is not None:
             self._run, self.kept_step = manifest.run, manifest.step
             self._digests = manifest.digests
+            self._tell(f"going on from step {self.kept_step}")
         await self._go_back()
         search = StageSearch(self._node, self._model_hash, self._blocks.start)
         failures = 0

@@ -95,6 +95,8 @@ def test_training_over_devices_stops_and_goes_on(place, tmp_path, monkeypatch, c
     assert [int(row["step"]) for row in table] == list(range(1, steps + 1))
     assert table[-1] == {name: str(value) for name, value in rows[-1].items()}
     assert (out / "curve.png").exists() == can_draw()
+    words = f"going on from step {saved['step']}"
+    assert {"event": "stages", "words": words} in lines
     assert {"event": "saved", "step": steps, "folder": str(out)} in lines
     assert load_model(out).content_hash != learned.content_hash
 
