@@ -57,7 +57,7 @@ CodecOption = Annotated[
     Codec | None,
     typer.Option(
         "--codec",
-        help="With --stages: how hidden states and gradients travel; without it as float16.",
+        help="With --stages: how hidden states and gradients travel; float16 if not given.",
         show_default=False,
     ),
 ]

@@ -50,6 +50,8 @@ KEPT_BYTES = 4
 GAP_GOES_ON = 255
 # A deflate stream without zlib's header.
 DEFLATE_BITS = -15
+# No encoder needs more than this; a stream of empty blocks could be of any length.
+DEFLATE_GROWTH_MAX, DEFLATE_EXTRA_BYTES = 2, 64
 # Kept values that share two magnitudes.
 LEVELS_BLOCK_SIZE = 128
 LEVELS_ROUNDS = 3
@@ -183,6 +185,8 @@ def _from_topk_untrusted(payload: bytes, count: int) -> NDArray[np.float32]:
     if not 1 <= kept <= count or levels_at < KEPT_BYTES:
         raise DecodeError(f"{len(payload)} bytes are not {kept} of {count} values as topk3")
     octets_max = kept + (count - kept) // GAP_GOES_ON
+    if levels_at > DEFLATE_GROWTH_MAX * octets_max + DEFLATE_EXTRA_BYTES:
+        raise DecodeError(f"{len(payload)} bytes are too many for {kept} values as topk3")
     octets = _inflated_untrusted(payload[KEPT_BYTES:levels_at], octets_max)
     values = np.zeros(count, dtype=np.float32)
     values[_from_gaps_untrusted(octets, count, kept)] = _from_levels(payload[levels_at:], kept)

@@ -391,15 +391,7 @@ class OuterLoop:
         lengths = [length_of(values) for values in decoded]
         for values, factor in zip(decoded, self._judge.cut(shard, lengths), strict=True):
             values *= np.float32(factor)
-        # Who is not believed has no say in whether others are: flipped signs make a sum point where
-        # honest updates of unusual text do not.
-        believed = [
-            np.float32(self._judge.belief(each.peer)) * values
-            for each, values in zip(contributions, decoded, strict=True)
-        ]
-        total: Vector = np.sum(believed, axis=0, dtype=np.float32)
-        for each, values, part in zip(contributions, decoded, believed, strict=True):
-            self._judge.note(each.peer, cosine(values, total - part))
+        self._compare(contributions, decoded)
         out[:] = 0
         weights = 0.0
         for each, values in zip(contributions, decoded, strict=True):
@@ -408,6 +400,27 @@ class OuterLoop:
             out += np.float32(each.weight * belief) * values
             weights += each.weight * belief
         out /= np.float32(max(weights, 1e-9))
+
+    def _compare(self, contributions: Sequence[Contribution], decoded: Sequence[Vector]) -> None:
+        """Tell the judge how far what each peer sent points where that of all others does.
+
+        Who is not believed has no say in it: flipped signs make a sum point where honest updates of
+        unusual text do not. Nor has anybody in its own case, however many of its updates came.
+        """
+        by_peer: dict[PeerId, Vector] = {}
+        for each, values in zip(contributions, decoded, strict=True):
+            before = by_peer.get(each.peer)
+            by_peer[each.peer] = values if before is None else before + values
+        beliefs = {peer: np.float32(self._judge.belief(peer)) for peer in by_peer}
+        total = np.zeros_like(decoded[0])
+        for peer, values in by_peer.items():
+            total += beliefs[peer] * values
+        self._judge.note(
+            {
+                peer: cosine(values, total - beliefs[peer] * values)
+                for peer, values in by_peer.items()
+            }
+        )
 
     # --- Others' -----------------------------------------------------------------------------
 

@@ -11,13 +11,13 @@ Four tests, from the cheapest on:
     hook            what anybody else knows of the peer, a factor in 0..1
 
 The weight is the product. Single directions say little, since much of each update is noise: so a
-peer is judged by the mean of many, against its own spread, by a sequential test of whether it
-agrees a quarter as clearly as most do, or not at all, or less. Who is new counts in full, because
-its length is cut already and doubt would hold back every newcomer, and first of all those whose
-text is unusual; who does not agree fades out, flipped signs after some five shards, random numbers
-after dozens, and comes back if later ones agree. But text may differ so much that honest peers
-disagree: so nobody is doubted unless most of the others clearly agree. Between two or three peers,
-and where liars are the majority, there is no such test.
+peer is judged by many, in a sequential test of whether it agrees a tenth as much as most of those
+do who sent something for the same step, or not at all. Text may be so unusual that honest peers
+agree that little; it takes about a hundred shards to tell them from random numbers, and some ten to
+find flipped signs. Who is new counts in full, because its length is cut already and doubt would
+hold back every newcomer; who is doubted comes back if later shards agree. Nobody is doubted unless
+most of at least three others clearly agree: between two or three peers, and where liars are half of
+all, there is no such test.
 
 Source: Karimireddy, He and Jaggi 2021, "Learning from History for Byzantine Robust Optimization"
 (CenteredClip); Wald 1945, "Sequential Tests of Statistical Hypotheses".
@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -48,28 +48,39 @@ LENGTHS_KEPT = 32
 # An update of twice the median length is rare among honest peers; there is no need to shorten it.
 LENGTH_FACTOR = 1.5
 # Weight of the newest agreement in its mean: the memory of about 100 shards. Honest updates agree
-# little late in training, and with 30 random numbers passed too often.
+# little late in training.
 MEMORY = 1 / 100
+# Whose spread is known well enough.
 PROBATION_COUNT = 4
 # Who disagrees may have other text. It is suspect only where most of at least so many others agree.
 JURY_MIN = 3
 # Standard errors above zero at which agreement is clear.
 CLEAR = 2.0
-# Who agrees at least so clearly, of what is usual, is honest for all we know.
-HONEST_SHARE = 0.25
-# Logarithm of the odds against that at which nothing is believed any more, 1 in 20.
+# Who agrees so much, of what is usual, is honest for all we know: a peer whose text is of its own
+# kind among seven of Python agrees a tenth to a fifth as much as they do.
+HONEST_SHARE = 0.1
+# Evidence is the logarithm of the odds that a peer is honest, and even at first. A single shard
+# says only so much, for its spread is an estimate; odds of 1 to 20 are full doubt. Evidence ends
+# where some dozens of shards that say the opposite can turn it.
+EVIDENCE_OF_ONE_MAX = 1.0
 DOUBT_MAX = 3.0
+EVIDENCE_MIN, EVIDENCE_MAX = -6.0, 3.0
 # More than anybody exchanges with in the time that a standing lasts.
 PEERS_MAX = 1024
 
 
 @dataclass(slots=True)
 class _Standing:
-    """What a peer's updates were like: running mean and variance of their agreement."""
+    """What a peer's updates were like: running mean and variance of their agreement.
+
+    Attributes:
+        evidence: That it is honest, the logarithm of the odds.
+    """
 
     count: int = 0
     mean: float = 0.0
     variance: float = 0.0
+    evidence: float = 0.0
 
     def add(self, agreement: float) -> None:
         self.count += 1
@@ -78,20 +89,26 @@ class _Standing:
         self.mean += share * difference
         self.variance += share * (difference * difference - self.variance)
 
-    @property
-    def remembered(self) -> float:
-        """How many shards the mean is of."""
-        return min(self.count, 1 / MEMORY)
+    def weigh(self, agreement: float, usual: float) -> None:
+        """Add the evidence of one agreement, where most others' is about `usual`.
 
-    @property
-    def contrast(self) -> float:
-        """The mean agreement in standard deviations of a single one."""
-        return self.mean / (math.sqrt(self.variance) + 1e-12)
+        It is that of a normal distribution around a share of the usual, against one around zero.
+        """
+        honest = HONEST_SHARE * usual
+        odds = honest * (agreement - honest / 2) / (self.variance + 1e-12)
+        odds = max(-EVIDENCE_OF_ONE_MAX, min(EVIDENCE_OF_ONE_MAX, odds))
+        self.evidence = max(EVIDENCE_MIN, min(EVIDENCE_MAX, self.evidence + odds))
 
     @property
     def clarity(self) -> float:
         """How many standard errors the mean agreement is above zero."""
-        return self.contrast * math.sqrt(self.remembered)
+        error = math.sqrt(self.variance * max(MEMORY, 1 / self.count))
+        return self.mean / (error + 1e-12)
+
+    @property
+    def trust(self) -> float:
+        """1 where nothing speaks against the peer, 0 where all but surely it lies."""
+        return min(1.0, max(0.0, 1 + self.evidence / DOUBT_MAX))
 
 
 class Judge:
@@ -125,40 +142,46 @@ class Judge:
         known.extend(length * factor for length, factor in zip(lengths, factors, strict=True))
         return factors
 
-    def note(self, peer: PeerId, agreement: float) -> None:
-        """Remember how far a shard of a peer's points where those of the others do, -1..1."""
-        if peer not in self._standings and len(self._standings) >= PEERS_MAX:
-            # The one heard of first; a liar gains nothing by it that a new identity would not give.
+    def note(self, agreements: Mapping[PeerId, float]) -> None:
+        """Remember what came for a shard in one step.
+
+        Args:
+            agreements: How far what a peer sent points where that of the others does, -1..1.
+        """
+        for peer, agreement in agreements.items():
+            standing = self._standings.pop(peer, None) or _Standing()
+            standing.add(agreement)
+            self._standings[peer] = standing  # the last, so those first who were not heard for long
+        while len(self._standings) > PEERS_MAX:
+            # A liar gains nothing by it that a new identity would not give.
             del self._standings[next(iter(self._standings))]
-        self._standings.setdefault(peer, _Standing()).add(agreement)
+        known = {
+            peer: standing
+            for peer in agreements
+            if (standing := self._standings[peer]).count >= PROBATION_COUNT
+        }
+        for peer, standing in known.items():
+            usual = _usual(other for other in known.values() if other is not standing)
+            if usual is not None:
+                standing.weigh(agreements[peer], usual)
 
     def belief(self, peer: PeerId) -> float:
         """Return the factor by which to take what a peer sends, 0..1."""
         standing = self._standings.get(peer)
-        trust = 1.0 if standing is None else self._trust(peer, standing)
+        trust = 1.0 if standing is None else standing.trust
         reputation = 1.0 if self._reputation is None else self._reputation(peer)
         return trust * min(1.0, max(0.0, reputation))
 
-    def _trust(self, peer: PeerId, standing: _Standing) -> float:
-        """Return 1 where nothing speaks against a peer, 0 where it alone surely does not agree."""
-        jury = [
-            other
-            for other_id, other in self._standings.items()
-            if other_id != peer and other.count >= PROBATION_COUNT
-        ]
-        if (
-            standing.count < PROBATION_COUNT
-            or len(jury) < JURY_MIN
-            or statistics.median(other.clarity for other in jury) < CLEAR
-        ):
-            return 1.0
-        honest = HONEST_SHARE * statistics.median(other.contrast for other in jury)
-        seen = standing.contrast
-        lying = min(0.0, seen)
-        # The logarithm of the odds that normal agreements of the one contrast were drawn, not of
-        # the other.
-        odds = standing.remembered * ((seen - lying) ** 2 - (seen - honest) ** 2) / 2
-        return min(1.0, max(0.0, 1 + odds / DOUBT_MAX))
+
+def _usual(jury: Iterable[_Standing]) -> float | None:
+    """Return how much most of a jury agree at least; None where they don't clearly.
+
+    The lower of two in the middle: half of the jury is not most of it.
+    """
+    jury = list(jury)
+    if len(jury) < JURY_MIN or statistics.median_low([other.clarity for other in jury]) < CLEAR:
+        return None
+    return statistics.median_low([other.mean for other in jury])
 
 
 def length_of(values: Vector) -> float:

@@ -21,7 +21,7 @@ from llmload.learn.outer import (
     OuterSettings,
     Update,
 )
-from llmload.learn.robust import LENGTH_FACTOR, PROBATION_COUNT, Judge
+from llmload.learn.robust import LENGTH_FACTOR, PEERS_MAX, PROBATION_COUNT, Judge
 from llmload.learn.shards import (
     ParameterSpace,
     ShardLayout,
@@ -483,6 +483,29 @@ def test_liars_do_not_make_unusual_text_look_wrong():
     assert outer.agreement(unusual) > 0.1
 
 
+def test_nobody_agrees_with_its_own_copies():
+    rng = np.random.default_rng(1)
+    truth = gradient(99, length=0.3)
+    crowd = Crowd(IDS)
+    liar, (_, ours) = IDS[7], crowd.loops[0]
+    flip = forging([liar], -1.0)
+
+    def forge(sender, update):
+        update = flip(sender, update)
+        if sender != liar:
+            return update
+        for copy in range(4):
+            for shard in update.shards:
+                version = 4 * shard.header.version + copy
+                header = msgspec.structs.replace(shard.header, version=version, seen=ours.version)
+                ours.receive(liar, header, shard.payload)
+        return update  # of an old version by now
+
+    for _ in range(20):
+        crowd.stretch([truth + gradient(rng.integers(2**32), length=0.6) for _ in crowd.ids], forge)
+    assert ours.agreement(liar) < -0.1
+
+
 # --- Averages ------------------------------------------------------------------------------------
 
 
@@ -514,39 +537,81 @@ def test_who_has_missed_a_step_is_not_far_away_even_where_all_others_are_equal()
 # --- The judge -----------------------------------------------------------------------------------
 
 
-def judged(judge, peer, agreements):
+ALIKE = IDS[:5]
+
+
+def judged(peer, agreements, *, usual=0.1, spread=0.1, alike=ALIKE, judge=None):
+    """Return what is believed of a peer after each step, beside some that agree as usual."""
+    rng = np.random.default_rng(1)
+    judge = judge or Judge()
     beliefs = []
     for agreement in agreements:
-        judge.note(peer, agreement)
+        others = {other: usual + spread * rng.standard_normal() for other in alike}
+        judge.note({**others, peer: agreement})
         beliefs.append(judge.belief(peer))
-    return beliefs
+        assert min(map(judge.belief, alike)) > 0.6
+    return np.array(beliefs)
 
 
-def test_who_agrees_counts_and_who_does_not_fades_out():
+def normal(count, mean, spread, seed=2):
+    return mean + spread * np.random.default_rng(seed).standard_normal(count)
+
+
+def test_who_flips_signs_is_found_out_and_may_come_back():
+    flipped = judged(IDS[7], normal(100, -0.1, 0.1))
+    assert flipped[: PROBATION_COUNT - 1].tolist() == [1.0] * (PROBATION_COUNT - 1)
+    assert flipped[50:].max() == 0
+    changed = judged(IDS[7], [*normal(100, -0.1, 0.1), *normal(300, 0.1, 0.1)])
+    assert changed[99] == 0
+    assert changed[-1] == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_numbers_are_found_out_and_unusual_text_is_not(seed):
+    # Random numbers agree with nobody, and each time alike: they have many components.
+    assert judged(IDS[7], normal(200, 0.0, 0.01, seed))[20:].mean() < 0.05
+    # As spread as honest ones, they take longer, the less the others agree.
+    assert judged(IDS[7], normal(3000, 0.0, 0.1, seed))[2000:].mean() < 0.2
+    assert judged(IDS[7], normal(3000, 0.03, 0.1, seed)).mean() > 0.9
+
+
+def test_of_strangers_nobody_is_doubted():
     rng = np.random.default_rng(1)
     judge = Judge()
-    for other in (C, D, E):
-        judged(judge, other, 0.1 + 0.1 * rng.standard_normal(100))
-    honest = judged(judge, A, 0.1 + 0.1 * rng.standard_normal(100))
-    flipped = judged(judge, B, -0.1 + 0.1 * rng.standard_normal(100))
-    noise = judged(judge, ME, 0.02 * rng.standard_normal(300))
-    assert min(honest[20:]) > 0.9
-    assert flipped[: PROBATION_COUNT - 1] == [1.0] * (PROBATION_COUNT - 1)
-    assert max(flipped[20:]) == 0
-    # It takes dozens to tell honest text that agrees little from what agrees by chance.
-    unusual = judged(judge, IDS[7], 0.04 + 0.1 * rng.standard_normal(300))
-    assert min(unusual) > 0.3
-    assert np.mean(unusual) > 0.95
-    assert np.mean(noise[100:]) < 0.1
-    assert judge.agreement(A) > 0.05 > 0 > judge.agreement(B)
+    for _ in range(60):
+        judge.note({peer: -0.1 + 0.1 * rng.standard_normal() for peer in (A, B, C, D)})
+        assert [judge.belief(peer) for peer in (A, B, C, D)] == [1.0] * 4
 
 
-def test_strangers_among_strangers_are_not_doubted():
+def test_half_of_a_jury_does_not_say_what_is_usual():
+    # Two that send the same again and again agree with each other more than honest ones ever do.
+    rng = np.random.default_rng(1)
+    judge, honest, liars = Judge(), IDS[:3], IDS[3:5]
+    for _ in range(300):
+        judge.note(
+            {peer: 0.05 + 0.1 * rng.standard_normal() for peer in honest}
+            | {peer: 0.9 + 0.01 * rng.standard_normal() for peer in liars}
+        )
+    assert [judge.belief(peer) for peer in honest] == [1.0] * 3
+
+
+def test_who_is_heard_is_remembered_whoever_passes_by():
+    judge = Judge()
+    for number in range(PEERS_MAX + 10):
+        passing = PeerId(hashlib.sha256(number.to_bytes(2)).digest())
+        judge.note({A: 0.5, passing: 0.1})
+    assert judge.agreement(A) == 0.5
+    assert judge.agreement(PeerId(hashlib.sha256(bytes(2)).digest())) == 0
+
+
+def test_those_who_left_are_no_jury():
     rng = np.random.default_rng(1)
     judge = Judge()
-    for _ in range(3):
-        for peer in (A, B, C):
-            assert judged(judge, peer, -0.1 + 0.1 * rng.standard_normal(30)) == [1.0] * 30
+    for number in range(40):
+        gone = [PeerId(hashlib.sha256(bytes([number, each])).digest()) for each in range(3)]
+        for _ in range(5):
+            judge.note({peer: 0.001 * rng.standard_normal() for peer in gone})
+    assert judged(IDS[7], normal(100, -0.1, 0.1), judge=judge)[50:].max() == 0
 
 
 def test_lengths_are_cut_to_the_usual():

@@ -270,7 +270,8 @@ def test_gaps_longer_than_an_octet():
         (2, [0], "do not name 2"),
         (1, [0, 0], "do not name 1"),
         (1, [], "do not name 1"),
-        (2, [0] * 1_000_000, "not a whole"),  # a thousand bytes that would grow
+        (2, [0] * 300, "not a whole"),  # a few bytes that would grow
+        (2, [0] * 1_000_000, "too many"),
     ],
 )
 def test_names_that_do_not_fit_are_refused(kept, gaps, why):
@@ -282,6 +283,13 @@ def test_names_that_do_not_fit_are_refused(kept, gaps, why):
 def test_more_or_fewer_values_than_there_can_be_are_refused(kept):
     payload = kept.to_bytes(4, "little") + topk(1, [0])[4:]
     with pytest.raises(DecodeError, match="bytes are not"):
+        read_topk(payload)
+
+
+def test_a_stream_of_empty_blocks_is_not_read():
+    payload = topk(1, [0])
+    payload = payload[:4] + b"\0\0\0\xff\xff" * 1000 + payload[4:]
+    with pytest.raises(DecodeError, match="too many"):
         read_topk(payload)
 
 
