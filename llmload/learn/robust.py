@@ -61,10 +61,11 @@ CLEAR = 2.0
 HONEST_SHARE = 0.1
 # Evidence is the logarithm of the odds that a peer is honest, and even at first. A single shard
 # says only so much, for its spread is an estimate; odds of 1 to 20 are full doubt. Evidence ends
-# where some dozens of shards that say the opposite can turn it.
+# where some dozens of shards that say the opposite can turn it, and for who was honest for long
+# some more: when little is left to learn, gradients of unlike texts point away from each other.
 EVIDENCE_OF_ONE_MAX = 1.0
 DOUBT_MAX = 3.0
-EVIDENCE_MIN, EVIDENCE_MAX = -6.0, 3.0
+EVIDENCE_MIN, EVIDENCE_MAX = -6.0, 10.0
 # More than anybody exchanges with in the time that a standing lasts.
 PEERS_MAX = 1024
 
