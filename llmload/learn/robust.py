@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -156,15 +156,18 @@ class Judge:
         while len(self._standings) > PEERS_MAX:
             # A liar gains nothing by it that a new identity would not give.
             del self._standings[next(iter(self._standings))]
-        known = {
-            peer: standing
-            for peer in agreements
+        known = [
+            (standing, agreement)
+            for peer, agreement in agreements.items()
             if (standing := self._standings[peer]).count >= PROBATION_COUNT
-        }
-        for peer, standing in known.items():
-            usual = _usual(other for other in known.values() if other is not standing)
-            if usual is not None:
-                standing.weigh(agreements[peer], usual)
+        ]
+        if len(known) <= JURY_MIN:
+            return
+        clarities = sorted(standing.clarity for standing, _ in known)
+        means = sorted(standing.mean for standing, _ in known)
+        for standing, agreement in known:
+            if _middle_without(clarities, standing.clarity) >= CLEAR:
+                standing.weigh(agreement, _middle_without(means, standing.mean))
 
     def belief(self, peer: PeerId) -> float:
         """Return the factor by which to take what a peer sends, 0..1."""
@@ -174,15 +177,13 @@ class Judge:
         return trust * min(1.0, max(0.0, reputation))
 
 
-def _usual(jury: Iterable[_Standing]) -> float | None:
-    """Return how much most of a jury agree at least; None where they don't clearly.
+def _middle_without(ordered: Sequence[float], one: float) -> float:
+    """Return the median of rising numbers without one of them.
 
-    The lower of two in the middle: half of the jury is not most of it.
+    The lower of two in the middle: half of the others are not most of them.
     """
-    jury = list(jury)
-    if len(jury) < JURY_MIN or statistics.median_low([other.clarity for other in jury]) < CLEAR:
-        return None
-    return statistics.median_low([other.mean for other in jury])
+    middle = (len(ordered) - 2) // 2
+    return ordered[middle + (one <= ordered[middle])]
 
 
 def length_of(values: Vector) -> float:
