@@ -13,7 +13,7 @@ Four tests, from the cheapest on:
 The weight is the product. Single directions say little, since much of each update is noise: so a
 peer is judged by many, in a sequential test of whether it agrees a tenth as much as most of those
 do who sent something for the same step, or not at all. Text may be so unusual that honest peers
-agree that little; it takes about a hundred shards to tell them from random numbers, and some ten to
+agree that little; it may take a hundred shards to tell them from random numbers, and a dozen to
 find flipped signs. Who is new counts in full, because its length is cut already and doubt would
 hold back every newcomer; who is doubted comes back if later shards agree. Nobody is doubted unless
 most of at least three others clearly agree: between two or three peers, and where liars are half of
