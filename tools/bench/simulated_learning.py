@@ -433,18 +433,25 @@ class Ours:
     def _forged(self, index: int, shard: EncodedShard) -> EncodedShard:
         if index not in self.setting.attackers:
             return shard
-        values = decode_shard_untrusted(self.layout, shard.header, shard.payload)
+        header = shard.header
+        values = decode_shard_untrusted(self.layout, header, shard.payload)
+        kept = np.flatnonzero(values)
         if self.setting.attack == "flip":
             values = -values
         elif self.setting.attack == "scale":
             values = -100 * values
         else:
-            length = np.linalg.norm(values)
-            values = self.noise.standard_normal(values.size, dtype=np.float32)
-            values *= length / np.linalg.norm(values)
-        header = shard.header
+            noise = self.noise.standard_normal(kept.size, dtype=np.float32)
+            noise *= np.linalg.norm(values) / np.linalg.norm(noise)
+            values[kept] = 0
+            values[self.noise.permutation(values.size)[: kept.size]] = noise
         return encode_shard(
-            self.layout, header.shard, values, codec=Codec.INT8X256, version=header.version
+            self.layout,
+            header.shard,
+            values,
+            codec=Codec.TOPK,
+            version=header.version,
+            density=kept.size / values.size,
         )
 
 
