@@ -4,7 +4,7 @@ Four tests, from the cheapest on:
 
     NaN, infinity   never get here: a shard that holds one is not decoded
     length          updates are cut to 1.5 times the median length of the latest from everybody
-                    (CenteredClip around zero): who scales its updates up gains nothing
+                    (CenteredClip around zero): who scales its updates up gains no more than that
     direction       how far an update points where those of the others in the same step point, each
                     as far as it is believed, over many: honest peers agree, random numbers do not,
                     flipped signs disagree

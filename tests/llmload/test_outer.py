@@ -589,7 +589,7 @@ def test_half_of_a_jury_does_not_say_what_is_usual():
     judge, honest, liars = Judge(), IDS[:3], IDS[3:5]
     for _ in range(300):
         judge.note(
-            {peer: 0.05 + 0.1 * rng.standard_normal() for peer in honest}
+            {peer: 0.01 + 0.02 * rng.standard_normal() for peer in honest}
             | {peer: 0.9 + 0.01 * rng.standard_normal() for peer in liars}
         )
     assert [judge.belief(peer) for peer in honest] == [1.0] * 3
